@@ -1,0 +1,16 @@
+"""UperNet with GFNet-H-S on ADE20K."""
+
+_base_ = [
+    './_base_/models/upernet_gfnet_h.py',
+    './_base_/datasets/ade20k.py',
+    './_base_/schedules/ade20k_160k.py',
+    './_base_/mmseg_runtime.py',
+]
+
+model = dict(
+    backbone=dict(
+        arch='h-s',
+        drop_path_rate=0.3,
+        init_cfg=dict(type='Pretrained', checkpoint='gfnet-h-s'),
+    ),
+)

@@ -1,0 +1,207 @@
+"""From a config to a run: what the command line tools call."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.dist import is_distributed
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner, find_latest_checkpoint
+from torch import nn
+
+from .summary import RunSummaryHook
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+def train(
+    config: str | Path | Config,
+    *,
+    work_dir: str | None = None,
+    resume: str | None = None,
+    amp: str | None = None,
+    auto_scale_lr: bool = False,
+    seed: int | None = None,
+    launcher: str = 'none',
+    cfg_options: Mapping | None = None,
+) -> Runner:
+    """Train the model of a config.
+
+    Args:
+        config: A config, its path, or the name of one of this project's.
+        work_dir: Folder for checkpoints and logs; by default that of the config, else
+            `work_dirs/NAME_OF_CONFIG`.
+        resume: `'auto'` continues from the latest checkpoint of `work_dir`, a path from that
+            checkpoint; None starts anew.
+        amp: `'float16'` or `'bfloat16'` for automatic mixed precision.
+        auto_scale_lr: Scale the learning rate by the total batch over the batch it is made for,
+            the `auto_scale_lr` of the config.
+        seed: Seed of all random numbers.
+        launcher: How the processes were started: none, pytorch, slurm or mpi.
+        cfg_options: Values to change in the config, by dotted key.
+
+    Returns:
+        The runner after training.
+
+    Raises:
+        FileNotFoundError: If there is no such config, or nothing to resume from.
+        ValueError: If the config does not have what an option needs.
+    """
+    cfg = _load(config, work_dir, launcher, cfg_options)
+    if seed is not None:
+        cfg.merge_from_dict({'randomness.seed': seed})
+    if amp:
+        if not torch.cuda.is_available():
+            raise ValueError(
+                f'mixed precision ({amp}) needs a GPU for training, and there is none: leave --amp'
+            )
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.dtype = amp
+        # bfloat16 has the range of float32, so its loss needs no scale.
+        cfg.optim_wrapper.loss_scale = 'dynamic' if amp == 'float16' else 1.0
+    if auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise ValueError(
+                f'{cfg.filename} does not say what batch its learning rate is made for: set '
+                'auto_scale_lr=dict(base_batch_size=...)'
+            )
+        cfg.auto_scale_lr.enable = True
+    if resume == 'auto':
+        if find_latest_checkpoint(cfg.work_dir) is None:
+            raise FileNotFoundError(
+                f'nothing to resume in {cfg.work_dir}: leave --resume to start anew'
+            )
+        cfg.resume, cfg.load_from = True, None
+    elif resume:
+        cfg.resume, cfg.load_from = True, resume
+    runner = _build(cfg)
+    runner.register_hook(RunSummaryHook())
+    runner.train()
+    return runner
+
+
+def test(
+    config: str | Path | Config,
+    checkpoint: str | Path,
+    *,
+    work_dir: str | None = None,
+    out: str | None = None,
+    show_dir: str | None = None,
+    tta: bool = False,
+    launcher: str = 'none',
+    cfg_options: Mapping | None = None,
+) -> dict[str, float]:
+    """Evaluate a checkpoint on the test data of a config.
+
+    Args:
+        config: As for :func:`train`.
+        checkpoint: The weights to evaluate.
+        work_dir: Folder for the log, as for :func:`train`.
+        out: A `.pkl` file for all predictions, or a folder for predicted label maps as PNG.
+        show_dir: Folder, below the run's own, for pictures of the predictions.
+        tta: Average predictions over the `tta_pipeline` of the config.
+        launcher: As for :func:`train`.
+        cfg_options: As for :func:`train`.
+
+    Returns:
+        The metrics.
+
+    Raises:
+        FileNotFoundError: If there is no such config or checkpoint.
+        ValueError: If the config does not have what an option needs.
+    """
+    cfg = _load(config, work_dir, launcher, cfg_options)
+    if not Path(checkpoint).is_file():
+        raise FileNotFoundError(f'no checkpoint at {checkpoint}')
+    cfg.load_from = str(checkpoint)
+    if tta:
+        if not {'tta_model', 'tta_pipeline'} <= set(cfg):
+            raise ValueError(f'{cfg.filename} has no tta_model and tta_pipeline')
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        cfg.model = dict(**cfg.tta_model, module=cfg.model)
+    if show_dir:
+        if 'visualization' not in cfg.get('default_hooks', {}):
+            raise ValueError(f'{cfg.filename} has no visualization hook in default_hooks')
+        cfg.default_hooks.visualization.update(draw=True, interval=1)
+        cfg.visualizer.save_dir = show_dir
+    evaluators = cfg.test_evaluator
+    evaluators = list(evaluators) if isinstance(evaluators, (list, tuple)) else [evaluators]
+    if out and Path(out).suffix in ('.pkl', '.pickle'):
+        evaluators.append(dict(type='DumpResults', out_file_path=out))
+    elif out:
+        if evaluators[0].type != 'IoUMetric':
+            raise ValueError(f'predictions of this task are written to a .pkl file, not to {out}')
+        evaluators[0].output_dir = out
+    cfg.test_evaluator = evaluators
+    return _build(cfg).test()
+
+
+def find_config(name: str | Path) -> Path:
+    """Return the path of a config.
+
+    Args:
+        name: A path, or the name of one of this project's configs, with or without `.py`.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    # A wheel carries the configs where OpenMMLab packages do, a checkout beside the package.
+    folders = [_PACKAGE / '.mim' / 'configs', _PACKAGE.parent / 'configs']
+    name = str(name)
+    for path in [Path(name), *(folder / Path(name).name for folder in folders)]:
+        path = path if path.suffix == '.py' else path.with_name(f'{path.name}.py')
+        if path.is_file():
+            return path
+    known = sorted({path.stem for folder in folders for path in folder.glob('*.py')})
+    raise FileNotFoundError(f'no config {name}; the configs here are {", ".join(known)}')
+
+
+def _load(
+    config: str | Path | Config,
+    work_dir: str | None,
+    launcher: str,
+    cfg_options: Mapping | None,
+) -> Config:
+    cfg = config if isinstance(config, Config) else Config.fromfile(find_config(config))
+    if cfg_options:
+        cfg.merge_from_dict(dict(cfg_options))
+    cfg.launcher = launcher
+    if work_dir is not None:
+        cfg.work_dir = work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = str(Path('work_dirs') / Path(cfg.filename).stem)
+    return cfg
+
+
+def _build(cfg: Config) -> Runner:
+    if 'runner_type' in cfg:
+        return RUNNERS.build(cfg)
+    return CpuReadyRunner.from_cfg(cfg)
+
+
+@RUNNERS.register_module()
+class CpuReadyRunner(Runner):
+    """mmengine's runner, which also trains in several processes on machines without a GPU."""
+
+    def setup_env(self, env_cfg: dict) -> None:
+        """Start gloo where mmengine would ask for a GPU, then go on as mmengine does."""
+        on_cpu = not torch.cuda.is_available()
+        if on_cpu and self.launcher == 'pytorch' and not is_distributed():
+            torch.distributed.init_process_group('gloo')
+        super().setup_env(env_cfg)
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """Wrap the model for several processes.
+
+        On CPUs without what needs a GPU: SyncBN, which becomes BN, and a device id.
+        """
+        if self.distributed and not torch.cuda.is_available():
+            model = revert_sync_batchnorm(model)
+            model_wrapper_cfg = model_wrapper_cfg or dict(
+                type='MMDistributedDataParallel',
+                broadcast_buffers=False,
+                find_unused_parameters=self.cfg.get('find_unused_parameters', False),
+            )
+        return super().wrap_model(model_wrapper_cfg, model)

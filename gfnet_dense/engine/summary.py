@@ -1,0 +1,93 @@
+"""What a run is, in a few lines before its first iteration."""
+
+from collections.abc import Mapping
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.optim import AmpOptimWrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import nn
+from torch.utils.data import Dataset
+
+
+@HOOKS.register_module()
+class RunSummaryHook(Hook):
+    """Log model, weights, data, batch, learning rate, device and precision before training."""
+
+    # After the hooks that set the run up, so that it is the last thing said before iterating.
+    priority = 'LOWEST'
+
+    def before_train(self, runner: Runner) -> None:
+        """Log the summary."""
+        lines = {
+            'model': _model(runner),
+            'weights': _weights(runner),
+            'training data': _data(runner.train_dataloader.dataset),
+        }
+        if runner.val_loop is not None:
+            lines['validation data'] = _data(runner.val_dataloader.dataset)
+        batch = runner.train_dataloader.batch_size
+        lines |= {
+            'total batch': f'{batch * runner.world_size} ({batch} in each of '
+            f'{runner.world_size} processes)',
+            'learning rate': f'{runner.optim_wrapper.optimizer.defaults["lr"]:g}',
+            'iterations': f'{runner.iter} to {runner.max_iters}',
+            'device': _device(runner),
+            'precision': _precision(runner),
+        }
+        width = max(map(len, lines))
+        runner.logger.info(
+            '\n'.join(['This run:', *(f'  {key:<{width}}  {lines[key]}' for key in lines)])
+        )
+
+
+def _unwrapped(runner: Runner) -> nn.Module:
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+def _model(runner: Runner) -> str:
+    model = _unwrapped(runner)
+    parts = ', '.join(
+        type(child).__name__
+        for name, child in model.named_children()
+        if name != 'data_preprocessor'
+    )
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    text = f'{type(model).__name__} of {parts}; {total / 1e6:.2f}M parameters'
+    return text if trained == total else f'{text}, {trained / 1e6:.2f}M of them trained'
+
+
+def _weights(runner: Runner) -> str:
+    if runner._resume or runner._load_from:
+        action = 'resumed' if runner._resume else 'loaded'
+        return f'{action} from {runner._load_from or runner.work_dir}'
+    sources = {
+        f'{name or "whole model"} from {module.init_cfg["checkpoint"]}'
+        for name, module in _unwrapped(runner).named_modules()
+        if isinstance(getattr(module, 'init_cfg', None), Mapping)
+        and module.init_cfg.get('type') == 'Pretrained'
+    }
+    return ', '.join(sorted(sources)) or 'none loaded, trained from scratch'
+
+
+def _data(dataset: Dataset) -> str:
+    while hasattr(dataset, 'dataset'):
+        dataset = dataset.dataset
+    place = getattr(dataset, 'data_root', None) or getattr(dataset, 'ann_file', None) or '?'
+    return f'{len(dataset)} images, {type(dataset).__name__} in {place}'
+
+
+def _device(runner: Runner) -> str:
+    device = next(runner.model.parameters()).device
+    if device.type == 'cuda':
+        return f'{runner.world_size} x {torch.cuda.get_device_name(device)}'
+    return f'{device.type}, {torch.get_num_threads()} threads in each process'
+
+
+def _precision(runner: Runner) -> str:
+    if isinstance(runner.optim_wrapper, AmpOptimWrapper):
+        return f'mixed, {runner.optim_wrapper.cast_dtype or torch.float16}'
+    return str(next(runner.model.parameters()).dtype)

@@ -1,0 +1,260 @@
+"""Weights from files: official ones, this project's, and segmentors or detectors that hold one.
+
+Reading executes nothing from a file. Loading is strict: of a GFNet only its classifier and the
+norms of its outputs may differ from the file, everything else must be there and be used.
+"""
+
+import argparse
+import pickle
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from mmengine.logging import print_log
+from mmengine.runner.checkpoint import get_torch_safe_globals
+from torch import Tensor
+
+from gfnet_dense.spectral import resize_position_embedding, resize_spectrum
+
+from .architectures import DOWNSAMPLING, HIERARCHICAL, ISOTROPIC, coarser
+from .global_filter import GlobalFilter
+
+if TYPE_CHECKING:
+    from .gfnet import GFNetBase
+
+# Names of the official weights, with their file ids at the two places where the authors publish
+# them: the official repository's README. No checksums are published.
+OFFICIAL_WEIGHTS = {
+    'gfnet-ti': ('3d0c1579aa524a0a99dd', '1_xrfC7c_ccZnVicYDnrViOA_T1N-xoHI'),
+    'gfnet-xs': ('e0ab5b1583954a1fa9b2', '1paf9gQWdsLXrG58R77yJ3U0FiNINg9xN'),
+    'gfnet-s': ('e5561fa070c44d9399bf', '18aRey_1abWNMmSL7TZQ4WxpplLRCDGEl'),
+    'gfnet-b': ('2fbf264597af4d72afb3', '1OncnXYAXpdjZBq4JK5Y3xacIHOIMePQo'),
+    'gfnet-h-ti': ('b22dd45eccbe462cbbfb', '1Nrq5sfHD9RklCMl6WkcVrAWI5vSVzwSm'),
+    'gfnet-h-s': ('5229cb4d1daf48e69675', '1w4d7o1LTBjmSkb5NKzgXBBiwdBOlwiie'),
+    'gfnet-h-b': ('954c5af21e824ba6b40c', '1F900_-yPH7GFYfTt60xn4tu5a926DYL0'),
+}
+
+
+class CheckpointError(ValueError):
+    """A file is no checkpoint, is not safe to read, or does not fit the model."""
+
+
+def load_pretrained(model: 'GFNetBase', path: str | Path) -> None:
+    """Load a checkpoint into a GFNet, resizing what lives on another grid.
+
+    Says in the log what was loaded, which parameters were resized, and which were left as they
+    were initialised.
+
+    Args:
+        model: The network.
+        path: A file as :func:`read_state_dict` takes it, or a name of :data:`OFFICIAL_WEIGHTS`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If the file cannot be read safely or does not fit the network.
+    """
+    path = find_weights(path)
+    state = read_state_dict(path)
+    try:
+        state, notes = adapt_state_dict(state, model)
+    except CheckpointError as e:
+        raise CheckpointError(f'{path}: {e}') from None
+    missing, _ = model.load_state_dict(state, strict=False)
+    print_log(f'loaded {len(state)} tensors from {path}', logger='current')
+    for note in notes:
+        print_log(note, logger='current')
+    if missing:
+        print_log(f'not in the file, newly initialised: {", ".join(missing)}', logger='current')
+
+
+def find_weights(name: str | Path) -> Path:
+    """Return the path of a file of weights.
+
+    Args:
+        name: A path, or a name of :data:`OFFICIAL_WEIGHTS`, whose file is looked for in the
+            checkpoints folder of torch.hub, where timm and torchvision keep theirs, too.
+
+    Raises:
+        FileNotFoundError: If there is no such file; says where to get it.
+    """
+    remedy = 'or set the init_cfg of the backbone to None to train from scratch'
+    path = Path(name)
+    if path.is_file():
+        return path
+    if str(name) not in OFFICIAL_WEIGHTS:
+        raise FileNotFoundError(
+            f'no checkpoint at {name}: give a path or one of {", ".join(OFFICIAL_WEIGHTS)}, '
+            f'{remedy}'
+        )
+    path = Path(torch.hub.get_dir()) / 'checkpoints' / f'{name}.pth'
+    if not path.is_file():
+        tsinghua, google = OFFICIAL_WEIGHTS[str(name)]
+        raise FileNotFoundError(
+            f'the official weights {name} are not at {path}: download them from '
+            f'https://cloud.tsinghua.edu.cn/f/{tsinghua}/?dl=1 or '
+            f'https://drive.google.com/file/d/{google} and put them there, {remedy}'
+        )
+    return path
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read the weights of a checkpoint file without executing anything from it.
+
+    Args:
+        path: A file written by `torch.save`: a state dict, or a dict that holds one under
+            `model` (official files) or `state_dict` (mmengine).
+
+    Raises:
+        OSError: If it cannot be opened.
+        CheckpointError: If it is not a checkpoint, or holds more than tensors and plain values.
+    """
+    path = Path(path)
+    # What official files (Namespace) and mmengine keep beside the weights.
+    plain = [argparse.Namespace, *get_torch_safe_globals()]
+    try:
+        with torch.serialization.safe_globals(plain):
+            content = torch.load(path, map_location='cpu', weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise CheckpointError(f'{path} is not a checkpoint that is safe to read: {reason}') from e
+    for key in ('model', 'state_dict'):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(isinstance(v, Tensor) for v in content.values())
+    ):
+        raise CheckpointError(f'{path} holds no state dict, neither itself nor under model')
+    return dict(content)
+
+
+def adapt_state_dict(
+    state: Mapping[str, Tensor], model: 'GFNetBase'
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Bring the weights of a network to the outputs and grids of another one of its size.
+
+    Args:
+        state: Weights of a GFNet, alone or as the `backbone.` of a segmentor or detector.
+        model: The network to bring them to.
+
+    Returns:
+        A state dict that lacks nothing of `model` but output norms or a head, and notes that
+        say what was resized and what of the file is not used.
+
+    Raises:
+        CheckpointError: If the weights are not those of a network of the model's size.
+    """
+    if any(key.startswith('backbone.') for key in state):
+        state = {
+            key.removeprefix('backbone.'): value
+            for key, value in state.items()
+            if key.startswith('backbone.')
+        }
+    own = model.state_dict()
+    found, wanted = _size(state), _size(own)
+    complete = model.arch.embed_dims, model.arch.depths, wanted[2]
+    # Levels that the model does not build may be in the file, as of the whole network.
+    if found not in (complete, wanted):
+        raise CheckpointError(f'holds {_describe(found)}, but the model is {_describe(complete)}')
+
+    # The final norm of a classifier is the norm of a backbone's last level.
+    num_levels = model.arch.depths[0] if not wanted[2] else len(model.arch.depths)
+    final = f'norm{num_levels - 1}.'
+    adapted, unused = {}, []
+    for key, value in state.items():
+        if key.startswith(('norm.', final)):
+            norm = 'norm.' if model.num_classes else final
+            key = norm + key.partition('.')[2]
+        if key in own and not (key.startswith('head.') and value.shape != own[key].shape):
+            adapted[key] = value
+        elif key.startswith(('norm', 'head.')) or found != wanted:
+            unused.append(key)
+        else:
+            raise CheckpointError(f'holds {key}, which the model has not')
+    missing = [k for k in own if k not in adapted and not k.startswith(('norm', 'head.'))]
+    if missing:
+        raise CheckpointError(f'lacks {", ".join(missing)}')
+
+    notes = _resize(adapted, own, model)
+    for key, value in adapted.items():
+        if value.shape != own[key].shape:
+            raise CheckpointError(
+                f'holds {key} of shape {tuple(value.shape)}, '
+                f'but the model has {tuple(own[key].shape)}'
+            )
+    if unused:
+        notes.append(f'not used by this network: {", ".join(unused)}')
+    return adapted, notes
+
+
+_BLOCK = re.compile(r'blocks\.(?:(\d+)\.)?\d+\.\D')  # blocks.{stage}.{i}. or blocks.{i}.
+_Size = tuple[tuple[int, ...], tuple[int, ...], bool]
+
+
+def _size(state: Mapping[str, Tensor]) -> _Size:
+    """Recognise embed_dims, depths, and whether the network is hierarchical, by the keys."""
+    dims: dict[int, int] = {}
+    depths: Counter[int] = Counter()
+    hierarchical = False
+    for key, value in state.items():
+        match = _BLOCK.match(key)
+        if match and key.endswith('.norm1.weight'):
+            hierarchical |= match[1] is not None
+            dims[_stage(key)] = len(value)
+            depths[_stage(key)] += 1
+    if not depths:
+        raise CheckpointError('holds no weights of a GFNet, which has keys like blocks.0.…')
+    stages = sorted(depths)
+    return tuple(dims[i] for i in stages), tuple(depths[i] for i in stages), hierarchical
+
+
+def _describe(size: _Size) -> str:
+    embed_dims, depths, hierarchical = size
+    table = HIERARCHICAL if hierarchical else ISOTROPIC
+    for name, arch in table.items():
+        if (arch.embed_dims, arch.depths) == (embed_dims, depths):
+            return f'{name} (embed_dims {embed_dims}, depths {depths})'
+    kind = 'a hierarchical' if hierarchical else 'an isotropic'
+    return f'{kind} network of embed_dims {embed_dims}, depths {depths}'
+
+
+def _resize(state: dict[str, Tensor], own: Mapping[str, Tensor], model: 'GFNetBase') -> list[str]:
+    """Resize position embedding and filters in `state` to the model's grids; say which."""
+    filters = {
+        f'{name}.complex_weight': module
+        for name, module in model.named_modules()
+        if isinstance(module, GlobalFilter)
+    }
+    # A half spectrum does not tell the width of its grid, but the number of positions does, and
+    # the grids of later stages follow.
+    rows = state[next(iter(filters))].shape[0]
+    grid = rows, state['pos_embed'].shape[1] // rows
+    resized = defaultdict(list)
+    try:
+        if grid != model.grid:
+            state['pos_embed'] = resize_position_embedding(state['pos_embed'], grid, model.grid)
+            resized[grid, model.grid, 'bicubic'].append('pos_embed')
+        stage = 0
+        for key, module in filters.items():
+            while stage < _stage(key):
+                grid, stage = coarser(grid, DOWNSAMPLING), stage + 1
+            if grid != module.grid:
+                state[key] = resize_spectrum(state[key], grid, module.grid, module.resize)
+                resized[grid, module.grid, module.resize].append(key)
+    except (RuntimeError, ValueError) as e:
+        raise CheckpointError(f'position embedding and filters do not fit together: {e}') from e
+    return [
+        f'resized from grid {old} to {new}, {method}: {", ".join(keys)}'
+        for (old, new, method), keys in resized.items()
+    ]
+
+
+def _stage(key: str) -> int:
+    """Return the stage of a block's parameter, 0 in an isotropic network."""
+    match = _BLOCK.match(key)
+    return int(match[1] or 0)

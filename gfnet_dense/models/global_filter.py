@@ -1,0 +1,122 @@
+"""The layer that mixes tokens: a global filter with a learned spectrum."""
+
+import torch
+from torch import Tensor, nn
+
+from gfnet_dense.spectral import BACKENDS, RESIZE_METHODS, global_filter, resize_spectrum
+
+# Resized spectra kept in evaluation: as many grids as images in landscape and in portrait have.
+_MAX_KEPT = 2
+
+
+class GlobalFilter(nn.Module):
+    """Learned filter in the frequency domain for maps of any size.
+
+    The spectrum lives on the grid it was made for and is resized in forward whenever the map has
+    another one. In evaluation resized spectra are kept, a few grids of them, for as long as the
+    parameter holds the very values that they were made from.
+
+    Args:
+        dim: Number of channels C.
+        grid: Size `(h, w)` in cells of the maps that the spectrum is made for.
+        resize: How the spectrum reaches another grid, see
+            :func:`gfnet_dense.spectral.resize_spectrum`.
+        backend: How the operator is computed, see :func:`gfnet_dense.spectral.global_filter`.
+
+    Attributes:
+        complex_weight: The spectrum, of shape `(h, w // 2 + 1, C, 2)`. Name and initialisation
+            (normal, standard deviation 0.02) are the official ones.
+
+    Raises:
+        ValueError: If `dim` or `grid` is not positive, or `resize` or `backend` is unknown.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        grid: tuple[int, int],
+        resize: str = 'bilinear',
+        backend: str = 'auto',
+    ) -> None:
+        super().__init__()
+        if dim < 1 or min(grid) < 1:
+            raise ValueError(f'dim and grid must be positive, but got {dim} and {tuple(grid)}')
+        if resize not in RESIZE_METHODS:
+            raise ValueError(
+                f'unknown filter resize method {resize!r}, choose one of '
+                f'{", ".join(RESIZE_METHODS)}'
+            )
+        if backend not in BACKENDS:
+            raise ValueError(f'unknown backend {backend!r}, choose one of {", ".join(BACKENDS)}')
+        self.dim = dim
+        self.grid = (grid[0], grid[1])
+        self.resize = resize
+        self.backend = backend
+        self.complex_weight = nn.Parameter(torch.randn(grid[0], grid[1] // 2 + 1, dim, 2) * 0.02)
+        self._forget()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Filter a map of shape `(B, H, W, C)`; shape and dtype stay the same."""
+        return global_filter(x, self.spectrum(x.shape[1:3]), self.backend)
+
+    def spectrum(self, size: tuple[int, int]) -> Tensor:
+        """Return the spectrum for maps of `size` `(H, W)`, of shape `(H, W // 2 + 1, C, 2)`."""
+        size = (int(size[0]), int(size[1]))
+        weight = self.complex_weight
+        if size == self.grid:
+            return weight
+        learning = torch.is_grad_enabled() and weight.requires_grad
+        # A graph that is being captured can neither look at values nor hold what is kept here.
+        if self.training or learning or torch.compiler.is_compiling() or _is_capturing(weight):
+            return resize_spectrum(weight, self.grid, size, self.resize)
+        return self._kept_spectrum(size)
+
+    # What is kept serves later forwards too, so it is an ordinary tensor in inference mode as well.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _kept_spectrum(self, size: tuple[int, int]) -> Tensor:
+        weight = self.complex_weight
+        # Values are compared because nothing less is safe: an edit through `.data`, as EMA does,
+        # leaves version counter and address as they were. Reading a spectrum costs little beside
+        # resizing it.
+        source = self._source
+        if (
+            source is None
+            or source.dtype != weight.dtype
+            or source.device != weight.device
+            or not torch.equal(source, weight)
+        ):
+            self._forget()
+            self._source = weight.detach().clone()
+        resized = self._kept.pop(size, None)
+        if resized is None:
+            resized = resize_spectrum(weight, self.grid, size, self.resize)
+        self._kept[size] = resized
+        while len(self._kept) > _MAX_KEPT:
+            del self._kept[next(iter(self._kept))]
+        return resized
+
+    def _forget(self) -> None:
+        self._source: Tensor | None = None
+        self._kept: dict[tuple[int, int], Tensor] = {}
+
+    def train(self, mode: bool = True) -> 'GlobalFilter':
+        """Set the mode, as every module does; kept spectra are dropped."""
+        self._forget()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict:
+        # Copies and pickles carry the parameter, not what can be made from it.
+        return {**self.__dict__, '_source': None, '_kept': {}}
+
+    def extra_repr(self) -> str:
+        """Say what the layer is made for."""
+        return f'{self.dim}, grid={self.grid}, resize={self.resize}, backend={self.backend}'
+
+
+def _is_capturing(weight: Tensor) -> bool:
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,68 @@
+"""The operator of Global Filter Networks, `y = F^-1(K . F x)`, without parameters.
+
+One function, :func:`global_filter`, and the ways to compute it (backends). Resizing a learned
+spectrum or a position embedding from one grid to another lives in :mod:`.resize`.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .fft import fft_filter
+from .resize import RESIZE_METHODS, hermitian_part, resize_position_embedding, resize_spectrum
+
+__all__ = [
+    'BACKENDS',
+    'RESIZE_METHODS',
+    'global_filter',
+    'hermitian_part',
+    'resize_position_embedding',
+    'resize_spectrum',
+]
+
+_BACKENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {'fft': fft_filter}
+BACKENDS = ('auto', *_BACKENDS)
+
+
+def global_filter(x: Tensor, weight: Tensor, backend: str = 'auto') -> Tensor:
+    """Filter every channel of a map with a learned spectrum.
+
+    This is a depthwise circular convolution whose kernel is as large as the map (section 3 of
+    arXiv 2107.00645). Of a spectrum that is not Hermitian, as a learned one never is, only the
+    Hermitian part acts (:func:`hermitian_part`), on every device alike.
+
+    The result is computed in float32 (float64 for float64 input), also under autocast.
+
+    Args:
+        x: Map of shape `(B, H, W, C)`, any floating dtype, any strides.
+        weight: Spectrum of shape `(H, W // 2 + 1, C, 2)`: real and imaginary part, rows in FFT
+            order (0, 1, ..., -1), columns the non-negative frequencies.
+        backend: A name of :data:`BACKENDS`; `'auto'` takes the fastest one that fits.
+
+    Returns:
+        The filtered map, in the shape, dtype and device of `x`.
+
+    Raises:
+        TypeError: If `x` or `weight` is not of a real floating dtype.
+        ValueError: If the shapes or devices do not fit, or the backend is unknown.
+    """
+    if not x.is_floating_point() or not weight.is_floating_point():
+        raise TypeError(
+            f'x and weight must be real floating tensors, but got {x.dtype} and {weight.dtype}'
+        )
+    if x.ndim != 4 or 0 in x.shape[1:]:
+        raise ValueError(
+            f'x must be a non-empty map of shape (B, H, W, C), but got {tuple(x.shape)}'
+        )
+    _, height, width, channels = x.shape
+    expected = (height, width // 2 + 1, channels, 2)
+    if weight.shape != expected:
+        raise ValueError(
+            f'a map of shape {tuple(x.shape)} needs a weight of shape {expected}, '
+            f'but got {tuple(weight.shape)}; resize_spectrum() brings it to this grid'
+        )
+    if x.device != weight.device:
+        raise ValueError(f'x is on {x.device}, but weight is on {weight.device}')
+    if backend not in BACKENDS:
+        raise ValueError(f'unknown backend {backend!r}, choose one of {", ".join(BACKENDS)}')
+    return _BACKENDS['fft' if backend == 'auto' else backend](x, weight)
