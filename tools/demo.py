@@ -13,7 +13,7 @@ from mmengine.runner import find_latest_checkpoint
 from PIL import Image
 
 from gfnet_dense.data import CLASSES, PALETTE, label_grid, write_digits
-from gfnet_dense.engine import find_config, test, train
+from gfnet_dense.engine import evaluate, find_config, train
 
 CONFIG = 'upernet_gfnet_nano_digits'
 PICTURED = 8  # validation scenes
@@ -41,7 +41,7 @@ def main() -> None:
         train(config.copy(), seed=0, resume='auto' if latest else None)
 
     print('[3/4] evaluation on scenes of digits and photographs that training never saw')
-    miou = test(config.copy(), checkpoint)['mIoU']
+    miou = evaluate(config.copy(), checkpoint)['mIoU']
     frequent, baseline = constant_miou(args.data_root)
 
     print('[4/4] a picture')

@@ -5,7 +5,7 @@ import os
 
 from mmengine.config import DictAction
 
-from gfnet_dense.engine import test
+from gfnet_dense.engine import evaluate
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,4 +37,4 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == '__main__':
-    test(**vars(parse_args()))
+    evaluate(**vars(parse_args()))

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.dist import is_distributed
-from mmengine.model import revert_sync_batchnorm
+from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 from torch import nn
@@ -82,7 +82,7 @@ def train(
     return runner
 
 
-def test(
+def evaluate(
     config: str | Path | Config,
     checkpoint: str | Path,
     *,
@@ -193,15 +193,15 @@ class CpuReadyRunner(Runner):
         super().setup_env(env_cfg)
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
-        """Wrap the model for several processes.
+        """Wrap the model for several processes, on CPUs without what needs a GPU.
 
-        On CPUs without what needs a GPU: SyncBN, which becomes BN, and a device id.
+        That is SyncBN, which becomes BN, and the device id that mmengine hands over.
         """
-        if self.distributed and not torch.cuda.is_available():
-            model = revert_sync_batchnorm(model)
-            model_wrapper_cfg = model_wrapper_cfg or dict(
-                type='MMDistributedDataParallel',
-                broadcast_buffers=False,
-                find_unused_parameters=self.cfg.get('find_unused_parameters', False),
-            )
-        return super().wrap_model(model_wrapper_cfg, model)
+        options = dict(model_wrapper_cfg or {})
+        wrapper = options.pop('type', 'MMDistributedDataParallel')
+        on_cpu = self.distributed and not torch.cuda.is_available()
+        if not on_cpu or wrapper != 'MMDistributedDataParallel':
+            return super().wrap_model(model_wrapper_cfg, model)
+        options.setdefault('broadcast_buffers', False)
+        options.setdefault('find_unused_parameters', self.cfg.get('find_unused_parameters', False))
+        return MMDistributedDataParallel(revert_sync_batchnorm(model), **options)

@@ -1,0 +1,91 @@
+"""Pictures for people to look at."""
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+CELL_INCHES = 2.0
+LEGEND_ENTRY_INCHES = (1.3, 0.2)  # width and height
+TITLE_INCHES = 0.3
+NOT_LABELLED = ('not labelled', (255, 255, 255))
+
+
+def label_grid(
+    rows: Sequence[Sequence[np.ndarray]],
+    path: str | os.PathLike[str],
+    *,
+    titles: Sequence[str],
+    classes: Sequence[str],
+    palette: Sequence[Sequence[int]],
+) -> Path:
+    """Write a PNG of images and label maps side by side, with a legend of the classes in them.
+
+    Args:
+        rows: Rows of as many cells as there are titles. A cell of shape (H, W, 3), uint8, is an
+            RGB image. A cell of shape (H, W) is a map of class indices, where anything that is
+            no index of `classes`, such as mmseg's 255, is not labelled and drawn white.
+        path: The PNG to write; missing folders above it are made.
+        titles: What stands over the columns.
+        classes: Names of the classes.
+        palette: An RGB colour, 0 to 255, for every class.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: If there are no rows, their lengths are not that of `titles`, or `palette`
+            has another length than `classes`.
+        OSError: If `path` cannot be written.
+    """
+    # Imported here: matplotlib is slow to import, and training does without it. A Figure of its
+    # own, rather than pyplot, needs no display and leaves the caller's figures alone.
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    lengths = [len(row) for row in rows]
+    if set(lengths) != {len(titles)}:
+        raise ValueError(f'rows must have {len(titles)} cells, one a title, got {lengths}')
+    if len(palette) != len(classes):
+        raise ValueError(f'{len(classes)} classes need as many colours, got {len(palette)}')
+    names = [*classes, NOT_LABELLED[0]]
+    colours = np.array([*palette, NOT_LABELLED[1]], np.uint8)
+    cells = [_index_colours(cell, len(classes)) for row in rows for cell in row]
+    present = sorted(set().union(*(np.unique(cell) for cell in cells if cell.ndim == 2)))
+
+    width = CELL_INCHES * len(titles)
+    entry_width, entry_height = LEGEND_ENTRY_INCHES
+    legend_columns = max(1, int(width / entry_width))
+    legend_height = entry_height * (math.ceil(len(present) / legend_columns) + 1)
+    height = TITLE_INCHES + CELL_INCHES * len(rows) + legend_height
+    figure = Figure(figsize=(width, height), dpi=150, layout='constrained')
+    axes = figure.subplots(len(rows), len(titles), squeeze=False)
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=10)
+    for axis, cell in zip(axes.flat, cells, strict=True):
+        axis.imshow(cell if cell.ndim == 3 else colours[cell], interpolation='nearest')
+        axis.set_axis_off()
+    figure.legend(
+        handles=[
+            Patch(facecolor=colours[index] / 255, edgecolor='grey', label=names[index])
+            for index in present
+        ],
+        loc='outside lower center',
+        ncols=legend_columns,
+        fontsize=9,
+        frameon=False,
+    )
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format='png')
+    return path
+
+
+def _index_colours(cell: np.ndarray, num_classes: int) -> np.ndarray:
+    """A label map with `num_classes` for everything that is no class; an image as it is."""
+    if cell.ndim == 3:
+        return cell
+    return np.where((cell >= 0) & (cell < num_classes), cell.astype(int), num_classes)

@@ -1,0 +1,39 @@
+"""Helpers that tests of several folders share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+# The same examples on every machine, and no folder of examples left behind.
+hypothesis.settings.register_profile('repeatable', deadline=None, database=None, derandomize=True)
+hypothesis.settings.load_profile('repeatable')
+
+# Tensors of tests are so small that threads cost more than they bring, above all on a busy machine.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def golden() -> Callable[[str], dict[str, Tensor]]:
+    """Return a reader of the numbers that the official code produced."""
+    return lambda name: load_file(Path(__file__).parent / 'golden' / f'{name}.safetensors')
+
+
+@pytest.fixture
+def relative_error() -> Callable[[Tensor, Tensor], float]:
+    """Return a measure: the largest deviation, in units of the largest expected value."""
+
+    def measure(actual: Tensor, expected: Tensor) -> float:
+        assert actual.shape == expected.shape
+        return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+    return measure

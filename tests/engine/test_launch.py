@@ -1,0 +1,66 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from gfnet_dense.data import write_digits
+from gfnet_dense.engine import evaluate, find_config, train
+
+STEP = Path(__file__).with_name('step.py')
+NANO = 'upernet_gfnet_nano_digits'
+
+
+def test_configs_are_found_by_path_and_by_name(tmp_path, monkeypatch):
+    by_name = find_config(NANO)
+    assert by_name.name == f'{NANO}.py' and by_name.is_file()
+    monkeypatch.chdir(tmp_path)
+    assert find_config(NANO) == find_config(f'{NANO}.py') == find_config(f'configs/{NANO}.py')
+    own = tmp_path / f'{NANO}.py'
+    own.write_text('')
+    assert find_config(f'{NANO}.py').resolve() == own
+
+
+def test_an_unknown_config_lists_the_known_ones():
+    with pytest.raises(FileNotFoundError, match=rf'no_such.*{NANO}'):
+        find_config('no_such')
+
+
+def test_errors_before_a_run_starts(tmp_path):
+    with pytest.raises(FileNotFoundError, match='nothing to resume'):
+        train(NANO, work_dir=str(tmp_path), resume='auto')
+    with pytest.raises(FileNotFoundError, match='no checkpoint at nowhere.pth'):
+        evaluate(NANO, 'nowhere.pth', work_dir=str(tmp_path))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match='bfloat16.*GPU'):
+            train(NANO, work_dir=str(tmp_path), amp='bfloat16')
+    cfg = Config.fromfile(find_config(NANO))
+    cfg.pop('auto_scale_lr')
+    with pytest.raises(ValueError, match='auto_scale_lr'):
+        train(cfg, work_dir=str(tmp_path), auto_scale_lr=True)
+
+
+def test_a_step_of_two_processes_equals_one_with_the_joined_batch(tmp_path):
+    digits = write_digits(tmp_path / 'digits', num_training=8, num_validation=1)
+    environment = {**os.environ, 'DIGITS_ROOT': str(digits), 'OMP_NUM_THREADS': '1'}
+    torchrun = ['-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '29516']
+    for name, arguments in (('one', []), ('two', torchrun)):
+        result = subprocess.run(
+            [sys.executable, *arguments, str(STEP), str(tmp_path / name), '8'],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=250,
+        )
+        assert result.returncode == 0, result.stdout[-3000:]
+    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ('one', 'two'))
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-5, atol=1e-5, msg=key)
+    # The step was a real one.
+    start = torch.ones_like(one['backbone.norm0.weight'])
+    assert (one['backbone.norm0.weight'] - start).abs().max() > 1e-3

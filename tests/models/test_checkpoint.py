@@ -1,0 +1,625 @@
+"""Files that people really have, into networks of other outputs and grids; and bad files."""
+
+import argparse
+import io
+import os
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from gfnet_dense.models import GFNet, GFNetPyramid, checkpoint
+from gfnet_dense.models.architectures import HIERARCHICAL, ISOTROPIC
+from gfnet_dense.models.checkpoint import (
+    OFFICIAL_WEIGHTS,
+    CheckpointError,
+    adapt_state_dict,
+    load_pretrained,
+    read_state_dict,
+)
+from gfnet_dense.spectral import RESIZE_METHODS, resize_position_embedding, resize_spectrum
+
+PYRAMID = {'embed_dims': (4, 6, 8, 10), 'depths': (1, 2, 1, 1), 'layer_scale_init_value': 0.5}
+PATCHES = {'embed_dims': 8, 'depths': 3}
+networks = pytest.mark.parametrize(
+    ('network', 'arch', 'final'),
+    [(GFNetPyramid, PYRAMID, 'norm3'), (GFNet, PATCHES, 'norm2')],
+    ids=['GFNetPyramid', 'GFNet'],
+)
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    """Give every parameter values of its own, norms too, so that none can be mistaken."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.2 + 0.5)
+    return model.eval()
+
+
+def official_content(model: nn.Module) -> dict:
+    """Return what the authors' training script saves."""
+    return {
+        'model': model.state_dict(),
+        'optimizer': torch.optim.AdamW(model.parameters()).state_dict(),
+        'lr_scheduler': {'t_initial': 300, 'base_values': [1e-3]},
+        'epoch': 3,
+        'scaler': {'scale': 65536.0, '_growth_tracker': 7},
+        'args': argparse.Namespace(arch='gfnet-h-ti', lr=5e-4, data_path='.', output_dir=''),
+    }
+
+
+def saved(content: object, folder: Path, **arguments) -> Path:
+    path = folder / 'weights.pth'
+    torch.save(content, path, **arguments)
+    return path
+
+
+def assert_equal_states(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(actual[key], value), key
+
+
+# Files
+
+
+def official(model: nn.Module) -> object:
+    return official_content(model)
+
+
+def of_mmengine(model: nn.Module) -> object:
+    return {
+        'meta': {'epoch': 1, 'iter': 100, 'cfg': 'model = dict()', 'seed': 0},
+        'state_dict': model.state_dict(),
+        'message_hub': {'log_scalars': {}},
+        'optimizer': torch.optim.SGD(model.parameters()).state_dict(),
+    }
+
+
+def plain(model: nn.Module) -> object:
+    return model.state_dict()
+
+
+def plain_dict(model: nn.Module) -> object:
+    return dict(model.state_dict())
+
+
+layouts = pytest.mark.parametrize('layout', [official, of_mmengine, plain, plain_dict])
+
+
+@layouts
+@pytest.mark.parametrize('zipped', [True, False])
+def test_reads_the_weights_of_every_layout(tmp_path, layout, zipped):
+    model = randomized(GFNetPyramid(PYRAMID, img_size=32, num_classes=5))
+    path = saved(layout(model), tmp_path, _use_new_zipfile_serialization=zipped)
+    for name in (path, str(path)):
+        state = read_state_dict(name)
+        assert type(state) is dict
+        assert_equal_states(state, model.state_dict())
+
+
+@networks
+@layouts
+def test_loads_every_layout(tmp_path, network, arch, final, layout):
+    source = randomized(network(arch, img_size=32, num_classes=5))
+    path = saved(layout(source), tmp_path)
+    model = network(arch, img_size=32, num_classes=5)
+    assert load_pretrained(model, path) is None
+    assert_equal_states(model.state_dict(), source.state_dict())
+
+
+def test_says_what_was_loaded_resized_and_left(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(checkpoint, 'print_log', lambda message, **_: said.append(message))
+    source = GFNetPyramid(PYRAMID, img_size=32, num_classes=5)
+    path = saved(official_content(source), tmp_path)
+    load_pretrained(GFNetPyramid(PYRAMID, img_size=64), path)
+    said = '\n'.join(said)
+    assert str(path) in said
+    assert 'pos_embed' in said
+    assert 'blocks.1.1.filter.complex_weight' in said
+    assert '(8, 8)' in said
+    assert '(16, 16)' in said
+    assert 'bilinear' in said
+    for name in ('norm0.weight', 'norm1.bias', 'norm2.weight', 'head.weight', 'head.bias'):
+        assert name in said
+    assert 'norm3' not in said
+
+
+def test_a_training_checkpoint_of_mmengine(tmp_path):
+    """With the history of its metrics, which is more than tensors and plain values."""
+    from mmengine.logging import MessageHub
+
+    hub = MessageHub('test_a_training_checkpoint_of_mmengine')
+    hub.update_scalar('loss', 0.5)
+    hub.update_scalar('loss', torch.tensor(0.25))
+    model = randomized(GFNetPyramid(PYRAMID, img_size=32))
+    content = {'state_dict': model.state_dict(), 'message_hub': hub.state_dict(), 'meta': {}}
+    assert_equal_states(read_state_dict(saved(content, tmp_path)), model.state_dict())
+
+
+# Outputs
+
+
+@networks
+def test_the_final_norm_of_a_classifier_feeds_the_last_map_and_back(network, arch, final):
+    classifier = randomized(network(arch, img_size=32, num_classes=5))
+    backbone = randomized(network(arch, img_size=32))
+    state, _ = adapt_state_dict(classifier.state_dict(), backbone)
+    assert torch.equal(state[f'{final}.weight'], classifier.norm.weight)
+    assert torch.equal(state[f'{final}.bias'], classifier.norm.bias)
+    assert not any(key.startswith(('head.', 'norm.')) for key in state)
+    missing, unexpected = backbone.load_state_dict(state, strict=False)
+    assert unexpected == []
+    assert all(key.startswith(('norm0', 'norm1', 'norm2')) for key in missing)
+
+    x = torch.randn(2, 3, 32, 32)
+    pooled = backbone(x)[-1].mean((2, 3))
+    torch.testing.assert_close(classifier.head(pooled), classifier(x))
+
+    again = randomized(network(arch, img_size=32, num_classes=5))
+    state, _ = adapt_state_dict(backbone.state_dict(), again)
+    assert set(again.state_dict()) - set(state) == {'head.weight', 'head.bias'}
+    again.load_state_dict(state, strict=False)
+    torch.testing.assert_close(again.head(pooled), again(x))
+
+
+@networks
+def test_a_head_of_other_classes_is_left_out(network, arch, final):
+    source = randomized(network(arch, img_size=32, num_classes=5))
+    model = randomized(network(arch, img_size=32, num_classes=7))
+    state, notes = adapt_state_dict(source.state_dict(), model)
+    assert set(model.state_dict()) - set(state) == {'head.weight', 'head.bias'}
+    assert 'head.weight' in ' '.join(notes)
+    model.load_state_dict(state, strict=False)
+    assert torch.equal(model.norm.weight, source.norm.weight)
+
+
+@pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (3,), (0, 2), (1,), (0,)])
+@pytest.mark.parametrize('num_classes', [0, 5])
+def test_every_selection_of_stages_takes_a_whole_network(out_indices, num_classes):
+    source = randomized(GFNetPyramid(PYRAMID, img_size=32, num_classes=num_classes))
+    model = randomized(GFNetPyramid(PYRAMID, img_size=32, out_indices=out_indices))
+    state, _ = adapt_state_dict(source.state_dict(), model)
+    model.load_state_dict(state, strict=False)
+    whole = randomized(GFNetPyramid(PYRAMID, img_size=32))
+    whole.load_state_dict(
+        adapt_state_dict(source.state_dict(), whole)[0] | model_norms(model), strict=False
+    )
+    x = torch.randn(1, 3, 40, 32)
+    for y, i in zip(model(x), out_indices, strict=True):
+        assert torch.equal(y, whole(x)[i])
+    if num_classes == 0:
+        assert set(model.state_dict()) == set(state)
+
+
+def model_norms(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value for key, value in model.state_dict().items() if key.startswith('norm')}
+
+
+def test_a_selection_of_blocks_takes_a_whole_network():
+    source = randomized(GFNet(PATCHES, img_size=32, num_classes=5))
+    model = GFNet(PATCHES, img_size=32, out_indices=[0, 1])
+    state, notes = adapt_state_dict(source.state_dict(), model)
+    assert not any(key.startswith(('blocks.2.', 'norm')) for key in state)
+    assert 'blocks.2.mlp.fc1.weight' in ' '.join(notes)
+    assert all(key in state for key in model.state_dict() if not key.startswith('norm'))
+
+
+def test_a_part_takes_a_part_and_no_whole_takes_one():
+    part = randomized(GFNetPyramid(PYRAMID, img_size=32, out_indices=[0, 1]))
+    twin = GFNetPyramid(PYRAMID, img_size=32, out_indices=[0, 1])
+    state, notes = adapt_state_dict(part.state_dict(), twin)
+    assert_equal_states(state, part.state_dict())
+    assert notes == []
+    with pytest.raises(CheckpointError, match=r'\(4, 6\).*\(4, 6, 8, 10\)'):
+        adapt_state_dict(part.state_dict(), GFNetPyramid(PYRAMID, img_size=32))
+
+
+@networks
+def test_the_backbone_of_a_segmentor(tmp_path, network, arch, final):
+    backbone = randomized(network(arch, img_size=32))
+    content = {f'backbone.{key}': value for key, value in backbone.state_dict().items()}
+    content['decode_head.conv_seg.weight'] = torch.zeros(2, 3)
+    content['decode_head.blocks.0.norm1.weight'] = torch.zeros(7)
+    content['norm.weight'] = torch.zeros(9)
+    model = network(arch, img_size=32)
+    load_pretrained(model, saved({'state_dict': content, 'meta': {}}, tmp_path))
+    assert_equal_states(model.state_dict(), backbone.state_dict())
+
+
+def test_the_state_and_the_model_are_left_alone():
+    source = randomized(GFNetPyramid(PYRAMID, img_size=32, num_classes=5))
+    model = GFNetPyramid(PYRAMID, img_size=64)
+    state = OrderedDict(source.state_dict())
+    before = {key: value.clone() for key, value in state.items()}
+    own = {key: value.clone() for key, value in model.state_dict().items()}
+    adapt_state_dict(state, model)
+    assert_equal_states(state, before)
+    assert_equal_states(model.state_dict(), own)
+
+
+# Grids
+
+
+@networks
+@pytest.mark.parametrize('method', RESIZE_METHODS)
+@pytest.mark.parametrize(
+    ('old', 'new'),
+    [
+        (64, 96),
+        (96, 64),
+        ((36, 52), (52, 36)),
+        ((36, 52), (100, 68)),
+        ((100, 68), (20, 136)),
+        ((17, 33), 64),
+    ],
+    ids=str,
+)
+def test_resized_weights_do_what_resizing_in_forward_does(network, arch, final, method, old, new):
+    source = randomized(network(arch, img_size=old, filter_resize=method))
+    model = network(arch, img_size=new, filter_resize=method).eval()
+    state, notes = adapt_state_dict(source.state_dict(), model)
+    model.load_state_dict(state)
+    x = torch.randn(1, 3, *((new, new) if isinstance(new, int) else new))
+    for a, b in zip(model(x), source(x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert str(source.grid) in notes[0]
+    assert str(model.grid) in notes[0]
+
+
+def test_each_parameter_is_resized_from_its_own_grid():
+    source = randomized(GFNetPyramid(PYRAMID, img_size=(36, 52)))
+    model = GFNetPyramid(PYRAMID, img_size=(64, 40), filter_resize='spatial')
+    state, _ = adapt_state_dict(source.state_dict(), model)
+    old = [(9, 13), (5, 7), (3, 4), (2, 2)]
+    new = [(16, 10), (8, 5), (4, 3), (2, 2)]
+    for i in range(4):
+        key = f'blocks.{i}.0.filter.complex_weight'
+        expected = resize_spectrum(source.state_dict()[key], old[i], new[i], 'spatial')
+        assert torch.equal(state[key], expected)
+    expected = resize_position_embedding(source.pos_embed, old[0], new[0])
+    assert torch.equal(state['pos_embed'], expected)
+
+
+@networks
+def test_the_same_grid_takes_the_very_values(network, arch, final):
+    source = randomized(network(arch, img_size=(36, 52)))
+    state, notes = adapt_state_dict(source.state_dict(), network(arch, img_size=(36, 52)))
+    assert_equal_states(state, source.state_dict())
+    assert notes == []
+
+
+def test_published_sizes_from_224_to_512():
+    with torch.device('meta'):
+        source = GFNetPyramid('h-s', num_classes=1000).state_dict()
+        model = GFNetPyramid('h-s', img_size=512)
+    state, _ = adapt_state_dict(source, model)
+    assert state['pos_embed'].shape == (1, 128 * 128, 96)
+    widths = [(128, 65), (64, 33), (32, 17), (16, 9)]
+    for stage, grid in enumerate(widths):
+        weight = state[f'blocks.{stage}.0.filter.complex_weight']
+        assert weight.shape == (*grid, 96 * 2**stage, 2)
+
+
+# What does not fit
+
+
+@pytest.mark.parametrize(
+    ('network', 'held', 'wanted'),
+    [(GFNetPyramid, 'h-s', 'h-ti'), (GFNetPyramid, 'h-s', 'h-b'), (GFNet, 's', 'xs')],
+)
+def test_another_size_is_refused_by_both_names(network, held, wanted):
+    with torch.device('meta'):
+        source, model = network(held, num_classes=1000).state_dict(), network(wanted)
+    with pytest.raises(CheckpointError, match=rf'holds {held} \(.*model is {wanted} \('):
+        adapt_state_dict(source, model)
+
+
+def test_another_kind_is_refused():
+    with torch.device('meta'):
+        patches, pyramid = GFNet('ti'), GFNetPyramid('h-ti')
+    with pytest.raises(CheckpointError, match=r'holds ti \(.*model is h-ti \('):
+        adapt_state_dict(patches.state_dict(), pyramid)
+    with pytest.raises(CheckpointError, match=r'holds h-ti \(.*model is ti \('):
+        adapt_state_dict(pyramid.state_dict(), patches)
+
+
+def test_a_size_without_a_name_is_described(tmp_path):
+    source = GFNetPyramid({**PYRAMID, 'depths': (1, 1, 1, 1)}, img_size=32)
+    path = saved(official_content(source), tmp_path)
+    model = GFNetPyramid(PYRAMID, img_size=32)
+    with pytest.raises(CheckpointError) as e:
+        load_pretrained(model, path)
+    assert str(path) in str(e.value)
+    assert 'depths (1, 1, 1, 1)' in str(e.value)
+    assert 'depths (1, 2, 1, 1)' in str(e.value)
+
+
+@pytest.mark.parametrize(
+    'key',
+    ['pos_embed', 'patch_embed.0.proj.bias', 'blocks.1.1.mlp.fc2.weight', 'blocks.0.0.gamma'],
+)
+def test_missing_weights_are_named(key):
+    model = GFNetPyramid(PYRAMID, img_size=32)
+    state = model.state_dict()
+    del state[key]
+    with pytest.raises(CheckpointError, match=f'lacks {key}'):
+        adapt_state_dict(state, model)
+
+
+def test_a_missing_filter_is_named():
+    model = GFNetPyramid(PYRAMID, img_size=32)
+    state = model.state_dict()
+    del state['blocks.0.0.filter.complex_weight']
+    with pytest.raises(CheckpointError, match=r'lacks blocks\.0\.0\.filter\.complex_weight'):
+        adapt_state_dict(state, model)
+
+
+@pytest.mark.parametrize('out_indices', [None, (0, 1)])
+@pytest.mark.parametrize('key', ['blocks.0.0.attn.qkv.weight', 'cls_token', 'patch_embed.0.x'])
+def test_weights_that_no_gfnet_has_are_refused(key, out_indices):
+    source = GFNetPyramid(PYRAMID, img_size=32, num_classes=5).state_dict()
+    source[key] = torch.zeros(3)
+    model = GFNetPyramid(PYRAMID, img_size=32, out_indices=out_indices)
+    with pytest.raises(CheckpointError, match=key):
+        adapt_state_dict(source, model)
+
+
+@pytest.mark.parametrize(
+    ('key', 'shape'),
+    [
+        ('blocks.1.1.mlp.fc2.weight', (6, 23)),
+        ('patch_embed.0.proj.weight', (4, 1, 4, 4)),
+        ('pos_embed', (1, 65, 4)),
+        ('pos_embed', (1, 63, 4)),
+        ('pos_embed', (1, 16, 4)),
+        ('pos_embed', (1, 64, 5)),
+        ('pos_embed', (64,)),
+        ('blocks.0.0.filter.complex_weight', (8, 6, 4, 2)),
+        ('blocks.0.0.filter.complex_weight', (0, 5, 4, 2)),
+        ('blocks.0.0.filter.complex_weight', ()),
+        ('blocks.1.1.filter.complex_weight', (5, 3, 6, 2)),
+        ('blocks.3.0.filter.complex_weight', (1, 1, 10, 3)),
+        ('blocks.0.0.norm1.weight', ()),
+        ('blocks.0.0.norm1.weight', (5,)),
+        ('norm3.weight', (3,)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize('img_size', [32, 64])
+def test_weights_of_another_shape_are_refused(key, shape, img_size):
+    source = GFNetPyramid(PYRAMID, img_size=32).state_dict()
+    source[key] = torch.zeros(shape)
+    model = GFNetPyramid(PYRAMID, img_size=img_size)
+    with pytest.raises(CheckpointError):
+        adapt_state_dict(source, model)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    path = saved(nn.Linear(3, 4).state_dict(), tmp_path)
+    with pytest.raises(CheckpointError, match='no weights of a GFNet'):
+        load_pretrained(GFNetPyramid(PYRAMID, img_size=32), path)
+
+
+def test_a_refused_file_leaves_the_model_as_it_was(tmp_path):
+    model = randomized(GFNetPyramid(PYRAMID, img_size=32))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = GFNetPyramid(PYRAMID, img_size=32).state_dict()
+    del state['blocks.3.0.mlp.fc2.weight']
+    with pytest.raises(CheckpointError):
+        load_pretrained(model, saved({'model': state}, tmp_path))
+    assert_equal_states(model.state_dict(), before)
+
+
+# Bad files
+
+
+class Malicious:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+@pytest.mark.parametrize('place', ['beside', 'as_weights', 'in_args', 'alone'])
+def test_nothing_of_a_file_is_executed(tmp_path, place, zipped):
+    trap = tmp_path / 'executed'
+    content = official_content(GFNetPyramid(PYRAMID, img_size=32, num_classes=5))
+    if place == 'beside':
+        content['epoch'] = Malicious(trap)
+    elif place == 'as_weights':
+        content['model'] = Malicious(trap)
+    elif place == 'in_args':
+        content['args'].lr = Malicious(trap)
+    else:
+        content = Malicious(trap)
+    path = saved(content, tmp_path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match='safe'):
+        read_state_dict(path)
+    assert not trap.exists()
+    torch.load(path, weights_only=False)
+    assert trap.exists()  # the trap was armed
+
+
+def test_a_pickle_that_torch_did_not_write(tmp_path):
+    trap, path = tmp_path / 'executed', tmp_path / 'weights.pth'
+    path.write_bytes(pickle.dumps(Malicious(trap)))
+    with pytest.raises(CheckpointError):
+        read_state_dict(path)
+    assert not trap.exists()
+
+
+def test_reading_leaves_the_trusted_globals_of_torch_alone(tmp_path):
+    before = torch.serialization.get_safe_globals()
+    read_state_dict(saved(official_content(GFNet(PATCHES, img_size=32)), tmp_path))
+    assert set(torch.serialization.get_safe_globals()) == set(before)
+
+
+def file_of(content: object, **arguments) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file, **arguments)
+    return file.getvalue()
+
+
+ZIPPED = file_of({'model': {'pos_embed': torch.zeros(1, 4, 4)}})
+LEGACY = file_of(
+    {'model': {'pos_embed': torch.zeros(1, 4, 4)}}, _use_new_zipfile_serialization=False
+)
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        b'',
+        b'\n',
+        b'<!DOCTYPE html><html><body>This share link has expired</body></html>',
+        b'{"error": "quota exceeded"}',
+        b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n',
+        b'PK\x03\x04',
+        b'\x80\x02',
+        b'\x80\x04\x95',
+        b'\x1f\x8b\x08\x00' + bytes(30),
+        b'\x89PNG\r\n\x1a\n' + bytes(30),
+        bytes(100),
+        ZIPPED[:-10],
+        ZIPPED[: len(ZIPPED) // 2],
+        ZIPPED[:100],
+        LEGACY[:-10],
+        *(LEGACY[: len(LEGACY) * i // 8] for i in range(1, 8)),
+        LEGACY.replace(b'pos_embed', b'\xff' * 9),
+        LEGACY[:200] + b'\x85R' * 50 + LEGACY[200:],
+        pickle.dumps({'model': 'no weights'}),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused(tmp_path, content):
+    path = tmp_path / 'weights.pth'
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as e:
+        read_state_dict(path)
+    assert str(path) in str(e.value)
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        torch.zeros(3),
+        [torch.zeros(3)],
+        {},
+        {'model': {}},
+        {'model': 'gfnet-h-s', 'epoch': 3},
+        {'epoch': 3},
+        {'weights': {'pos_embed': torch.zeros(3)}},
+        {'model': {'pos_embed': [1.0, 2.0]}},
+    ],
+)
+def test_what_holds_no_weights_is_refused(tmp_path, content):
+    path = saved(content, tmp_path)
+    with pytest.raises(CheckpointError) as e:
+        read_state_dict(path)
+    assert str(path) in str(e.value)
+
+
+def test_keys_that_are_no_names_are_refused(tmp_path):
+    path = saved({0: torch.zeros(3)}, tmp_path)
+    with pytest.raises(CheckpointError):
+        load_pretrained(GFNetPyramid(PYRAMID, img_size=32), path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    path = tmp_path / 'weights.pth'
+    for name in (path, str(path), tmp_path):
+        with pytest.raises(FileNotFoundError) as e:
+            load_pretrained(GFNetPyramid(PYRAMID, img_size=32), name)
+        assert str(name) in str(e.value)
+        assert 'init_cfg' in str(e.value)
+    for name in (path, tmp_path):
+        with pytest.raises(OSError):
+            read_state_dict(name)
+
+
+# Official weights by name
+
+
+@pytest.mark.parametrize('name', OFFICIAL_WEIGHTS)
+def test_missing_official_weights_are_named_with_place_and_source(tmp_path, monkeypatch, name):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    with pytest.raises(FileNotFoundError) as e:
+        load_pretrained(GFNetPyramid(PYRAMID, img_size=32), name)
+    assert str(tmp_path / 'hub' / 'checkpoints' / f'{name}.pth') in str(e.value)
+    for source in ('https://cloud.tsinghua.edu.cn/f/', 'https://drive.google.com/file/d/'):
+        assert source in str(e.value)
+
+
+@networks
+def test_official_weights_are_found_by_name(tmp_path, monkeypatch, network, arch, final):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    folder = tmp_path / 'hub' / 'checkpoints'
+    folder.mkdir(parents=True)
+    source = randomized(network(arch, img_size=32, num_classes=5))
+    saved(official_content(source), folder).rename(folder / 'gfnet-h-ti.pth')
+    model = network(arch, img_size=32, num_classes=5)
+    load_pretrained(model, 'gfnet-h-ti')
+    assert_equal_states(model.state_dict(), source.state_dict())
+
+
+def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = randomized(GFNetPyramid(PYRAMID, img_size=32))
+    saved(source.state_dict(), tmp_path).rename(tmp_path / 'gfnet-h-s')
+    model = GFNetPyramid(PYRAMID, img_size=32)
+    load_pretrained(model, 'gfnet-h-s')
+    assert_equal_states(model.state_dict(), source.state_dict())
+
+
+def test_official_weights_are_those_of_the_seven_sizes():
+    assert list(OFFICIAL_WEIGHTS) == [f'gfnet-{name}' for name in (*ISOTROPIC, *HIERARCHICAL)]
+    ids = [i for pair in OFFICIAL_WEIGHTS.values() for i in pair]
+    assert len(ids) == len(set(ids)) == 14
+
+
+# As a config names it
+
+
+class Segmentor(BaseModule):
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+
+@networks
+def test_init_weights_loads_the_pretrained_file(tmp_path, network, arch, final):
+    source = randomized(network(arch, img_size=32, num_classes=5))
+    path = saved(official_content(source), tmp_path)
+    model = network(arch, img_size=64, init_cfg={'type': 'Pretrained', 'checkpoint': str(path)})
+    segmentor = Segmentor(model)
+    segmentor.init_weights()
+    bias = next(key for key in model.state_dict() if key.endswith('mlp.fc1.bias'))
+    assert torch.equal(model.state_dict()[bias], source.state_dict()[bias])
+    assert torch.equal(getattr(model, final).weight, source.norm.weight)
+    assert model.is_init
+    assert segmentor.is_init
+
+
+@pytest.mark.parametrize('as_list', [False, True])
+def test_init_weights_is_strict(tmp_path, as_list):
+    source = GFNetPyramid({**PYRAMID, 'depths': (1, 1, 1, 1)}, img_size=32)
+    path = saved(official_content(source), tmp_path)
+    init_cfg = {'type': 'Pretrained', 'checkpoint': str(path)}
+    model = GFNetPyramid(PYRAMID, img_size=32, init_cfg=[init_cfg] if as_list else init_cfg)
+    with pytest.raises(CheckpointError, match='depths'):
+        model.init_weights()
+
+
+@pytest.mark.parametrize('as_list', [False, True])
+def test_init_weights_names_a_missing_file(tmp_path, as_list):
+    init_cfg = {'type': 'Pretrained', 'checkpoint': str(tmp_path / 'none.pth')}
+    model = GFNetPyramid(PYRAMID, img_size=32, init_cfg=[init_cfg] if as_list else init_cfg)
+    with pytest.raises(FileNotFoundError, match=r'none\.pth'):
+        Segmentor(model).init_weights()

@@ -1,0 +1,204 @@
+"""The command line, for real: data, training, interruption, resume, evaluation, two processes."""
+
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gfnet_dense.data import CLASSES, write_digits
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / 'configs' / 'upernet_gfnet_nano_digits.py'
+SHORT = (
+    'train_dataloader.batch_size=4',
+    'train_dataloader.num_workers=0',
+    'train_dataloader.persistent_workers=False',
+    'val_dataloader.num_workers=0',
+    'val_dataloader.persistent_workers=False',
+    'test_dataloader.num_workers=0',
+    'test_dataloader.persistent_workers=False',
+    'default_hooks.checkpoint.interval=2',
+    'default_hooks.logger.interval=1',
+    'train_cfg.val_interval=4',
+)
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory) -> Path:
+    return write_digits(
+        tmp_path_factory.mktemp('data') / 'digits', num_training=16, num_validation=5
+    )
+
+
+@pytest.fixture(scope='module')
+def environment(digits) -> dict[str, str]:
+    return {
+        **os.environ,
+        'DIGITS_ROOT': str(digits),
+        'OMP_NUM_THREADS': '1',
+        'PYTHON': sys.executable,
+    }
+
+
+def run(*command, environment, cwd) -> str:
+    result = subprocess.run(
+        [str(c) for c in command],
+        env=environment,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout[-5000:]
+    return result.stdout
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory, environment) -> tuple[Path, str]:
+    """Train four iterations, from a folder that is not the checkout; config by name."""
+    cwd = tmp_path_factory.mktemp('elsewhere')
+    out = run(
+        sys.executable, ROOT / 'tools/train.py', 'upernet_gfnet_nano_digits',
+        '--work-dir', 'run', '--seed', '3', '--cfg-options', 'train_cfg.max_iters=4', *SHORT,
+        environment=environment, cwd=cwd,
+    )  # fmt: skip
+    return cwd / 'run', out
+
+
+def test_training_says_what_it_does_and_saves(trained, digits):
+    work_dir, out = trained
+    summary = out[out.index('This run:') :]
+    for line in (
+        r'model +EncoderDecoder of GFNetPyramid, UPerHead, FCNHead; 2\.\d\dM parameters',
+        r'weights +none loaded, trained from scratch',
+        rf'training data +16 images, BaseSegDataset in {re.escape(str(digits))}',
+        rf'validation data +5 images, BaseSegDataset in {re.escape(str(digits))}',
+        r'total batch +4 ',
+        r'learning rate +0\.002',
+        r'device +cpu',
+        r'precision +torch.float32',
+    ):
+        assert re.search(line, summary), (line, summary[:1500])
+    assert re.search(r'Iter\(train\) \[4/4\].*eta', out)
+    assert re.search(r'mIoU: \d', out)
+    checkpoint = torch.load(work_dir / 'iter_4.pth', weights_only=False)
+    assert checkpoint['meta']['iter'] == 4 and checkpoint['meta']['seed'] == 3
+    assert 'backbone.blocks.0.0.filter.complex_weight' in checkpoint['state_dict']
+
+
+def test_a_killed_run_resumes_from_its_latest_checkpoint(tmp_path, environment):
+    command = [
+        sys.executable, ROOT / 'tools/train.py', CONFIG, '--work-dir', tmp_path,
+        '--cfg-options', *SHORT, 'train_cfg.val_interval=100',
+    ]  # fmt: skip
+    with open(tmp_path / 'out', 'w') as out:
+        process = subprocess.Popen(
+            [*map(str, command), 'train_cfg.max_iters=10000'],
+            env=environment,
+            stdout=out,
+            stderr=out,
+        )
+    latest = tmp_path / 'last_checkpoint'
+    deadline = time.monotonic() + 120
+    while not latest.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    saved = int(re.search(r'iter_(\d+)', latest.read_text())[1])
+
+    out = run(
+        *command, f'train_cfg.max_iters={saved + 2}', '--resume', environment=environment, cwd=ROOT
+    )
+    assert f'iter_{saved}.pth' in out
+    iterations = [int(i) for i in re.findall(r'Iter\(train\) \[\s*(\d+)/', out)]
+    assert iterations == [saved + 1, saved + 2]
+    checkpoint = torch.load(tmp_path / f'iter_{saved + 2}.pth', weights_only=False)
+    steps = {int(state['step']) for state in checkpoint['optimizer']['state'].values()}
+    assert steps == {saved + 2}
+
+
+def test_evaluation_predicts_draws_and_averages(trained, digits, environment, tmp_path):
+    work_dir, trained_out = trained
+    labels, pictures, dump = tmp_path / 'labels', tmp_path / 'pictures', tmp_path / 'all.pkl'
+    base = [sys.executable, ROOT / 'tools/test.py', CONFIG, work_dir / 'iter_4.pth']
+    options = ['--work-dir', tmp_path / 'work', '--cfg-options', *SHORT]
+
+    out = run(
+        *base, '--out', labels, '--show-dir', pictures, *options, environment=environment, cwd=ROOT
+    )
+    pattern = r'mIoU: (\d+\.\d+)'
+    # The evaluation during training saw the same weights and data.
+    assert re.findall(pattern, out)[-1] == re.findall(pattern, trained_out)[-1]
+    names = sorted(path.stem for path in (digits / 'images/validation').glob('*.jpg'))
+    assert sorted(path.stem for path in labels.glob('*.png')) == names
+    assert len(list(pictures.rglob('*.png'))) == len(names)
+
+    # --out is in the labels of the data set, 0 for not labelled: the mIoU again, by hand.
+    truth = [np.array(Image.open(digits / f'annotations/validation/{n}.png')) for n in names]
+    found = [np.array(Image.open(labels / f'{n}.png')) for n in names]
+    truth, found = np.stack(truth), np.stack(found)
+    ious = []
+    for c in range(1, len(CLASSES) + 1):
+        in_truth, in_found = (truth == c), (found == c) & (truth > 0)
+        if (in_truth | in_found).any():
+            ious.append((in_truth & in_found).sum() / (in_truth | in_found).sum())
+    assert 100 * np.mean(ious) == pytest.approx(float(re.findall(pattern, out)[-1]), abs=0.006)
+
+    out = run(*base, '--tta', '--out', dump, *options, environment=environment, cwd=ROOT)
+    assert re.search(pattern, out)
+    with dump.open('rb') as file:
+        assert len(pickle.load(file)) == len(names)
+
+
+def test_two_processes_train_evaluate_and_save(tmp_path, environment):
+    arguments = ['--work-dir', tmp_path, '--cfg-options', 'train_cfg.max_iters=2', *SHORT]
+    out = run(
+        'bash', ROOT / 'tools/dist_train.sh', CONFIG, 2, *arguments, 'train_cfg.val_interval=2',
+        environment={**environment, 'MASTER_PORT': '29517'}, cwd=tmp_path,
+    )  # fmt: skip
+    assert re.search(r'total batch +8 \(4 in each of 2 processes\)', out)
+    trained_miou = re.findall(r'mIoU: (\d+\.\d+)', out)[-1]
+    checkpoint = tmp_path / 'iter_2.pth'
+    state = torch.load(checkpoint, weights_only=False)['state_dict']
+    assert not any(key.startswith('module.') for key in state)
+
+    out = run(
+        'bash', ROOT / 'tools/dist_test.sh', CONFIG, checkpoint, 2, '--work-dir', tmp_path / 'test',
+        environment={**environment, 'MASTER_PORT': '29518'}, cwd=tmp_path,
+    )  # fmt: skip
+    assert re.findall(r'mIoU: (\d+\.\d+)', out)[-1] == trained_miou
+
+
+@pytest.mark.parametrize('script', ['dist_train', 'dist_test', 'slurm_train', 'slurm_test'])
+def test_scripts_say_how_they_are_used(script):
+    result = subprocess.run(
+        ['bash', ROOT / f'tools/{script}.sh'], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith('usage:')
+
+
+def test_slurm_scripts_ask_for_what_they_are_told(tmp_path):
+    srun = tmp_path / 'srun'
+    srun.write_text('#!/bin/sh\necho "$@"\n')
+    srun.chmod(0o755)
+    environment = {
+        **os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'GPUS': '16', 'PYTHON': 'python'
+    }  # fmt: skip
+    out = run(
+        'bash', ROOT / 'tools/slurm_train.sh', 'part', 'job', 'c.py', 'work', '--amp',
+        environment=environment, cwd=tmp_path,
+    ).split()  # fmt: skip
+    assert {'--partition=part', '--job-name=job', '--ntasks=16', '--ntasks-per-node=8'} <= set(out)
+    script = next(i for i, word in enumerate(out) if word.endswith('tools/train.py'))
+    assert out[script + 1 :] == ['c.py', '--work-dir', 'work', '--amp', '--launcher', 'slurm']

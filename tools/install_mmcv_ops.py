@@ -1,0 +1,270 @@
+"""Give the installed mmcv its compiled operators, which detection needs.
+
+    python tools/install_mmcv_ops.py
+
+compiles them for the mmcv and the torch of the Python that runs this, and puts the wheel into the
+user's cache folder, from where every later environment with the same versions installs it within a
+minute. Operators that are there and load are left alone.
+
+pip alone is not enough. Its isolated build finds no torch and leaves the operators out without a
+word; and it caches the wheel under one key, whatever torch it was compiled for and even without
+operators.
+"""
+
+import argparse
+import fcntl
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+DISTRIBUTION = 'onedl-mmcv'
+BUILD_TOOLS = ('setuptools>=80,<82', 'wheel', 'packaging', 'ninja')  # torch 2.12 asks for <82
+HEARTBEAT_SECONDS = 30
+GIB_PER_JOB = 2  # one compiler process takes about 1 GiB
+
+
+class InstallError(Exception):
+    """The operators cannot be installed; the message says why and what to do."""
+
+
+def cache_root() -> Path:
+    """The folder in the user's cache that holds the compiled wheels, outside every checkout."""
+    base = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+    return Path(base) / 'gfnet-dense'
+
+
+def wheel_folder(root: Path, mmcv: str, torch: str, device: str) -> Path:
+    """Where the wheel of these versions lies: one folder for everything a binary depends on."""
+    python = f'cp{sys.version_info.major}{sys.version_info.minor}'
+    platform = sysconfig.get_platform()
+    return root / f'mmcv-{mmcv}-torch{torch}-{device}-{python}-{platform}'
+
+
+def find_wheel(folder: Path) -> Path | None:
+    """The wheel in `folder`, None where there is none; it was moved there whole or not at all."""
+    return next(folder.glob('*.whl'), None)
+
+
+def target_device() -> str:
+    """What to compile for: `'cuda'` or `'cpu'`.
+
+    mmcv's setup.py compiles CUDA operators where torch sees a GPU or FORCE_CUDA=1 asks for them,
+    and fails without an nvcc of torch's own CUDA version.
+    """
+    import torch
+
+    wanted = torch.cuda.is_available() or os.environ.get('FORCE_CUDA') == '1'
+    if not wanted or torch.version.cuda is None:
+        return 'cpu'
+
+    from torch.utils.cpp_extension import CUDA_HOME  # warns where there is no GPU
+
+    try:
+        nvcc = subprocess.check_output([f'{CUDA_HOME}/bin/nvcc', '--version'], text=True)
+    except OSError:
+        nvcc = ''
+    major = torch.version.cuda.split('.')[0]
+    if f'release {major}.' in nvcc:
+        return 'cuda'
+    print(
+        f'There is a GPU but no nvcc of CUDA {major}: the operators are for the CPU only,\n'
+        f'and detection cannot train on the GPU. Install CUDA {major} with nvcc, run this again.'
+    )
+    return 'cpu'
+
+
+def operators_work(device: str) -> bool:
+    """Whether a fresh interpreter loads mmcv's operators, and for `'cuda'` their CUDA half."""
+    code = 'import mmcv.ops; print(mmcv.ops.get_compiling_cuda_version())'
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    return result.returncode == 0 and (device == 'cpu' or 'not available' not in result.stdout)
+
+
+def require_compiler() -> None:
+    """Raise `InstallError` unless a C++17 program that includes Python's headers compiles."""
+    compiler = shlex.split(os.environ.get('CXX', 'c++'))
+    if shutil.which(compiler[0]) is None:
+        raise InstallError(
+            f"There is no C++ compiler ({compiler[0]}), and mmcv's operators must be compiled.\n"
+            'On Debian and Ubuntu: sudo apt install g++'
+        )
+    python_dev = f'python{sys.version_info.major}.{sys.version_info.minor}-dev'
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, 'probe.cpp')
+        source.write_text('#include <Python.h>\n#include <string_view>\n')
+        include = f'-I{sysconfig.get_path("include")}'
+        command = [*compiler, '-std=c++17', include, '-fsyntax-only', str(source)]
+        result = subprocess.run(command, capture_output=True, text=True)
+    if 'Python.h' in result.stderr:
+        raise InstallError(
+            "The header Python.h is missing, and mmcv's operators must be compiled against it.\n"
+            f'On Debian and Ubuntu: sudo apt install {python_dev}'
+        )
+    if result.returncode != 0:
+        raise InstallError(f'{compiler[0]} does not compile C++17:\n{result.stderr.strip()}')
+
+
+def require_build_tools() -> None:
+    """Raise `InstallError` where a Python package that the build imports is missing."""
+    names = [re.match(r'\w+', tool)[0] for tool in BUILD_TOOLS]
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InstallError(
+            f'The build needs {", ".join(missing)}:\n'
+            f'{sys.executable} -m pip install {shlex.join(BUILD_TOOLS)}'
+        )
+
+
+def announce() -> None:
+    """Say what is going to happen, before anything long, and raise where it cannot."""
+    if operators_work('cpu'):
+        return
+    any_version = wheel_folder(cache_root(), mmcv='*', torch='*', device='*')
+    if any(any_version.parent.glob(f'{any_version.name}/*.whl')):
+        print("mmcv's operators were compiled before; this reuses them if the versions agree.")
+        return
+    print(
+        "mmcv's operators must be compiled: 10 to 30 minutes on 2 CPU cores, once. The wheel is\n"
+        f'kept in {cache_root()}, and later installations take a minute.'
+    )
+    require_compiler()
+
+
+def parallel_jobs() -> int:
+    """As many compilers at once as there are processors, and memory for them."""
+    processors = len(os.sched_getaffinity(0)) if sys.platform == 'linux' else os.cpu_count() or 1
+    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30
+    return max(1, min(processors, int(memory / GIB_PER_JOB)))
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` alone; the system lets go when this process ends, however it ends."""
+    with open(folder / 'lock', 'w') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print('Another process compiles the same wheel; waiting for it.')
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def progress(build: Path) -> str:
+    """`'12 of 78 files'`, read off ninja's build file and the object files there are."""
+    plan = next(build.rglob('build.ninja'), None)
+    if plan is None:
+        return 'preparing'
+    total = len(re.findall(r'^build \S+\.o:', plan.read_text(), flags=re.MULTILINE))
+    done = sum(1 for _ in plan.parent.rglob('*.o'))
+    return f'{done} of {total} files compiled'
+
+
+def compile_wheel(mmcv: str, device: str, folder: Path) -> Path:
+    """Compile the wheel and move it into `folder`, which the caller has locked."""
+    build, log = folder / 'build', folder / 'build.log'
+    shutil.rmtree(build, ignore_errors=True)  # of a build that was interrupted
+    build.mkdir()
+    scripts = sysconfig.get_path('scripts')
+    environment = {
+        'MAX_JOBS': str(parallel_jobs()),
+        **os.environ,
+        'PATH': f'{scripts}{os.pathsep}{os.environ["PATH"]}',  # where pip puts ninja
+        'TMPDIR': str(build),
+    }
+    if device == 'cpu':
+        environment.update(CUDA_VISIBLE_DEVICES='', FORCE_CUDA='0')
+    command = [sys.executable, '-m', 'pip', 'wheel', '--verbose', '--wheel-dir', str(build)]
+    command += ['--no-deps', '--no-cache-dir', '--no-build-isolation', '--no-binary', DISTRIBUTION]
+    command += [f'{DISTRIBUTION}=={mmcv}']
+    print(f'log: {log}')
+    start = time.monotonic()
+    with (
+        open(log, 'w') as output,
+        subprocess.Popen(command, env=environment, stdout=output, stderr=output) as process,
+    ):
+        while process.poll() is None:
+            try:
+                process.wait(HEARTBEAT_SECONDS)
+            except subprocess.TimeoutExpired:
+                minutes, seconds = divmod(int(time.monotonic() - start), 60)
+                print(f'  {minutes:2d} min {seconds:02d} s: {progress(build)}')
+    wheel = find_wheel(build)
+    if process.returncode != 0 or wheel is None:
+        raise InstallError(f'Compiling failed:\n{excerpt(log)}\nThe whole log: {log}')
+    if not any(name.startswith('mmcv/_ext') for name in zipfile.ZipFile(wheel).namelist()):
+        raise InstallError(f'mmcv built a wheel without its operators. The log: {log}')
+    finished = wheel.replace(folder / wheel.name)
+    shutil.rmtree(build)
+    return finished
+
+
+def excerpt(log: Path) -> str:
+    """The compiler's error messages in a log, or else its last lines."""
+    lines = log.read_text(errors='replace').splitlines()
+    errors = [line for line in lines if re.search(r'\berror ?:|\bKilled\b|No space left', line)]
+    return '\n'.join(line[:300] for line in (errors[:5] or lines[-20:]))
+
+
+def install() -> None:
+    """Make `import mmcv.ops` work in this environment, or raise `InstallError`."""
+    try:
+        import torch
+
+        mmcv = importlib.metadata.version(DISTRIBUTION)
+    except (ImportError, OSError) as error:
+        raise InstallError(f'{error}\nFirst: pip install -r requirements.txt') from error
+    device = target_device()
+    if operators_work(device):
+        print("mmcv's operators are installed and load.")
+        return
+
+    folder = wheel_folder(cache_root(), mmcv, torch.__version__, device)
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder):
+        wheel = find_wheel(folder)
+        if wheel is None:
+            require_compiler()
+            require_build_tools()
+            print(f'Compiling mmcv {mmcv} for torch {torch.__version__}, {device}')
+            wheel = compile_wheel(mmcv, device, folder)
+    print(f'Installing {wheel}')
+    pip = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--force-reinstall']
+    subprocess.run([*pip, '--no-index', str(wheel)], check=True)
+    if not operators_work(device):
+        raise InstallError(f'The operators of {wheel} do not load. Delete it and run this again.')
+    print("mmcv's operators are installed and load.")
+
+
+def main() -> None:
+    """Parse the command line and report an `InstallError` without a traceback."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        '--announce',
+        action='store_true',
+        help='only say what will be done, and fail if the means are missing; needs no torch',
+    )
+    args = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)  # so that progress is seen through a pipe
+    try:
+        if args.announce:
+            announce()
+        else:
+            install()
+    except (InstallError, subprocess.CalledProcessError) as error:
+        sys.exit(f'\n{error}\n')
+
+
+if __name__ == '__main__':
+    main()
