@@ -175,12 +175,17 @@ def test_operators_missing(sound):
     assert problem.remedy.endswith('install_mmcv_ops.py')
 
 
-def test_operators_for_another_torch(sound):
-    sound.errors['mmcv.ops'] = 'ImportError: _ext.so: undefined symbol: _ZN2at'
-    assert not only(check.diagnose(sound, ops=False)).fatal
-    problem = only(check.diagnose(sound, ops=True))
+@pytest.mark.parametrize(
+    ('ops', 'remedy'), [(True, 'install_mmcv_ops.py'), (False, 'pip install --no-cache-dir')]
+)
+def test_operators_for_another_torch(sound, ops, remedy):
+    error = 'ImportError: _ext.so: undefined symbol: _ZN2at'
+    sound.errors.update({'mmcv.ops': error, 'mmseg': error})
+    problem = only(check.diagnose(sound, ops))
     assert problem.fatal
+    assert problem.modules == ('mmcv.ops', 'mmseg')
     assert 'another torch' in problem.text
+    assert remedy in problem.remedy
 
 
 @pytest.mark.parametrize('package', [None, Path('/elsewhere/gfnet_dense')])

@@ -19,6 +19,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,7 +62,7 @@ OPERATORS = 'mmcv.ops'
 
 # Why a version is out of the bounds of pyproject.toml, for bounds that users run into.
 REASONS = {
-    'torch': 'from 2.14 on its headers need C++20, and mmcv compiles its operators as C++17',
+    'torch': 'the forks need 2.4, and mmcv cannot be compiled against the C++20 headers of 2.14',
     'numpy': 'mmsegmentation needs numpy 2',
 }
 
@@ -112,17 +113,21 @@ class Problem:
 def diagnose(facts: Facts, ops: bool) -> list[Problem]:
     """Everything wrong with an environment, in the order in which to mend it.
 
+    What is fatally wrong with a package explains whatever later rules would say of it.
+
     Args:
         facts: What was observed of it.
         ops: Whether mmcv's operators are wanted.
     """
+    wanted_operators = partial(operators, ops=ops)
+    rules = (missing, upstream, opencv, out_of_bounds, wanted_operators, imports, not_pinned)
     problems: list[Problem] = []
     suspects = list(STACK)
-    for rule in (missing, upstream, opencv, out_of_bounds, imports, not_pinned):
+    for rule in rules:
         problems += rule(facts, suspects)
         explained = {module for problem in problems if problem.fatal for module in problem.modules}
         suspects = [package for package in suspects if package.module not in explained]
-    return [*problems, *operators(facts, ops), *own_package(facts)]
+    return [*problems, *own_package(facts)]
 
 
 def missing(facts: Facts, suspects: list[Package]) -> Iterator[Problem]:
@@ -137,9 +142,9 @@ def missing(facts: Facts, suspects: list[Package]) -> Iterator[Problem]:
 
 def upstream(facts: Facts, suspects: list[Package]) -> Iterator[Problem]:
     """OpenMMLab's own packages, over the forks or in their place."""
-    for package in suspects:
+    for package in (package for package in suspects if package.distribution.startswith('onedl-')):
         fork = package.distribution
-        for name in package.others if fork.startswith('onedl-') else ():
+        for name in package.others:
             if name not in facts.installed:
                 continue
             found = f'{name} {facts.installed[name]}'
@@ -174,6 +179,30 @@ def out_of_bounds(facts: Facts, suspects: list[Package]) -> Iterator[Problem]:
             reason = REASONS.get(name, 'pyproject.toml excludes it')
             remedy = f'{PIP} install {facts.requirement(name)}'
             yield Problem((package.module,), f'{name} {found} does not fit: {reason}.', remedy)
+
+
+def operators(facts: Facts, suspects: list[Package], ops: bool) -> Iterator[Problem]:
+    """The compiled operators of mmcv: not there although wanted, or there for another torch."""
+    error = facts.errors.get(OPERATORS)
+    if error is None or facts.errors.keys() & {'torch', 'mmcv'}:
+        return
+    remedy = f'{sys.executable} {ROOT / "tools" / "install_mmcv_ops.py"}'
+    if facts.has_operators:
+        # mmseg does without operators, but not with broken ones.
+        stopped = [
+            package.module for package in suspects if facts.errors.get(package.module) == error
+        ]
+        text = (
+            f'The operators of mmcv do not load ({error}). They were compiled for another torch; '
+        )
+        text += 'pip may have taken an old wheel from its cache.'
+        if not ops:
+            remedy = f'{PIP} install --no-cache-dir --no-deps --force-reinstall '
+            remedy += facts.requirement('onedl-mmcv')
+        yield Problem((OPERATORS, *stopped), text, remedy)
+    elif ops:
+        text = 'mmcv was installed without its compiled operators, which detection needs.'
+        yield Problem((OPERATORS,), text, remedy)
 
 
 def imports(facts: Facts, suspects: list[Package]) -> Iterator[Problem]:
@@ -213,23 +242,6 @@ def not_pinned(facts: Facts, suspects: list[Package]) -> Iterator[Problem]:
         text = ', '.join(f'{name} {version}' for name, version in zip(names, versions, strict=True))
         remedy = f'{PIP} install {" ".join(map(facts.requirement, names))}'
         yield Problem(modules, f'Not the tested version: {text}.', remedy, fatal=False)
-
-
-def operators(facts: Facts, ops: bool) -> Iterator[Problem]:
-    """The compiled operators of mmcv: not there, or there for another torch."""
-    error = facts.errors.get(OPERATORS)
-    if error is None or error in (facts.errors.get('torch'), facts.errors.get('mmcv')):
-        return
-    remedy = f'{sys.executable} {ROOT / "tools" / "install_mmcv_ops.py"}'
-    if facts.has_operators:
-        text = (
-            f'The operators of mmcv do not load ({error}). They were compiled for another torch, '
-            'as when pip takes an old wheel from its cache.'
-        )
-        yield Problem((OPERATORS,), text, remedy, fatal=ops)
-    elif ops:
-        text = 'mmcv was installed without its compiled operators, which detection needs.'
-        yield Problem((OPERATORS,), text, remedy)
 
 
 def own_package(facts: Facts) -> Iterator[Problem]:
@@ -288,7 +300,7 @@ def bounds() -> dict[str, Callable[[str], bool]]:
     for requirement in map(Requirement, texts):
         name = canonical(requirement.name)
         specifiers[name] = specifiers.get(name, SpecifierSet()) & requirement.specifier
-    return {name: specifier.contains for name, specifier in specifiers.items()}
+    return {name: partial(each.contains, prereleases=True) for name, each in specifiers.items()}
 
 
 def import_error(module: str) -> str:

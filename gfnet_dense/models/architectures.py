@@ -33,6 +33,8 @@ class Architecture:
             if not value or not all(isinstance(v, int) and v > 0 for v in value):
                 raise ValueError(f'{field} must be positive integers, but got {value}')
             object.__setattr__(self, field, value)
+        if self.patch_size < 1:
+            raise ValueError(f'patch_size must be positive, but got {self.patch_size}')
         if len(self.embed_dims) != len(self.depths):
             raise ValueError(
                 'embed_dims and depths must be of the same length, '

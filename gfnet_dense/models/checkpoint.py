@@ -5,7 +5,6 @@ norms of its outputs may differ from the file, everything else must be there and
 """
 
 import argparse
-import pickle
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -114,12 +113,14 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     # What official files (Namespace) and mmengine keep beside the weights.
     plain = [argparse.Namespace, *get_torch_safe_globals()]
-    try:
-        with torch.serialization.safe_globals(plain):
-            content = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise CheckpointError(f'{path} is not a checkpoint that is safe to read: {reason}') from e
+    with path.open('rb') as file, torch.serialization.safe_globals(plain):
+        try:
+            content = torch.load(file, map_location='cpu', weights_only=True)
+        except Exception as e:  # bytes that mean nothing end in errors of almost every kind
+            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+            raise CheckpointError(
+                f'{path} is not a checkpoint that is safe to read: {reason}'
+            ) from e
     for key in ('model', 'state_dict'):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -127,7 +128,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if (
         not isinstance(content, Mapping)
         or not content
-        or not all(isinstance(v, Tensor) for v in content.values())
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
     ):
         raise CheckpointError(f'{path} holds no state dict, neither itself nor under model')
     return dict(content)
@@ -172,7 +173,7 @@ def adapt_state_dict(
             key = norm + key.partition('.')[2]
         if key in own and not (key.startswith('head.') and value.shape != own[key].shape):
             adapted[key] = value
-        elif key.startswith(('norm', 'head.')) or found != wanted:
+        elif key.startswith(('norm', 'head.')) or _is_beyond(key, len(model.blocks)):
             unused.append(key)
         else:
             raise CheckpointError(f'holds {key}, which the model has not')
@@ -193,6 +194,7 @@ def adapt_state_dict(
 
 
 _BLOCK = re.compile(r'blocks\.(?:(\d+)\.)?\d+\.\D')  # blocks.{stage}.{i}. or blocks.{i}.
+_LEVEL = re.compile(r'(?:blocks|patch_embed)\.(\d+)\.')
 _Size = tuple[tuple[int, ...], tuple[int, ...], bool]
 
 
@@ -205,7 +207,7 @@ def _size(state: Mapping[str, Tensor]) -> _Size:
         match = _BLOCK.match(key)
         if match and key.endswith('.norm1.weight'):
             hierarchical |= match[1] is not None
-            dims[_stage(key)] = len(value)
+            dims[_stage(key)] = value.numel()
             depths[_stage(key)] += 1
     if not depths:
         raise CheckpointError('holds no weights of a GFNet, which has keys like blocks.0.…')
@@ -232,10 +234,10 @@ def _resize(state: dict[str, Tensor], own: Mapping[str, Tensor], model: 'GFNetBa
     }
     # A half spectrum does not tell the width of its grid, but the number of positions does, and
     # the grids of later stages follow.
-    rows = state[next(iter(filters))].shape[0]
-    grid = rows, state['pos_embed'].shape[1] // rows
     resized = defaultdict(list)
     try:
+        rows = state[next(iter(filters))].shape[0]
+        grid = rows, state['pos_embed'].shape[1] // rows
         if grid != model.grid:
             state['pos_embed'] = resize_position_embedding(state['pos_embed'], grid, model.grid)
             resized[grid, model.grid, 'bicubic'].append('pos_embed')
@@ -246,7 +248,7 @@ def _resize(state: dict[str, Tensor], own: Mapping[str, Tensor], model: 'GFNetBa
             if grid != module.grid:
                 state[key] = resize_spectrum(state[key], grid, module.grid, module.resize)
                 resized[grid, module.grid, module.resize].append(key)
-    except (RuntimeError, ValueError) as e:
+    except (RuntimeError, ValueError, IndexError, ZeroDivisionError) as e:
         raise CheckpointError(f'position embedding and filters do not fit together: {e}') from e
     return [
         f'resized from grid {old} to {new}, {method}: {", ".join(keys)}'
@@ -258,3 +260,8 @@ def _stage(key: str) -> int:
     """Return the stage of a block's parameter, 0 in an isotropic network."""
     match = _BLOCK.match(key)
     return int(match[1] or 0)
+
+
+def _is_beyond(key: str, num_levels: int) -> bool:
+    match = _LEVEL.match(key)
+    return match is not None and int(match[1]) >= num_levels

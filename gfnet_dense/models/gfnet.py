@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, PretrainedInit, initialize
 from mmengine.registry import MODELS
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm, _InstanceNorm
 from timm.layers import DropPath, LayerNorm, Mlp, calculate_drop_path_rates, to_2tuple
@@ -70,7 +70,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.gamma = None
         if layer_scale_init_value is not None:
-            self.gamma = nn.Parameter(torch.full((dim,), layer_scale_init_value))
+            self.gamma = nn.Parameter(torch.full((dim,), float(layer_scale_init_value)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Process a map of shape `(B, H, W, C)`."""
@@ -136,8 +136,9 @@ class GFNetBase(BaseModule):
                 'in_channels must be positive and num_classes not negative, '
                 f'but got {in_channels} and {num_classes}'
             )
-        if min(to_2tuple(img_size)) < 1:
-            raise ValueError(f'img_size must be positive, but got {img_size}')
+        size = to_2tuple(img_size)
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f'img_size must be a positive int or (H, W), but got {img_size}')
         drop_path_rate = spec.drop_path_rate if drop_path_rate is None else drop_path_rate
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must be within [0, 1), but got {drop_path_rate}')
@@ -160,7 +161,7 @@ class GFNetBase(BaseModule):
                 dim, grid, filter_resize, filter_backend, next(rates), spec.layer_scale_init_value
             )
 
-        self.grid = coarser(to_2tuple(img_size), spec.patch_size)
+        self.grid = coarser(size, spec.patch_size)
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), spec.embed_dims[0]))
         self._build(spec, make_block)
         if num_classes:
@@ -276,12 +277,16 @@ class GFNetBase(BaseModule):
         A `Pretrained` file is loaded by :func:`gfnet_dense.models.checkpoint.load_pretrained`,
         which is strict where mmengine's own loading only logs what does not fit.
         """
-        cfg = self.init_cfg
-        if isinstance(cfg, Mapping) and cfg.get('type') == 'Pretrained':
-            load_pretrained(self, cfg['checkpoint'])
-            self._is_init = True
-        else:
+        cfgs = self.init_cfg or []
+        cfgs = [cfgs] if isinstance(cfgs, Mapping) else cfgs
+        files = [cfg for cfg in cfgs if cfg['type'] in ('Pretrained', PretrainedInit)]
+        if not files:
             super().init_weights()
+            return
+        initialize(self, [cfg for cfg in cfgs if cfg not in files])
+        for cfg in files:
+            load_pretrained(self, cfg['checkpoint'])
+        self._is_init = True
 
     def train(self, mode: bool = True) -> 'GFNetBase':
         """Set the mode; what is frozen, and with `norm_eval` every norm, stays in evaluation."""

@@ -66,39 +66,38 @@ class GlobalFilter(nn.Module):
         if size == self.grid:
             return weight
         learning = torch.is_grad_enabled() and weight.requires_grad
-        # A graph that is being captured can neither look at values nor hold what is kept here.
-        if self.training or learning or torch.compiler.is_compiling() or _is_capturing(weight):
+        # A graph that is being captured can neither look at values nor hold what is kept here;
+        # transforms of torch.func put tensors of their own in place of the parameter.
+        ordinary = isinstance(weight, nn.Parameter) and not _is_capturing(weight)
+        if self.training or learning or torch.compiler.is_compiling() or not ordinary:
             return resize_spectrum(weight, self.grid, size, self.resize)
         return self._kept_spectrum(size)
 
     # What is kept serves later forwards too, so it is an ordinary tensor in inference mode as well.
     @torch.inference_mode(False)
-    @torch.no_grad()
     def _kept_spectrum(self, size: tuple[int, int]) -> Tensor:
         weight = self.complex_weight
         # Values are compared because nothing less is safe: an edit through `.data`, as EMA does,
         # leaves version counter and address as they were. Reading a spectrum costs little beside
         # resizing it.
-        source = self._source
+        source, kept = self._kept
         if (
             source is None
             or source.dtype != weight.dtype
             or source.device != weight.device
             or not torch.equal(source, weight)
         ):
-            self._forget()
-            self._source = weight.detach().clone()
-        resized = self._kept.pop(size, None)
+            source, kept = self._kept = weight.detach().clone(), {}
+        resized = kept.get(size)
         if resized is None:
-            resized = resize_spectrum(weight, self.grid, size, self.resize)
-        self._kept[size] = resized
-        while len(self._kept) > _MAX_KEPT:
-            del self._kept[next(iter(self._kept))]
+            resized = resize_spectrum(source, self.grid, size, self.resize)
+            # Replaced, never changed: other threads may be reading it.
+            latest = [*kept.items(), (size, resized)][-_MAX_KEPT:]
+            self._kept = source, dict(latest)
         return resized
 
     def _forget(self) -> None:
-        self._source: Tensor | None = None
-        self._kept: dict[tuple[int, int], Tensor] = {}
+        self._kept: tuple[Tensor | None, dict[tuple[int, int], Tensor]] = None, {}
 
     def train(self, mode: bool = True) -> 'GlobalFilter':
         """Set the mode, as every module does; kept spectra are dropped."""
@@ -111,7 +110,7 @@ class GlobalFilter(nn.Module):
 
     def __getstate__(self) -> dict:
         # Copies and pickles carry the parameter, not what can be made from it.
-        return {**self.__dict__, '_source': None, '_kept': {}}
+        return {**self.__dict__, '_kept': (None, {})}
 
     def extra_repr(self) -> str:
         """Say what the layer is made for."""

@@ -65,4 +65,6 @@ def global_filter(x: Tensor, weight: Tensor, backend: str = 'auto') -> Tensor:
         raise ValueError(f'x is on {x.device}, but weight is on {weight.device}')
     if backend not in BACKENDS:
         raise ValueError(f'unknown backend {backend!r}, choose one of {", ".join(BACKENDS)}')
+    if x.shape[0] == 0:  # FFT libraries refuse an empty batch
+        return x + 0 * weight.sum().to(x.dtype)
     return _BACKENDS['fft' if backend == 'auto' else backend](x, weight)

@@ -11,11 +11,9 @@ def fft_filter(x: Tensor, weight: Tensor) -> Tensor:
     height, width = x.shape[1:3]
     # Half-precision FFTs need powers of two and overflow; the official layer runs in float32 too.
     dtype = torch.promote_types(x.dtype, torch.float32)
-    # Autocast would cast the products of an FFT back to 16 bits.
-    with torch.autocast(x.device.type, enabled=False):
-        kernel = torch.view_as_complex(hermitian_part(weight.to(dtype), width).contiguous())
-        # Any normalisation cancels between the two transforms; the default has one pass less
-        # than the official 'ortho'.
-        spectrum = torch.fft.rfft2(x.to(dtype), dim=(1, 2))
-        y = torch.fft.irfft2(spectrum * kernel, s=(height, width), dim=(1, 2))
+    kernel = torch.view_as_complex(hermitian_part(weight.to(dtype), width).contiguous())
+    # Any normalisation cancels between the two transforms; the default has one pass less
+    # than the official 'ortho'.
+    spectrum = torch.fft.rfft2(x.to(dtype), dim=(1, 2))
+    y = torch.fft.irfft2(spectrum * kernel, s=(height, width), dim=(1, 2))
     return y.to(x.dtype)

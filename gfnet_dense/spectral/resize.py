@@ -24,8 +24,7 @@ def hermitian_part(weight: Tensor, width: int) -> Tensor:
         weight: Spectrum of shape `(h, width // 2 + 1, C, 2)`.
         width: Width of the map in cells, which the half spectrum alone does not tell.
     """
-    self_conjugate = [0, width // 2] if width % 2 == 0 else [0]
-    columns = weight[:, self_conjugate]
+    columns = weight[:, : 1 if width % 2 else None : max(1, width // 2)]
     columns = (columns + _conjugate_mirror(columns)) / 2
     if width % 2:
         return torch.cat([columns, weight[:, 1:]], dim=1)
@@ -112,12 +111,12 @@ def _bicubic(weight: Tensor, grid: Grid, size: Grid) -> Tensor:
 
 def _centered(weight: Tensor, grid: Grid, size: Grid) -> Tensor:
     (h, w), (height, width) = grid, size
+    weight = hermitian_part(weight, w)
     # The spectrum is periodic. One column past the half, which odd widths need on the way to
     # their Nyquist frequency, is the mirror image of column (w - 1) // 2.
     beyond = _conjugate_mirror(weight[:, (w - 1) // 2 : (w - 1) // 2 + 1])
     weight = torch.cat([weight, beyond], dim=1)
     rows = torch.arange(height, device=weight.device)
-    rows = torch.where(rows < (height + 1) // 2, rows, rows - height)  # signed frequencies
     columns = torch.arange(width // 2 + 1, device=weight.device)
     weight = _lerp(weight, rows, h, height, dim=0)
     return _lerp(weight, columns, w, width, dim=1)
@@ -128,7 +127,7 @@ def _lerp(weight: Tensor, frequency: Tensor, old: int, new: int, dim: int) -> Te
     count = weight.shape[dim]
     # In integers: a frequency that both grids have is hit exactly.
     lower = torch.div(frequency * old, new, rounding_mode='floor')
-    fraction = ((frequency * old - lower * new) / new).to(weight.dtype)
+    fraction = (frequency * old - lower * new).to(weight.dtype) / new
     fraction = fraction.view([-1 if d == dim else 1 for d in range(weight.ndim)])
     below, above = (weight.index_select(dim, i.remainder(count)) for i in (lower, lower + 1))
     return torch.lerp(below, above, fraction.expand_as(below))

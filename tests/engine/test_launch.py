@@ -32,10 +32,10 @@ def test_an_unknown_config_lists_the_known_ones():
 def test_errors_before_a_run_starts(tmp_path):
     with pytest.raises(FileNotFoundError, match='nothing to resume'):
         train(NANO, work_dir=str(tmp_path), resume='auto')
-    with pytest.raises(FileNotFoundError, match='no checkpoint at nowhere.pth'):
+    with pytest.raises(FileNotFoundError, match=r'no checkpoint at nowhere\.pth'):
         evaluate(NANO, 'nowhere.pth', work_dir=str(tmp_path))
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match='bfloat16.*GPU'):
+        with pytest.raises(ValueError, match=r'bfloat16.*GPU'):
             train(NANO, work_dir=str(tmp_path), amp='bfloat16')
     cfg = Config.fromfile(find_config(NANO))
     cfg.pop('auto_scale_lr')

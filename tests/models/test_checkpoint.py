@@ -448,6 +448,7 @@ def test_nothing_of_a_file_is_executed(tmp_path, place, zipped):
     assert trap.exists()  # the trap was armed
 
 
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
 def test_a_pickle_that_torch_did_not_write(tmp_path):
     trap, path = tmp_path / 'executed', tmp_path / 'weights.pth'
     path.write_bytes(pickle.dumps(Malicious(trap)))
@@ -474,30 +475,28 @@ LEGACY = file_of(
 )
 
 
-@pytest.mark.parametrize(
-    'content',
-    [
-        b'',
-        b'\n',
-        b'<!DOCTYPE html><html><body>This share link has expired</body></html>',
-        b'{"error": "quota exceeded"}',
-        b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n',
-        b'PK\x03\x04',
-        b'\x80\x02',
-        b'\x80\x04\x95',
-        b'\x1f\x8b\x08\x00' + bytes(30),
-        b'\x89PNG\r\n\x1a\n' + bytes(30),
-        bytes(100),
-        ZIPPED[:-10],
-        ZIPPED[: len(ZIPPED) // 2],
-        ZIPPED[:100],
-        LEGACY[:-10],
-        *(LEGACY[: len(LEGACY) * i // 8] for i in range(1, 8)),
-        LEGACY.replace(b'pos_embed', b'\xff' * 9),
-        LEGACY[:200] + b'\x85R' * 50 + LEGACY[200:],
-        pickle.dumps({'model': 'no weights'}),
-    ],
-)
+NO_CHECKPOINTS = {
+    'empty': b'',
+    'blank': b'\n',
+    'expired_link': b'<!DOCTYPE html><html><body>This share link has expired</body></html>',
+    'json': b'{"error": "quota exceeded"}',
+    'git_lfs_pointer': b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n',
+    'start_of_a_zip': b'PK\x03\x04',
+    'start_of_a_pickle': b'\x80\x02',
+    'start_of_a_frame': b'\x80\x04\x95',
+    'gzip': b'\x1f\x8b\x08\x00' + bytes(30),
+    'png': b'\x89PNG\r\n\x1a\n' + bytes(30),
+    'zeros': bytes(100),
+    'foreign_pickle': pickle.dumps({'model': 'no weights'}),
+    'bad_text': LEGACY.replace(b'pos_embed', b'\xff' * 9),
+    'bad_stack': LEGACY[:200] + b'\x85R' * 50 + LEGACY[200:],
+    **{f'zip_less_{n}': ZIPPED[:-n] for n in (1, 10, 500)},
+    **{f'legacy_{n}_eighths': LEGACY[: len(LEGACY) * n // 8] for n in range(1, 8)},
+}
+
+
+@pytest.mark.parametrize('content', NO_CHECKPOINTS.values(), ids=NO_CHECKPOINTS.keys())
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
 def test_what_is_no_checkpoint_is_refused(tmp_path, content):
     path = tmp_path / 'weights.pth'
     path.write_bytes(content)

@@ -163,6 +163,10 @@ def to_half_and_back(layer: GlobalFilter) -> None:
     layer.half().float()
 
 
+def by_data_of_another_dtype(layer: GlobalFilter) -> None:
+    layer.complex_weight.data = layer.complex_weight.data.double()
+
+
 def by_training(layer: GlobalFilter) -> None:
     layer.train()
     by_optimizer(layer)
@@ -191,6 +195,7 @@ def by_apply(layer: GlobalFilter) -> None:
         in_a_single_bit,
         to_float64,
         to_half_and_back,
+        by_data_of_another_dtype,
         by_training,
         by_apply,
     ],
@@ -288,6 +293,7 @@ def test_what_inference_mode_kept_serves_a_backward_pass(method):
     layer = make_layer(method).eval().requires_grad_(False)
     with torch.inference_mode():
         layer(torch.randn(1, *SIZE, 3))
+        assert not layer.spectrum(SIZE).is_inference()
     x = torch.randn(1, *SIZE, 3, requires_grad=True)
     layer(x).square().sum().backward()
     assert x.grad.abs().sum() > 0
