@@ -18,11 +18,13 @@ model = dict(
         img_size=64,
         drop_path_rate=0.05,
     ),
-    decode_head=dict(in_channels=[32, 64, 128, 256], channels=64, num_classes=11),
-    auxiliary_head=dict(in_channels=128, channels=64, num_classes=11),
+    # Without mmseg's init_cfg the classifiers start as torch makes them. mmseg makes them so small
+    # (standard deviation 0.01) that a run this short is spent on answering background.
+    decode_head=dict(in_channels=[32, 64, 128, 256], channels=64, num_classes=11, init_cfg=None),
+    auxiliary_head=dict(in_channels=128, channels=64, num_classes=11, init_cfg=None),
 )
 
-# 1,500 iterations of 32 are 16 epochs of the 3,000 scenes.
+# 800 iterations of 32 are 8.5 epochs of the 3,000 scenes.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=2e-3, betas=(0.9, 0.999), weight_decay=0.05),
@@ -30,10 +32,10 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=100),
-    dict(type='PolyLR', eta_min=0.0, power=1.0, by_epoch=False, begin=100, end=1500),
+    dict(type='PolyLR', eta_min=0.0, power=1.0, by_epoch=False, begin=100, end=800),
 ]
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=1500, val_interval=500)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=800, val_interval=400)
 default_hooks = dict(
-    logger=dict(interval=25), checkpoint=dict(interval=500), visualization=dict(interval=50)
+    logger=dict(interval=25), checkpoint=dict(interval=200), visualization=dict(interval=50)
 )
 auto_scale_lr = dict(enable=False, base_batch_size=32)
