@@ -88,7 +88,9 @@ def draw(config: Config, checkpoint: Path, data_root: Path, path: Path) -> Path:
             images, read_labels(data_root, 'validation')[:PICTURED], results, strict=True
         )
     ]
-    titles = ('image', 'truth', 'prediction')
+    # Two scenes in a row, so that the picture fits a screen.
+    rows = [left + right for left, right in zip(rows[::2], rows[1::2], strict=True)]
+    titles = ('image', 'truth', 'prediction') * 2
     return label_grid(rows, path, titles=titles, classes=CLASSES, palette=PALETTE)
 
 
