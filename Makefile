@@ -58,8 +58,8 @@ $(CREATED):
 	@touch $@
 
 # The headless OpenCV once more, so that it lies on top: see requirements.txt.
-$(STACK): requirements.txt pyproject.toml | $(CREATED)
-	$(PIP) install -r requirements.txt
+$(STACK): requirements.txt constraints.txt pyproject.toml | $(CREATED)
+	$(PIP) install -r requirements.txt -c constraints.txt
 	$(PIP) install --no-deps --force-reinstall $$(grep '^opencv-python-headless==' requirements.txt)
 	$(PIP) install --no-deps -e .
 	@touch $@

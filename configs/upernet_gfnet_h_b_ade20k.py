@@ -10,9 +10,10 @@ _base_ = [
 model = dict(
     backbone=dict(
         arch='h-b',
+        # Within the field's 0.2 to 0.4 for UperNet; not tuned.
         drop_path_rate=0.4,
         init_cfg=dict(type='Pretrained', checkpoint='gfnet-h-b'),
     ),
 )
-# Twelve layers, as for the deeper ConvNeXts.
+# Twelve layers, as for ConvNeXt-S and larger.
 optim_wrapper = dict(paramwise_cfg=dict(num_layers=12))

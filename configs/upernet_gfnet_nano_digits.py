@@ -35,7 +35,5 @@ param_scheduler = [
     dict(type='PolyLR', eta_min=0.0, power=1.0, by_epoch=False, begin=100, end=600),
 ]
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=600, val_interval=300)
-default_hooks = dict(
-    logger=dict(interval=25), checkpoint=dict(interval=100), visualization=dict(interval=50)
-)
+default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=100))
 auto_scale_lr = dict(enable=False, base_batch_size=32)

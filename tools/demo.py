@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 from mmengine.config import Config
-from mmengine.runner import find_latest_checkpoint
 from PIL import Image
 
 from gfnet_dense.data import CLASSES, PALETTE, label_grid, write_digits
@@ -23,6 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--data-root', type=Path, default=Path('data/digits'))
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo'))
+    parser.add_argument('--iterations', type=int, help='how long to train')
     args = parser.parse_args()
 
     print(f'[1/4] data: scenes of handwritten digits on photographs in {args.data_root}')
@@ -32,16 +32,18 @@ def main() -> None:
     for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
         loader.dataset.data_root = str(args.data_root)
     config.work_dir = str(args.work_dir)
+    if args.iterations:
+        config.train_cfg.max_iters = args.iterations
     checkpoint = args.work_dir / f'iter_{config.train_cfg.max_iters}.pth'
-    latest = find_latest_checkpoint(str(args.work_dir))
     if checkpoint.is_file():
-        print(f'[2/4] training: done before, {checkpoint}')
+        print(f'[2/4] training: done before; to train again, remove {args.work_dir}')
     else:
         print(f'[2/4] training: {config.train_cfg.max_iters} iterations, some minutes; see eta')
-        train(config.copy(), seed=0, resume='auto' if latest else None)
+        begun = (args.work_dir / 'last_checkpoint').exists()
+        train(config, seed=0, resume='auto' if begun else None)
 
     print('[3/4] evaluation on scenes of digits and photographs that training never saw')
-    miou = evaluate(config.copy(), checkpoint)['mIoU']
+    miou = evaluate(config, checkpoint)['mIoU']
     frequent, baseline = constant_miou(args.data_root)
 
     print('[4/4] a picture')

@@ -1,7 +1,9 @@
 """From a config to a run: what the command line tools call."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -10,6 +12,8 @@ from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 from torch import nn
+
+from gfnet_dense.serialization import PLAIN_TYPES, load_file
 
 from .summary import RunSummaryHook
 
@@ -69,13 +73,16 @@ def train(
             )
         cfg.auto_scale_lr.enable = True
     if resume == 'auto':
-        if find_latest_checkpoint(cfg.work_dir) is None:
+        resume = find_latest_checkpoint(cfg.work_dir)
+        if resume is None:
             raise FileNotFoundError(
                 f'nothing to resume in {cfg.work_dir}: leave --resume to start anew'
             )
-        cfg.resume, cfg.load_from = True, None
-    elif resume:
+    if resume:
         cfg.resume, cfg.load_from = True, resume
+        # All weights come from the checkpoint: the pretrained ones need not be there any more.
+        if 'backbone' in cfg.model:
+            cfg.model.backbone.init_cfg = None
     runner = _build(cfg)
     runner.register_hook(RunSummaryHook())
     runner.train()
@@ -100,7 +107,7 @@ def evaluate(
         checkpoint: The weights to evaluate.
         work_dir: Folder for the log, as for :func:`train`.
         out: A `.pkl` file for all predictions, or a folder for predicted label maps as PNG.
-        show_dir: Folder, below the run's own, for pictures of the predictions.
+        show_dir: Folder for pictures of the predictions; they are in `vis_data/vis_image` there.
         tta: Average predictions over the `tta_pipeline` of the config.
         launcher: As for :func:`train`.
         cfg_options: As for :func:`train`.
@@ -124,7 +131,7 @@ def evaluate(
     if show_dir:
         if 'visualization' not in cfg.get('default_hooks', {}):
             raise ValueError(f'{cfg.filename} has no visualization hook in default_hooks')
-        cfg.default_hooks.visualization.update(draw=True, interval=1)
+        cfg.default_hooks.visualization.draw = True
         cfg.visualizer.save_dir = show_dir
     evaluators = cfg.test_evaluator
     evaluators = list(evaluators) if isinstance(evaluators, (list, tuple)) else [evaluators]
@@ -147,15 +154,20 @@ def find_config(name: str | Path) -> Path:
     Raises:
         FileNotFoundError: If there is none.
     """
+    path = Path(name)
+    if path.suffix != '.py':
+        path = path.with_name(f'{path.name}.py')
+    if path.is_file():
+        return path
     # A wheel carries the configs where OpenMMLab packages do, a checkout beside the package.
-    folders = [_PACKAGE / '.mim' / 'configs', _PACKAGE.parent / 'configs']
-    name = str(name)
-    for path in [Path(name), *(folder / Path(name).name for folder in folders)]:
-        path = path if path.suffix == '.py' else path.with_name(f'{path.name}.py')
-        if path.is_file():
-            return path
-    known = sorted({path.stem for folder in folders for path in folder.glob('*.py')})
-    raise FileNotFoundError(f'no config {name}; the configs here are {", ".join(known)}')
+    folder = _PACKAGE / '.mim' / 'configs'
+    if not folder.is_dir():
+        folder = _PACKAGE.parent / 'configs'
+    # Another folder in `name` is a mistake, not one of our names.
+    if path.parent in (Path('.'), Path('configs')) and (folder / path.name).is_file():
+        return folder / path.name
+    known = ', '.join(sorted(path.stem for path in folder.glob('*.py')))
+    raise FileNotFoundError(f'no config {name}; by name there are {known}')
 
 
 def _load(
@@ -164,14 +176,17 @@ def _load(
     launcher: str,
     cfg_options: Mapping | None,
 ) -> Config:
-    cfg = config if isinstance(config, Config) else Config.fromfile(find_config(config))
+    if isinstance(config, Config):
+        cfg = copy.deepcopy(config)
+    else:
+        cfg = Config.fromfile(find_config(config))
     if cfg_options:
         cfg.merge_from_dict(dict(cfg_options))
     cfg.launcher = launcher
     if work_dir is not None:
         cfg.work_dir = work_dir
     elif cfg.get('work_dir') is None:
-        cfg.work_dir = str(Path('work_dirs') / Path(cfg.filename).stem)
+        cfg.work_dir = str(Path('work_dirs') / Path(cfg.filename or 'unnamed').stem)
     return cfg
 
 
@@ -183,7 +198,38 @@ def _build(cfg: Config) -> Runner:
 
 @RUNNERS.register_module()
 class CpuReadyRunner(Runner):
-    """mmengine's runner, which also trains in several processes on machines without a GPU."""
+    """mmengine's runner with two gaps closed.
+
+    It trains in several processes on machines without a GPU, too (launcher pytorch; slurm and mpi
+    need one). It executes nothing from a checkpoint, and evaluates or resumes only what fits.
+    """
+
+    _strict = False
+
+    def test(self) -> dict[str, float]:
+        """Test the model, on weights that are all there and all used."""
+        self._strict = True
+        return super().test()
+
+    def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Resume from a checkpoint whose weights are all there and all used."""
+        self._strict = True
+        super().resume(filename, *args, **kwargs)
+
+    def load_checkpoint(
+        self, filename: str, map_location: Any = 'cpu', strict: bool = False, **kwargs: Any
+    ) -> dict:
+        """Load a local checkpoint.
+
+        Raises:
+            OSError: If there is no such file.
+            CheckpointError: If it is not safe to read.
+            RuntimeError: If it does not fit the model and has to.
+        """
+        # Here and not in mmengine's loading, which turns its safety off for a file that fails it.
+        load_file(filename)
+        with torch.serialization.safe_globals(PLAIN_TYPES):
+            return super().load_checkpoint(filename, map_location, strict or self._strict, **kwargs)
 
     def setup_env(self, env_cfg: dict) -> None:
         """Start gloo where mmengine would ask for a GPU, then go on as mmengine does."""

@@ -1,7 +1,5 @@
 """What a run is, in a few lines before its first iteration."""
 
-from collections.abc import Mapping
-
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -28,11 +26,9 @@ class RunSummaryHook(Hook):
         }
         if runner.val_loop is not None:
             lines['validation data'] = _data(runner.val_dataloader.dataset)
-        batch = runner.train_dataloader.batch_size
         lines |= {
-            'total batch': f'{batch * runner.world_size} ({batch} in each of '
-            f'{runner.world_size} processes)',
-            'learning rate': f'{runner.optim_wrapper.optimizer.defaults["lr"]:g}',
+            'total batch': _batch(runner),
+            'learning rate': _learning_rate(runner),
             'iterations': f'{runner.iter} to {runner.max_iters}',
             'device': _device(runner),
             'precision': _precision(runner),
@@ -41,6 +37,25 @@ class RunSummaryHook(Hook):
         runner.logger.info(
             '\n'.join(['This run:', *(f'  {key:<{width}}  {lines[key]}' for key in lines)])
         )
+
+
+def _batch(runner: Runner) -> str:
+    loader = runner.train_dataloader
+    # A loader with a batch sampler of its own has no batch size.
+    batch = loader.batch_size or loader.batch_sampler.batch_size
+    steps = runner.optim_wrapper._accumulative_counts
+    text = f'{batch} in each of {runner.world_size} processes'
+    if steps > 1:
+        text += f', {steps} accumulated'
+    return f'{batch * runner.world_size * steps} ({text})'
+
+
+def _learning_rate(runner: Runner) -> str:
+    # What schedulers start from: --auto-scale-lr has changed it, warm-up has not.
+    groups = runner.optim_wrapper.optimizer.param_groups
+    rates = [group.get('initial_lr', group['lr']) for group in groups]
+    lowest, highest = min(rates), max(rates)
+    return f'{highest:g}' if lowest == highest else f'{highest:g}, by layer down to {lowest:.3g}'
 
 
 def _unwrapped(runner: Runner) -> nn.Module:
@@ -61,16 +76,14 @@ def _model(runner: Runner) -> str:
 
 
 def _weights(runner: Runner) -> str:
-    if runner._resume or runner._load_from:
-        action = 'resumed' if runner._resume else 'loaded'
-        return f'{action} from {runner._load_from or runner.work_dir}'
-    sources = {
-        f'{name or "whole model"} from {module.init_cfg["checkpoint"]}'
+    if runner._load_from:
+        return f'{"resumed" if runner._resume else "loaded"} from {runner._load_from}'
+    files = [
+        f'{name or "model"} from {module.loaded_from}'
         for name, module in _unwrapped(runner).named_modules()
-        if isinstance(getattr(module, 'init_cfg', None), Mapping)
-        and module.init_cfg.get('type') == 'Pretrained'
-    }
-    return ', '.join(sorted(sources)) or 'none loaded, trained from scratch'
+        if getattr(module, 'loaded_from', None)
+    ]
+    return ', '.join(files) or 'none loaded, trained from scratch'
 
 
 def _data(dataset: Dataset) -> str:

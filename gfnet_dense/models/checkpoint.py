@@ -4,7 +4,6 @@ Reading executes nothing from a file. Loading is strict: of a GFNet only its cla
 norms of its outputs may differ from the file, everything else must be there and be used.
 """
 
-import argparse
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -13,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from mmengine.logging import print_log
-from mmengine.runner.checkpoint import get_torch_safe_globals
 from torch import Tensor
 
+from gfnet_dense.serialization import CheckpointError, load_file
 from gfnet_dense.spectral import resize_position_embedding, resize_spectrum
 
 from .architectures import DOWNSAMPLING, HIERARCHICAL, ISOTROPIC, coarser
@@ -35,10 +34,6 @@ OFFICIAL_WEIGHTS = {
     'gfnet-h-s': ('5229cb4d1daf48e69675', '1w4d7o1LTBjmSkb5NKzgXBBiwdBOlwiie'),
     'gfnet-h-b': ('954c5af21e824ba6b40c', '1F900_-yPH7GFYfTt60xn4tu5a926DYL0'),
 }
-
-
-class CheckpointError(ValueError):
-    """A file is no checkpoint, is not safe to read, or does not fit the model."""
 
 
 def load_pretrained(model: 'GFNetBase', path: str | Path) -> None:
@@ -62,6 +57,7 @@ def load_pretrained(model: 'GFNetBase', path: str | Path) -> None:
     except CheckpointError as e:
         raise CheckpointError(f'{path}: {e}') from None
     missing, _ = model.load_state_dict(state, strict=False)
+    model.loaded_from = str(path)
     print_log(f'loaded {len(state)} tensors from {path}', logger='current')
     for note in notes:
         print_log(note, logger='current')
@@ -110,17 +106,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         OSError: If it cannot be opened.
         CheckpointError: If it is not a checkpoint, or holds more than tensors and plain values.
     """
-    path = Path(path)
-    # What official files (Namespace) and mmengine keep beside the weights.
-    plain = [argparse.Namespace, *get_torch_safe_globals()]
-    with path.open('rb') as file, torch.serialization.safe_globals(plain):
-        try:
-            content = torch.load(file, map_location='cpu', weights_only=True)
-        except Exception as e:  # bytes that mean nothing end in errors of almost every kind
-            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-            raise CheckpointError(
-                f'{path} is not a checkpoint that is safe to read: {reason}'
-            ) from e
+    content = load_file(path)
     for key in ('model', 'state_dict'):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

@@ -112,6 +112,7 @@ class GFNetBase(BaseModule):
 
     architectures: Mapping[str, Architecture]
     default_patch_size: int
+    loaded_from: str | None = None  # the file that init_weights loaded
 
     def __init__(
         self,

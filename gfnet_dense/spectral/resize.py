@@ -24,11 +24,10 @@ def hermitian_part(weight: Tensor, width: int) -> Tensor:
         weight: Spectrum of shape `(h, width // 2 + 1, C, 2)`.
         width: Width of the map in cells, which the half spectrum alone does not tell.
     """
-    columns = weight[:, : 1 if width % 2 else None : max(1, width // 2)]
-    columns = (columns + _conjugate_mirror(columns)) / 2
+    first, rest = _symmetric(weight[:, :1]), weight[:, 1:]
     if width % 2:
-        return torch.cat([columns, weight[:, 1:]], dim=1)
-    return torch.cat([columns[:, :1], weight[:, 1:-1], columns[:, 1:]], dim=1)
+        return torch.cat([first, rest], dim=1)
+    return torch.cat([first, rest[:, :-1], _symmetric(rest[:, -1:])], dim=1)
 
 
 def resize_spectrum(weight: Tensor, grid: Grid, size: Grid, method: str = 'bilinear') -> Tensor:
@@ -164,6 +163,11 @@ RESIZE_METHODS = tuple(_METHODS)
 
 def _half(grid: Grid) -> Grid:
     return grid[0], grid[1] // 2 + 1
+
+
+def _symmetric(columns: Tensor) -> Tensor:
+    """Return the Hermitian part of columns that are their own mirror image."""
+    return (columns + _conjugate_mirror(columns)) / 2
 
 
 def _conjugate_mirror(columns: Tensor) -> Tensor:

@@ -29,6 +29,11 @@ def test_an_unknown_config_lists_the_known_ones():
         find_config('no_such')
 
 
+def test_a_name_in_another_folder_is_not_one_of_ours():
+    with pytest.raises(FileNotFoundError, match='my_experiments'):
+        find_config(f'my_experiments/{NANO}.py')
+
+
 def test_errors_before_a_run_starts(tmp_path):
     with pytest.raises(FileNotFoundError, match='nothing to resume'):
         train(NANO, work_dir=str(tmp_path), resume='auto')

@@ -4,11 +4,14 @@ import argparse
 import io
 import os
 import pickle
+import struct
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
+from mmengine.logging import history_buffer
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
@@ -446,6 +449,32 @@ def test_nothing_of_a_file_is_executed(tmp_path, place, zipped):
     assert not trap.exists()
     torch.load(path, weights_only=False)
     assert trap.exists()  # the trap was armed
+
+
+def test_attributes_of_trusted_types_lead_nowhere(tmp_path):
+    """mmengine trusts getattr, by which a file could reach eval and make HistoryBuffer call it."""
+    trap, path = tmp_path / 'executed', tmp_path / 'weights.pth'
+
+    def text(value: str) -> bytes:
+        return b'X' + struct.pack('<I', len(value)) + value.encode()
+
+    def attribute(owner: bytes, name: str) -> bytes:
+        return get + owner + text(name) + b'\x86R'
+
+    get, buffer = b'cbuiltins\ngetattr\n', b'cmmengine.logging.history_buffer\nHistoryBuffer\n'
+    names = attribute(attribute(buffer, '__init__'), '__globals__')
+    evaluate = attribute(attribute(get, '__self__'), 'eval')
+    call = buffer + text(f"__import__('os').mkdir({str(trap)!r})") + text('None') + b'\x86R'
+    payload = b'\x80\x02' + names + text('len') + evaluate + b's' + call + b'.'
+    with zipfile.ZipFile(io.BytesIO(ZIPPED)) as source, zipfile.ZipFile(path, 'w') as target:
+        for name in source.namelist():
+            target.writestr(name, payload if name.endswith('data.pkl') else source.read(name))
+    try:
+        with pytest.raises(CheckpointError, match='safe'):
+            read_state_dict(path)
+        assert not trap.exists()
+    finally:
+        vars(history_buffer).pop('len', None)
 
 
 @pytest.mark.filterwarnings('ignore:Detected pickle protocol')

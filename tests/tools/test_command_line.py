@@ -175,6 +175,31 @@ def test_evaluation_predicts_draws_and_averages(trained, digits, environment, tm
         assert len(pickle.load(file)) == len(names)
 
 
+def test_a_checkpoint_that_does_not_fit_is_not_evaluated(environment, tmp_path):
+    checkpoint = tmp_path / 'other.pth'
+    torch.save({'state_dict': {'foo': torch.zeros(1)}}, checkpoint)
+    result = subprocess.run(
+        [sys.executable, ROOT / 'tools/test.py', CONFIG, checkpoint, '--cfg-options', *SHORT],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert 'foo' in result.stderr
+    assert 'mIoU' not in result.stdout
+
+
+def test_learning_rate_scales_with_the_batch(environment, tmp_path):
+    out = run(
+        sys.executable, ROOT / 'tools/train.py', CONFIG, '--work-dir', tmp_path, '--auto-scale-lr',
+        '--cfg-options', 'train_cfg.max_iters=1', *SHORT, environment=environment, cwd=tmp_path,
+    )  # fmt: skip
+    # Made for 32 images at 0.002; there are 4.
+    assert re.search(r'learning rate +0\.00025\n', out)
+    assert re.search(r'total batch +4 ', out)
+
+
 def test_two_processes_train_evaluate_and_save(tmp_path, environment):
     arguments = ['--work-dir', tmp_path, '--cfg-options', 'train_cfg.max_iters=2', *SHORT]
     out = run(

@@ -1,13 +1,40 @@
 import importlib.util
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from gfnet_dense.data import CLASSES, write_digits
 
 DEMO = Path(__file__).parents[2] / 'tools' / 'demo.py'
+
+
+def test_the_demo_ends_with_its_results_and_reuses_them(tmp_path):
+    root = write_digits(tmp_path / 'digits')
+    command = [sys.executable, DEMO, '--data-root', root, '--work-dir', tmp_path / 'run']
+    for again in (False, True):
+        result = subprocess.run(
+            [*map(str, command), '--iterations', '2'],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=250,
+        )
+        assert result.returncode == 0, result.stdout[-3000:]
+        assert ('done before' in result.stdout) == again
+        end = result.stdout[result.stdout.rindex('mIoU over 11 classes') :]
+        assert re.search(r"always 'background' +7\.\d %", end)
+        for name in ('checkpoint', 'log', 'picture'):
+            assert Path(re.search(rf'{name} +([^\s:]+)', end)[1]).is_file()
+    picture = np.asarray(Image.open(tmp_path / 'run' / 'demo.png'))
+    assert min(picture.shape[:2]) > 500
+    assert picture.std() > 10
 
 
 def test_the_constant_answer_is_scored_as_mmseg_scores(tmp_path):

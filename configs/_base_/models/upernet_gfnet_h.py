@@ -49,5 +49,6 @@ model = dict(
         loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=0.4),
     ),
     train_cfg=dict(),
+    # As Swin; ConvNeXt and HorNet slide a window of the crop's size instead.
     test_cfg=dict(mode='whole'),
 )
