@@ -62,7 +62,7 @@ OPERATORS = 'mmcv.ops'
 
 # Why a version is out of the bounds of pyproject.toml, for bounds that users run into.
 REASONS = {
-    'torch': 'safe loading needs 2.6, and mmcv cannot be compiled against the C++20 headers of 2.14',
+    'torch': 'safe loading needs 2.6, and mmcv cannot compile against the C++20 headers of 2.14',
     'numpy': 'mmsegmentation needs numpy 2',
 }
 

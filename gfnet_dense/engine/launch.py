@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import is_distributed
+from mmengine.dist import all_reduce_params, is_distributed
+from mmengine.hooks import Hook
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
-from mmengine.registry import RUNNERS
+from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 from torch import nn
 
@@ -85,6 +86,8 @@ def train(
             cfg.model.backbone.init_cfg = None
     runner = _build(cfg)
     runner.register_hook(RunSummaryHook())
+    if runner.distributed and not torch.cuda.is_available():
+        runner.register_hook(AverageBuffersHook())
     runner.train()
     return runner
 
@@ -194,6 +197,21 @@ def _build(cfg: Config) -> Runner:
     if 'runner_type' in cfg:
         return RUNNERS.build(cfg)
     return CpuReadyRunner.from_cfg(cfg)
+
+
+@HOOKS.register_module()
+class AverageBuffersHook(Hook):
+    """Average running statistics over the processes after each iteration.
+
+    On CPUs BN stands for SyncBN, and without this each process would evaluate a model of its own.
+    """
+
+    priority = 'ABOVE_NORMAL'  # before the hooks that save a checkpoint
+
+    def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        """Average the floating buffers of the model."""
+        buffers = [buffer for buffer in runner.model.buffers() if buffer.is_floating_point()]
+        all_reduce_params(buffers, op='mean')
 
 
 @RUNNERS.register_module()

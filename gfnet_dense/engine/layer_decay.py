@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
@@ -56,7 +57,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 f'decay_rate must be within (0, 1], but got {self.paramwise_cfg["decay_rate"]}'
             )
 
-    def add_params(self, params: list[dict], module: nn.Module, **kwargs) -> None:
+    def add_params(self, params: list[dict], module: nn.Module, **kwargs: Any) -> None:
         """Append the parameter groups of `module` to `params`."""
         named = dict(module.named_parameters())
         layers = layer_ids(named, self.paramwise_cfg['num_layers'])

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-Grid = tuple[int, int]
+from gfnet_dense.spectral import Grid
 
 DOWNSAMPLING = 2  # between the stages of a hierarchical network
 

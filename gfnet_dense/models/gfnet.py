@@ -21,9 +21,9 @@ from timm.layers import DropPath, LayerNorm, Mlp, calculate_drop_path_rates, to_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gfnet_dense.spectral import resize_position_embedding
+from gfnet_dense.spectral import Grid, resize_position_embedding
 
-from .architectures import DOWNSAMPLING, HIERARCHICAL, ISOTROPIC, Architecture, Grid, coarser
+from .architectures import DOWNSAMPLING, HIERARCHICAL, ISOTROPIC, Architecture, coarser
 from .checkpoint import load_pretrained
 from .global_filter import GlobalFilter
 

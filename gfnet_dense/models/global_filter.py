@@ -1,5 +1,7 @@
 """The layer that mixes tokens: a global filter with a learned spectrum."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -105,7 +107,7 @@ class GlobalFilter(nn.Module):
         self._forget()
         return super().train(mode)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable, recurse: bool = True) -> 'GlobalFilter':
         self._forget()
         return super()._apply(fn, recurse)
 

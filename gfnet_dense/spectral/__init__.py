@@ -9,11 +9,12 @@ from collections.abc import Callable
 from torch import Tensor
 
 from .fft import fft_filter
-from .resize import RESIZE_METHODS, hermitian_part, resize_position_embedding, resize_spectrum
+from .resize import RESIZE_METHODS, Grid, hermitian_part, resize_position_embedding, resize_spectrum
 
 __all__ = [
     'BACKENDS',
     'RESIZE_METHODS',
+    'Grid',
     'global_filter',
     'hermitian_part',
     'resize_position_embedding',

@@ -32,7 +32,7 @@ cfg.merge_from_dict(
         'model.decode_head.norm_cfg': dict(_delete_=True, type='GN', num_groups=4),
         'model.auxiliary_head.norm_cfg': dict(_delete_=True, type='GN', num_groups=4),
         # A plain step: Adam's first one is the sign of the gradient, so it amplifies rounding.
-        'optim_wrapper.optimizer': dict(type='SGD', lr=0.5, weight_decay=0.05),
+        'optim_wrapper.optimizer': dict(_delete_=True, type='SGD', lr=0.5, weight_decay=0.05),
         'param_scheduler': [],
     }
 )

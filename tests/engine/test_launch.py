@@ -51,7 +51,7 @@ def test_errors_before_a_run_starts(tmp_path):
 def test_a_step_of_two_processes_equals_one_with_the_joined_batch(tmp_path):
     digits = write_digits(tmp_path / 'digits', num_training=8, num_validation=1)
     environment = {**os.environ, 'DIGITS_ROOT': str(digits), 'OMP_NUM_THREADS': '1'}
-    torchrun = ['-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '29516']
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
     for name, arguments in (('one', []), ('two', torchrun)):
         result = subprocess.run(
             [sys.executable, *arguments, str(STEP), str(tmp_path / name), '8'],

@@ -43,7 +43,7 @@ def test_the_constant_answer_is_scored_as_mmseg_scores(tmp_path):
     spec = importlib.util.spec_from_file_location('demo', DEMO)
     demo = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(demo)
-    root = write_digits(tmp_path / 'digits', num_training=20, num_validation=30)
+    root = write_digits(tmp_path / 'digits', num_training=20, num_validation=60)
     name, miou = demo.constant_miou(root)
     assert name == 'background'
 
