@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.optim import AmpOptimWrapper
+from mmengine.optim.optimizer import amp_optimizer_wrapper
 
 from gfnet_dense.data import write_digits
-from gfnet_dense.engine import evaluate, find_config, train
+from gfnet_dense.engine import evaluate, find_config, launch, train
 
 STEP = Path(__file__).with_name('step.py')
 NANO = 'upernet_gfnet_nano_digits'
@@ -46,6 +48,28 @@ def test_errors_before_a_run_starts(tmp_path):
     cfg.pop('auto_scale_lr')
     with pytest.raises(ValueError, match='auto_scale_lr'):
         train(cfg, work_dir=str(tmp_path), auto_scale_lr=True)
+
+
+@pytest.mark.parametrize(('dtype', 'loss_scale'), [('float16', 'dynamic'), ('bfloat16', 1.0)])
+def test_one_switch_trains_in_mixed_precision(monkeypatch, tmp_path, dtype, loss_scale):
+    class BuiltError(Exception):
+        pass
+
+    def build(cfg):
+        raise BuiltError(cfg)
+
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(launch, '_build', build)
+    with pytest.raises(BuiltError) as error:
+        train(NANO, work_dir=str(tmp_path), amp=dtype)
+    wrapper = error.value.args[0].optim_wrapper
+    assert (wrapper.type, wrapper.dtype, wrapper.loss_scale) == (
+        'AmpOptimWrapper', dtype, loss_scale
+    )  # fmt: skip
+    # The wrapper is one that mmengine builds.
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    monkeypatch.setattr(amp_optimizer_wrapper, 'is_cuda_available', lambda: True)
+    AmpOptimWrapper(optimizer=optimizer, dtype=wrapper.dtype, loss_scale=wrapper.loss_scale)
 
 
 def test_a_step_of_two_processes_equals_one_with_the_joined_batch(tmp_path):

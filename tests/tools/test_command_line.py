@@ -1,5 +1,6 @@
 """The command line, for real: data, training, interruption, resume, evaluation, two processes."""
 
+import argparse
 import os
 import pickle
 import re
@@ -224,6 +225,32 @@ def test_two_processes_train_evaluate_and_save(tmp_path, environment):
         environment={**environment, 'MASTER_PORT': free_port()}, cwd=tmp_path,
     )  # fmt: skip
     assert re.findall(r'mIoU: (\d+\.\d+)', out)[-1] == trained_miou
+
+
+def test_an_ade20k_config_trains_from_official_weights(tmp_path, digits, environment):
+    """The digits are in the layout of ADE20K, with fewer labels."""
+    file = tmp_path / 'torch' / 'hub' / 'checkpoints' / 'gfnet-h-ti.pth'
+    file.parent.mkdir(parents=True)
+    official = GFNetPyramid('h-ti', num_classes=1000).state_dict()
+    torch.save({'model': official, 'args': argparse.Namespace(lr=1e-3), 'epoch': 299}, file)
+    command = [
+        sys.executable, ROOT / 'tools/train.py', 'fpn_gfnet_h_ti_ade20k', '--work-dir', 'run',
+        '--cfg-options', 'train_cfg.max_iters=1', *SHORT, 'train_dataloader.batch_size=2',
+        'train_cfg.val_interval=1', 'val_dataloader.dataset.indices=1',
+    ]  # fmt: skip
+    environment = {**environment, 'ADE20K_ROOT': str(digits), 'TORCH_HOME': str(tmp_path / 'torch')}
+    out = run(*command, environment=environment, cwd=tmp_path)
+    assert re.search(rf'weights +backbone from {file}', out)
+    assert 'resized from grid (56, 56) to (128, 128), bicubic: pos_embed' in out
+    assert re.search(r'resized from grid \(7, 7\) to \(16, 16\), bilinear: blocks\.3\.0', out)
+    assert re.search(r'newly initialised: norm0\.weight', out)
+    assert re.search(r'model +EncoderDecoder of GFNetPyramid, FPN, FPNHead; 26\.11M', out)
+    assert re.search(r'mIoU: \d', out)
+
+    file.unlink()
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert 'cloud.tsinghua.edu.cn' in result.stderr and str(file) in result.stderr
 
 
 @pytest.mark.parametrize('script', ['dist_train', 'dist_test', 'slurm_train', 'slurm_test'])
