@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from .dense import dense_filter
 from .fft import fft_filter
 from .resize import RESIZE_METHODS, hermitian_part, resize_position_embedding, resize_spectrum
 
@@ -20,7 +21,10 @@ __all__ = [
     'resize_spectrum',
 ]
 
-_BACKENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {'fft': fft_filter}
+_BACKENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    'fft': fft_filter,
+    'dense': dense_filter,
+}
 BACKENDS = ('auto', *_BACKENDS)
 
 
