@@ -228,15 +228,20 @@ def _to_channels(tensor: Tensor, dim: int | None, n: int, channel: int) -> Tenso
 
 @contextmanager
 def _exact(device: torch.device) -> Iterator[None]:
-    """Keep matrix products in the precision of their operands."""
-    with torch.autocast(device.type, enabled=False):
-        if device.type != 'cuda' or is_capturing():
+    """Keep matrix products in the precision of their operands, and their sums in float32."""
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False), _exact(device):
             yield
-            return
+    elif device.type == 'cuda' and not is_capturing():  # a graph keeps the settings of its caller
         settings = torch.backends.cuda.matmul
-        before = settings.allow_tf32, settings.allow_fp16_reduced_precision_reduction
-        settings.allow_tf32 = settings.allow_fp16_reduced_precision_reduction = False
+        names = ('allow_tf32', 'allow_fp16_reduced_precision_reduction')
+        before = [getattr(settings, name) for name in names]
         try:
+            for name in names:
+                setattr(settings, name, False)
             yield
         finally:
-            settings.allow_tf32, settings.allow_fp16_reduced_precision_reduction = before
+            for name, value in zip(names, before, strict=True):
+                setattr(settings, name, value)
+    else:
+        yield

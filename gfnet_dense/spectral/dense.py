@@ -34,8 +34,11 @@ class _Dense(Transform):
     def __init__(self, x: Tensor, operands: torch.dtype | None = None) -> None:
         super().__init__(x)
         self._operands = operands
-        make = _matrices.__wrapped__ if is_capturing() else _matrices
-        self._matrices = make(self.height, self.width, operands or self.dtype, x.device)
+        # A graph can neither look into a cache nor may it leave its own tensors there, and no more
+        # may those that only pretend to have values.
+        ordinary = type(x) in (Tensor, torch.nn.Parameter) and not is_capturing()
+        matrices = _kept_matrices if ordinary else _matrices
+        self._matrices = matrices(self.height, self.width, operands or self.dtype, x.device)
 
     def kernel(self, weight: Tensor) -> Tensor:
         return weight.to(self.dtype).permute(3, 0, 1, 2).contiguous().flatten(2)
@@ -99,11 +102,19 @@ def _multiply(matrix: Tensor, x: Tensor) -> Tensor:
     return torch.bmm(matrix.expand(x.shape[0], -1, -1), x)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)
+def _kept_matrices(
+    height: int, width: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, ...]:
+    # On the CPU, since not every device knows float64.
+    matrices = _matrices(height, width, dtype, torch.device('cpu'))
+    return tuple(matrix.to(device) for matrix in matrices)
+
+
 def _matrices(
     height: int, width: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Return the Fourier matrices, forward along W and H, inverse along H and W.
 
     Along W they map `W` real values to `2 * (W // 2 + 1)`, cosines first, and back. Along H they
