@@ -10,7 +10,7 @@ same temporaries are used again and again.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,10 @@ _BLOCK = 2**18
 
 
 class Transform(ABC):
-    """The Fourier transform of maps of one size, in whatever layout suits its backend.
+    """The Fourier transform of maps like `x`, in whatever layout suits its backend.
+
+    One is made for a single pass over a map, block by block. A factor stays valid throughout; what
+    :meth:`multiply` returns only until its next call.
 
     Attributes:
         height: H, rows of the map.
@@ -74,13 +77,17 @@ class Transform(ABC):
     def _gradient(self, correlation: Tensor) -> Tensor: ...
 
 
-def filter_map(transform: Transform, x: Tensor, weight: Tensor) -> Tensor:
+Make = Callable[[Tensor], Transform]
+
+
+def filter_map(make: Make, x: Tensor, weight: Tensor) -> Tensor:
     """Filter `x (B, H, W, C)` with `weight (H, W // 2 + 1, C, 2)`, differentiable in both."""
     if is_capturing():  # a graph is better off with plain operators than with a loop unrolled
+        transform = make(x)
         with _exact(x.device):
             spectrum = transform.multiply(transform.spectrum(x), transform.kernel(weight))
             return transform.map(spectrum).to(x.dtype)
-    return _Filter.apply(x, weight, transform)
+    return _Filter.apply(x, weight, make)
 
 
 def is_capturing() -> bool:
@@ -110,8 +117,8 @@ def multiplicity(width: int, device: torch.device) -> Tensor:
 
 class _Filter(Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, transform: Transform) -> Tensor:
-        y = x.new_empty(x.shape)
+    def forward(x: Tensor, weight: Tensor, make: Make) -> Tensor:
+        y, transform = x.new_empty(x.shape), make(x)
         with _exact(x.device):
             for channels in _channel_blocks(x):
                 kernel = transform.kernel(weight[:, :, channels])
@@ -123,7 +130,7 @@ class _Filter(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         # Spectra are computed again in the backward pass: it costs less than to write them out.
-        *tensors, ctx.transform = inputs
+        *tensors, ctx.make = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -131,28 +138,27 @@ class _Filter(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
-            return _Filter.apply(g, _conjugate(weight), ctx.transform), None, None
-        return *_Adjoint.apply(g, x, weight, ctx.transform), None
+            return _Filter.apply(g, _conjugate(weight), ctx.make), None, None
+        return *_Adjoint.apply(g, x, weight, ctx.make), None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, _: None) -> Tensor:
         x, weight = ctx.saved_tensors
         terms = [(dx, weight), (x, dweight)]
-        return sum(_Filter.apply(*term, ctx.transform) for term in terms if None not in term)
+        return sum(_Filter.apply(*term, ctx.make) for term in terms if None not in term)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, x: Tensor, weight: Tensor, transform: Transform) -> tuple:
+    def vmap(info: Any, in_dims: tuple, x: Tensor, weight: Tensor, make: Make) -> tuple:
         n = info.batch_size
         x, weight = _to_channels(x, in_dims[0], n, 3), _to_channels(weight, in_dims[1], n, 2)
-        return _Filter.apply(x, weight, transform).unflatten(3, (n, -1)), 3
+        return _Filter.apply(x, weight, make).unflatten(3, (n, -1)), 3
 
 
 class _Adjoint(Function):
     @staticmethod
-    def forward(
-        g: Tensor, x: Tensor, weight: Tensor, transform: Transform
-    ) -> tuple[Tensor, Tensor]:
+    def forward(g: Tensor, x: Tensor, weight: Tensor, make: Make) -> tuple[Tensor, Tensor]:
         gx, gweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
+        transform = make(x)
         with _exact(x.device):
             for channels in _channel_blocks(x):
                 kernel = transform.kernel(_conjugate(weight[:, :, channels]))
@@ -166,15 +172,15 @@ class _Adjoint(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.transform = inputs
+        *tensors, ctx.make = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor | None, ...]:
         g, x, weight = ctx.saved_tensors
-        dg = _Filter.apply(a, weight, ctx.transform) + _Filter.apply(x, b, ctx.transform)
-        return dg, *_Adjoint.apply(g, a, b, ctx.transform), None
+        dg = _Filter.apply(a, weight, ctx.make) + _Filter.apply(x, b, ctx.make)
+        return dg, *_Adjoint.apply(g, a, b, ctx.make), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -183,18 +189,18 @@ class _Adjoint(Function):
             torch.zeros_like(tensor) if tangent is None else tangent
             for tensor, tangent in zip((g, x, weight), tangents, strict=False)
         )
-        first = _Adjoint.apply(dg, x, weight, ctx.transform)
-        second = _Adjoint.apply(g, dx, dweight, ctx.transform)
+        first = _Adjoint.apply(dg, x, weight, ctx.make)
+        second = _Adjoint.apply(g, dx, dweight, ctx.make)
         return first[0] + second[0], first[1] + second[1]
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
-        n, (*tensors, transform) = info.batch_size, inputs
+        n, (*tensors, make) = info.batch_size, inputs
         g, x, weight = (
             _to_channels(tensor, dim, n, channel)
             for tensor, dim, channel in zip(tensors, in_dims, (3, 3, 2), strict=False)
         )
-        gx, gweight = _Adjoint.apply(g, x, weight, transform)
+        gx, gweight = _Adjoint.apply(g, x, weight, make)
         return (gx.unflatten(3, (n, -1)), gweight.unflatten(2, (n, -1))), (3, 2)
 
 

@@ -17,7 +17,8 @@ def dense_filter(x: Tensor, weight: Tensor) -> Tensor:
     """See :func:`gfnet_dense.spectral.global_filter`."""
     # Tensor cores multiply float16 at many times the rate of float32, and add up in float32.
     half = x.is_cuda and x.dtype.itemsize == 2
-    return filter_map(_Dense(x, torch.float16 if half else None), x, weight)
+    operands = torch.float16 if half else None
+    return filter_map(functools.partial(_Dense, operands=operands), x, weight)
 
 
 class _Dense(Transform):
@@ -39,34 +40,38 @@ class _Dense(Transform):
         ordinary = type(x) in (Tensor, torch.nn.Parameter) and not is_capturing()
         matrices = _kept_matrices if ordinary else _matrices
         self._matrices = matrices(self.height, self.width, operands or self.dtype, x.device)
+        self._scratches: dict[str, Tensor] | None = None if is_capturing() else {}
 
     def kernel(self, weight: Tensor) -> Tensor:
         return weight.to(self.dtype).permute(3, 0, 1, 2).contiguous().flatten(2)
 
     def _forward(self, x: Tensor) -> Tensor:
         along_width, along_height, _, _ = self._matrices
+        batch, height, _, channels = x.shape
         x, unit = self._round(x)
-        x = _multiply(along_width, x.flatten(0, 1))
-        x = _multiply(along_height, x.reshape(-1, 2 * self.height, x.shape[1] // 2 * x.shape[2]))
-        return self._restore(x, unit).unflatten(1, (2, self.height))
+        rows = batch * height, along_width.shape[0], channels
+        x = _multiply(along_width, x.flatten(0, 1), self._scratch('rows', x, rows))
+        x = _multiply(along_height, x.view(batch, 2 * height, -1))
+        return self._restore(x, unit).unflatten(1, (2, height))
 
     def multiply(self, spectrum: Tensor, kernel: Tensor) -> Tensor:
-        real, imag = spectrum.unbind(1)
-        kernel_real, kernel_imag = kernel.unbind(0)
-        return torch.stack(
-            [
-                torch.addcmul(real * kernel_real, imag, kernel_imag, value=-1),
-                torch.addcmul(real * kernel_imag, imag, kernel_real),
-            ],
-            dim=1,
-        )
+        (real, imag), (kernel_real, kernel_imag) = spectrum.unbind(1), kernel.unbind(0)
+        product = self._scratch('product', spectrum, spectrum.shape)
+        if product is None:
+            parts = real * kernel_real - imag * kernel_imag, real * kernel_imag + imag * kernel_real
+            return torch.stack(parts, dim=1)
+        torch.mul(spectrum, kernel_real, out=product)
+        product[:, 0].addcmul_(imag, kernel_imag, value=-1)
+        product[:, 1].addcmul_(real, kernel_imag)
+        return product
 
     def _inverse(self, spectrum: Tensor) -> Tensor:
         _, _, along_height, along_width = self._matrices
-        spectrum, unit = self._round(spectrum.flatten(1, 2))
-        x = _multiply(along_height, spectrum)
-        x = _multiply(along_width, x.reshape(-1, along_width.shape[1], self._channels(spectrum)))
-        return self._restore(x, unit).unflatten(0, (-1, self.height))
+        batch, _, height, _ = spectrum.shape
+        x, unit = self._round(spectrum.flatten(1, 2))
+        x = _multiply(along_height, x, self._scratch('rows', x, x.shape))
+        x = _multiply(along_width, x.view(batch * height, along_width.shape[1], -1))
+        return self._restore(x, unit).unflatten(0, (batch, height))
 
     def correlate(self, g: Tensor, x: Tensor) -> Tensor:
         (g_real, g_imag), (real, imag) = g.unbind(1), x.unbind(1)
@@ -82,8 +87,14 @@ class _Dense(Transform):
         gradient = correlation.unflatten(2, (columns.shape[0], -1)).permute(1, 2, 3, 0)
         return gradient * (columns * self.height * self.width)[:, None, None]
 
-    def _channels(self, spectrum: Tensor) -> int:
-        return spectrum.shape[2] // (self.width // 2 + 1)
+    def _scratch(self, name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+        """Return memory for a result, the same for every block; None in a graph."""
+        if self._scratches is None:
+            return None
+        scratch = self._scratches.get(name)
+        if scratch is None or scratch.numel() != math.prod(shape):
+            scratch = self._scratches[name] = like.new_empty(math.prod(shape))
+        return scratch.view(shape)
 
     def _round(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Round to the operands' dtype, in units that keep the results within its range too."""
@@ -97,9 +108,9 @@ class _Dense(Transform):
         return x if unit is None else x.to(self.dtype) * unit
 
 
-def _multiply(matrix: Tensor, x: Tensor) -> Tensor:
+def _multiply(matrix: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
     """Multiply `(M, N)` with every `(N, C)` of a batch; `matmul` would copy either of them."""
-    return torch.bmm(matrix.expand(x.shape[0], -1, -1), x)
+    return torch.bmm(matrix.expand(x.shape[0], -1, -1), x, out=out)
 
 
 @functools.lru_cache(maxsize=32)

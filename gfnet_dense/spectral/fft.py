@@ -9,7 +9,7 @@ from .resize import hermitian_part
 
 def fft_filter(x: Tensor, weight: Tensor) -> Tensor:
     """See :func:`gfnet_dense.spectral.global_filter`."""
-    return filter_map(_Fft(x), x, weight)
+    return filter_map(_Fft, x, weight)
 
 
 class _Fft(Transform):

@@ -1,5 +1,6 @@
 """Every backend against float64 `torch.fft` and a naive convolution, for any map there may be."""
 
+import functools
 import re
 
 import hypothesis.strategies as st
@@ -207,8 +208,8 @@ def test_products_of_float16_factors(size, dtype, scale, seed):
     x, g = (scale * x).to(dtype), g.to(dtype)
     weight = scale * torch.randn(size[0], size[1] // 2 + 1, 2, 2, generator=generator)
     inputs = x.requires_grad_(), weight.requires_grad_()
-    transform = dense._Dense(x, torch.float16)
-    y = blockwise.filter_map(transform, x, weight)
+    make = functools.partial(dense._Dense, operands=torch.float16)
+    y = blockwise.filter_map(make, x, weight)
     expected = reference(x, weight, g)
     if expected[0].abs().max() < torch.finfo(dtype).max:
         actual = [y.detach(), *torch.autograd.grad(y, inputs, g)]
