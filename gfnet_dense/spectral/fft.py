@@ -3,17 +3,40 @@
 import torch
 from torch import Tensor
 
+from .blockwise import Transform, filter_map, multiplicity
 from .resize import hermitian_part
 
 
 def fft_filter(x: Tensor, weight: Tensor) -> Tensor:
     """See :func:`gfnet_dense.spectral.global_filter`."""
-    height, width = x.shape[1:3]
-    # Half-precision FFTs need powers of two and overflow; the official layer runs in float32 too.
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    kernel = torch.view_as_complex(hermitian_part(weight.to(dtype), width).contiguous())
-    # Any normalisation cancels between the two transforms; the default has one pass less
-    # than the official 'ortho'.
-    spectrum = torch.fft.rfft2(x.to(dtype), dim=(1, 2))
-    y = torch.fft.irfft2(spectrum * kernel, s=(height, width), dim=(1, 2))
-    return y.to(x.dtype)
+    return filter_map(_Fft, x, weight)
+
+
+class _Fft(Transform):
+    """`torch.fft`; spectra are complex, `(B, C, H, W // 2 + 1)`, without any normalisation.
+
+    FFT libraries want planes that lie in one piece. One copy per direction is what this costs;
+    multiplying in that layout, too, saves walking two layouts at once.
+    """
+
+    def kernel(self, weight: Tensor) -> Tensor:
+        weight = hermitian_part(weight.to(self.dtype), self.width) / (self.height * self.width)
+        return torch.view_as_complex(weight.contiguous()).permute(2, 0, 1).contiguous()
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return torch.fft.rfft2(x.permute(0, 3, 1, 2))
+
+    def multiply(self, spectrum: Tensor, kernel: Tensor) -> Tensor:
+        return spectrum * kernel
+
+    def _inverse(self, spectrum: Tensor) -> Tensor:
+        x = torch.fft.irfft2(spectrum, s=(self.height, self.width), norm='forward')
+        return x.permute(0, 2, 3, 1)
+
+    def correlate(self, g: Tensor, x: Tensor) -> Tensor:
+        return (g * x.conj()).sum(0)
+
+    def _gradient(self, correlation: Tensor) -> Tensor:
+        columns = multiplicity(self.width, correlation.device).to(self.dtype)
+        correlation = correlation * (columns / (self.height * self.width))
+        return torch.view_as_real(correlation.permute(1, 2, 0))

@@ -1,0 +1,253 @@
+"""The global filter and its gradient, a cache-sized block of the map at a time.
+
+A backend is a :class:`Transform`: how maps become spectra and come back. What is done with them,
+and all derivatives, are the same for every transform and live here.
+
+On a CPU a filter is bound by memory, not by arithmetic: temporaries as large as the map miss the
+cache, and most of their time goes into fresh pages from the operating system. Block by block the
+same temporaries are used again and again.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+# Values of a map in one block: 1 MB in float32. Half or twice as many are as fast within a tenth.
+_BLOCK = 2**18
+
+
+class Transform(ABC):
+    """The Fourier transform of maps like `x`, in whatever layout suits its backend.
+
+    One is made for a single pass over a map, block by block. A factor stays valid throughout; what
+    :meth:`multiply` returns only until its next call.
+
+    Attributes:
+        height: H, rows of the map.
+        width: W, columns of the map.
+        dtype: What is computed in: float32, or float64 for maps of float64.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.height, self.width = x.shape[1:3]
+        # Half-precision FFTs need powers of two and overflow; the official layer runs in float32.
+        self.dtype = torch.promote_types(x.dtype, torch.float32)
+        # The range of bfloat16 is that of float32: sums of finite values could leave it.
+        self._unit = self.height * self.width if x.dtype == torch.bfloat16 else 1
+
+    @abstractmethod
+    def kernel(self, weight: Tensor) -> Tensor:
+        """Bring a spectrum `(H, W // 2 + 1, C, 2)` to the layout and scale of a factor."""
+
+    def spectrum(self, x: Tensor) -> Tensor:
+        """Transform a map `(B, H, W, C)` of any floating dtype."""
+        x = x.to(self.dtype)
+        return self._forward(x if self._unit == 1 else x / self._unit)
+
+    @abstractmethod
+    def multiply(self, spectrum: Tensor, kernel: Tensor) -> Tensor:
+        """Multiply a spectrum by a factor from :meth:`kernel`."""
+
+    def map(self, spectrum: Tensor) -> Tensor:
+        """Transform a spectrum back to a map `(B, H, W, C)`."""
+        x = self._inverse(spectrum)
+        return x if self._unit == 1 else x * self._unit
+
+    @abstractmethod
+    def correlate(self, g: Tensor, x: Tensor) -> Tensor:
+        """Sum the product of one spectrum and the conjugate of another over the batch."""
+
+    def gradient(self, correlation: Tensor) -> Tensor:
+        """Bring what :meth:`correlate` gave to layout and scale of `(H, W // 2 + 1, C, 2)`."""
+        return self._gradient(correlation) * (self._unit * self._unit)
+
+    @abstractmethod
+    def _forward(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _inverse(self, spectrum: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _gradient(self, correlation: Tensor) -> Tensor: ...
+
+
+Make = Callable[[Tensor], Transform]
+
+
+def filter_map(make: Make, x: Tensor, weight: Tensor) -> Tensor:
+    """Filter `x (B, H, W, C)` with `weight (H, W // 2 + 1, C, 2)`, differentiable in both."""
+    if is_capturing():  # a graph is better off with plain operators than with a loop unrolled
+        transform = make(x)
+        with _exact(x.device):
+            spectrum = transform.multiply(transform.spectrum(x), transform.kernel(weight))
+            return transform.map(spectrum).to(x.dtype)
+    return _Filter.apply(x, weight, make)
+
+
+def is_capturing() -> bool:
+    """Tell whether the operators that run now are recorded: compiled, exported or traced."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def multiplicity(width: int, device: torch.device) -> Tensor:
+    """Return how often a column stands in the whole spectrum: once for zero and Nyquist, or twice.
+
+    In float64, of shape `(W // 2 + 1,)`.
+    """
+    column = torch.arange(width // 2 + 1, device=device)
+    return torch.where((column == 0) | (2 * column == width), 1.0, 2.0).double()
+
+
+# The filter is bilinear, so its derivatives are filters again, and one more operator that is
+# bilinear too: its adjoint. The two close under differentiation, to any order.
+#
+#     _Filter(x, w)     = y           y = F^-1(w . F x)
+#     _Adjoint(g, x, w) = (gx, gw)    gx = F^-1(conj(w) . F g),  gw = m sum_b F g . conj(F x)
+#
+# A frequency column counts twice (m = 2) unless it is its own mirror image. In such a column,
+# zero or Nyquist, the spectra of real maps are Hermitian, and so is the gradient: that of the
+# Hermitian part, which alone acts.
+
+
+class _Filter(Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, make: Make) -> Tensor:
+        y, transform = x.new_empty(x.shape), make(x)
+        with _exact(x.device):
+            for channels in _channel_blocks(x):
+                kernel = transform.kernel(weight[:, :, channels])
+                for block in _blocks(x, channels):
+                    spectrum = transform.multiply(transform.spectrum(x[block]), kernel)
+                    y[block] = transform.map(spectrum)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        # Spectra are computed again in the backward pass: it costs less than to write them out.
+        *tensors, ctx.make = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return _Filter.apply(g, _conjugate(weight), ctx.make), None, None
+        return *_Adjoint.apply(g, x, weight, ctx.make), None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, _: None) -> Tensor:
+        x, weight = ctx.saved_tensors
+        terms = [(dx, weight), (x, dweight)]
+        return sum(_Filter.apply(*term, ctx.make) for term in terms if None not in term)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, x: Tensor, weight: Tensor, make: Make) -> tuple:
+        n = info.batch_size
+        x, weight = _to_channels(x, in_dims[0], n, 3), _to_channels(weight, in_dims[1], n, 2)
+        return _Filter.apply(x, weight, make).unflatten(3, (n, -1)), 3
+
+
+class _Adjoint(Function):
+    @staticmethod
+    def forward(g: Tensor, x: Tensor, weight: Tensor, make: Make) -> tuple[Tensor, Tensor]:
+        gx, gweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
+        transform = make(x)
+        with _exact(x.device):
+            for channels in _channel_blocks(x):
+                kernel = transform.kernel(_conjugate(weight[:, :, channels]))
+                correlation = 0
+                for block in _blocks(x, channels):
+                    spectrum = transform.spectrum(g[block])
+                    correlation += transform.correlate(spectrum, transform.spectrum(x[block]))
+                    gx[block] = transform.map(transform.multiply(spectrum, kernel))
+                gweight[:, :, channels] = transform.gradient(correlation)
+        return gx, gweight
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.make = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor | None, ...]:
+        g, x, weight = ctx.saved_tensors
+        dg = _Filter.apply(a, weight, ctx.make) + _Filter.apply(x, b, ctx.make)
+        return dg, *_Adjoint.apply(g, a, b, ctx.make), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
+        g, x, weight = ctx.saved_tensors
+        dg, dx, dweight = (
+            torch.zeros_like(tensor) if tangent is None else tangent
+            for tensor, tangent in zip((g, x, weight), tangents, strict=False)
+        )
+        first = _Adjoint.apply(dg, x, weight, ctx.make)
+        second = _Adjoint.apply(g, dx, dweight, ctx.make)
+        return first[0] + second[0], first[1] + second[1]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
+        n, (*tensors, make) = info.batch_size, inputs
+        g, x, weight = (
+            _to_channels(tensor, dim, n, channel)
+            for tensor, dim, channel in zip(tensors, in_dims, (3, 3, 2), strict=False)
+        )
+        gx, gweight = _Adjoint.apply(g, x, weight, make)
+        return (gx.unflatten(3, (n, -1)), gweight.unflatten(2, (n, -1))), (3, 2)
+
+
+def _channel_blocks(x: Tensor) -> Iterator[slice]:
+    """Cut the channels of a map so that one image of each part fits a block."""
+    _, height, width, channels = x.shape
+    parts = math.ceil(height * width * channels / _BLOCK) if x.device.type == 'cpu' else 1
+    step = math.ceil(channels / parts)
+    for start in range(0, channels, step):
+        yield slice(start, start + step)
+
+
+def _blocks(x: Tensor, channels: slice) -> Iterator[tuple[slice, slice, slice, slice]]:
+    """Cut the batch, so that some channels of each part fit a block."""
+    batch, height, width, _ = x.shape
+    image = height * width * (channels.stop - channels.start)
+    step = max(1, _BLOCK // image) if x.device.type == 'cpu' else batch
+    for start in range(0, batch, step):
+        yield slice(start, start + step), slice(None), slice(None), channels
+
+
+def _conjugate(weight: Tensor) -> Tensor:
+    return weight * weight.new_tensor([1, -1])
+
+
+def _to_channels(tensor: Tensor, dim: int | None, n: int, channel: int) -> Tensor:
+    """Turn `n` problems of :func:`torch.func.vmap` into one with `n` times as many channels."""
+    tensor = tensor.expand(n, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return tensor.movedim(0, channel).flatten(channel, channel + 1)
+
+
+@contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    """Keep matrix products in the precision of their operands, and their sums in float32."""
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False), _exact(device):
+            yield
+    elif device.type == 'cuda' and not is_capturing():  # a graph keeps the settings of its caller
+        settings = torch.backends.cuda.matmul
+        names = ('allow_tf32', 'allow_fp16_reduced_precision_reduction')
+        before = [getattr(settings, name) for name in names]
+        try:
+            for name in names:
+                setattr(settings, name, False)
+            yield
+        finally:
+            for name, value in zip(names, before, strict=True):
+                setattr(settings, name, value)
+    else:
+        yield
