@@ -23,20 +23,24 @@ __all__ = [
     'resize_spectrum',
 ]
 
-# Sum of the sides, in cells, up to which 'dense' is the fastest on a device: its cost per value
-# grows with that sum. Time of 'fft' in units of 'dense', one core (AVX2, MKL), float32, batch 8:
+# Sum of the sides, in cells, up to which 'dense' is the fastest on a device, since its cost per
+# value grows with that sum: where FFTs are at their best, and where a side has a prime factor
+# beyond their own. Time of 'fft' in units of 'dense', on one core (AVX2, MKL), float32; first
+# estimates by tools/benchmark_filter.py, on a machine that was not idle:
 #
-#   H x W x C     forward   forward and backward
-#     7x7x768       2.9             2.2
-#    14x14x384      1.6             1.5
-#    28x28x192      1.3             1.2
-#    25x42x192      1.4             1.2
-#    56x56x96       0.95            1.0
-#    64x64x192      0.9             0.85
+#   H x W x C    forward  with backward        H x W x C    forward
+#     7x7x768      2.5        2.4                37x37x96      5.0
+#    14x14x384     1.7        1.4                41x41x96      4.4
+#    28x28x192     1.2        1.2                46x46x96      1.8
+#    25x42x192     1.6        1.2                62x62x96      2.2
+#    56x56x96      0.9        0.9                67x67x96      3.0
+#    64x64x192     0.8        0.85               74x74x96      2.0
+#   128x128x96     0.5        0.5                97x97x96      2.4
 #
-# 16-bit maps are computed in float32. Gradients do not move the border, so a layer gives the same
-# in training as in evaluation.
-_DENSE_UP_TO = {'cpu': 72}
+# 16-bit maps are computed in float32 there. The border is one for all: a layer gives the same in
+# training as in evaluation. No GPU has been measured yet.
+_DENSE_UP_TO = {'cpu': (72, 200)}
+_PRIMES_OF_FFT = (2, 3, 5, 7, 11, 13)
 
 _BACKENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     'fft': fft_filter,
@@ -102,4 +106,13 @@ def global_filter(x: Tensor, weight: Tensor, backend: str = 'auto') -> Tensor:
 def _fastest(x: Tensor) -> str:
     if is_capturing():
         return 'dense'
-    return 'dense' if sum(x.shape[1:3]) <= _DENSE_UP_TO.get(x.device.type, 0) else 'fft'
+    best, rough = _DENSE_UP_TO.get(x.device.type, (0, 0))
+    sides = x.shape[1:3]
+    return 'dense' if sum(sides) <= (best if all(map(_suits_fft, sides)) else rough) else 'fft'
+
+
+def _suits_fft(side: int) -> bool:
+    for prime in _PRIMES_OF_FFT:
+        while side % prime == 0:
+            side //= prime
+    return side == 1

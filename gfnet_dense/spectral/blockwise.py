@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-# Values of a map in one block: 1 MB in float32. Half or twice as many are as fast within a tenth.
+# Values of a map in one block: 1 MB in float32. Half or twice as many are about as fast.
 _BLOCK = 2**18
 
 
 class Transform(ABC):
     """The Fourier transform of maps like `x`, in whatever layout suits its backend.
 
-    One is made for a single pass over a map, block by block. A factor stays valid throughout; what
-    :meth:`multiply` returns only until its next call.
+    One is made for a single pass over a map, block by block. Spectra, products and maps that it
+    returns stay valid until the next call of the same method.
 
     Attributes:
         height: H, rows of the map.
@@ -129,7 +129,7 @@ class _Filter(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        # Spectra are computed again in the backward pass: it costs less than to write them out.
+        # Not the spectrum of x: block by block it is soon computed again, in cached memory.
         *tensors, ctx.make = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
@@ -144,8 +144,9 @@ class _Filter(Function):
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, _: None) -> Tensor:
         x, weight = ctx.saved_tensors
-        terms = [(dx, weight), (x, dweight)]
-        return sum(_Filter.apply(*term, ctx.make) for term in terms if None not in term)
+        terms = [] if dx is None else [_Filter.apply(dx, weight, ctx.make)]
+        terms += [] if dweight is None else [_Filter.apply(x, dweight, ctx.make)]
+        return sum(terms)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, x: Tensor, weight: Tensor, make: Make) -> tuple:
@@ -158,14 +159,14 @@ class _Adjoint(Function):
     @staticmethod
     def forward(g: Tensor, x: Tensor, weight: Tensor, make: Make) -> tuple[Tensor, Tensor]:
         gx, gweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
-        transform = make(x)
+        transform, transform_x = make(x), make(x)
         with _exact(x.device):
             for channels in _channel_blocks(x):
                 kernel = transform.kernel(_conjugate(weight[:, :, channels]))
                 correlation = 0
                 for block in _blocks(x, channels):
                     spectrum = transform.spectrum(g[block])
-                    correlation += transform.correlate(spectrum, transform.spectrum(x[block]))
+                    correlation += transform.correlate(spectrum, transform_x.spectrum(x[block]))
                     gx[block] = transform.map(transform.multiply(spectrum, kernel))
                 gweight[:, :, channels] = transform.gradient(correlation)
         return gx, gweight
@@ -235,7 +236,7 @@ def _to_channels(tensor: Tensor, dim: int | None, n: int, channel: int) -> Tenso
 @contextmanager
 def _exact(device: torch.device) -> Iterator[None]:
     """Keep matrix products in the precision of their operands, and their sums in float32."""
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False), _exact(device):
             yield
     elif device.type == 'cuda' and not is_capturing():  # a graph keeps the settings of its caller

@@ -16,8 +16,7 @@ from .blockwise import Transform, filter_map, is_capturing, multiplicity
 def dense_filter(x: Tensor, weight: Tensor) -> Tensor:
     """See :func:`gfnet_dense.spectral.global_filter`."""
     # Tensor cores multiply float16 at many times the rate of float32, and add up in float32.
-    half = x.is_cuda and x.dtype.itemsize == 2
-    operands = torch.float16 if half else None
+    operands = torch.float16 if x.is_cuda and x.dtype.itemsize == 2 else None
     return filter_map(functools.partial(_Dense, operands=operands), x, weight)
 
 
@@ -51,7 +50,8 @@ class _Dense(Transform):
         x, unit = self._round(x)
         rows = batch * height, along_width.shape[0], channels
         x = _multiply(along_width, x.flatten(0, 1), self._scratch('rows', x, rows))
-        x = _multiply(along_height, x.view(batch, 2 * height, -1))
+        columns = batch, 2 * height, x.shape[1] // 2 * channels
+        x = _multiply(along_height, x.view(columns), self._scratch('spectrum', x, columns))
         return self._restore(x, unit).unflatten(1, (2, height))
 
     def multiply(self, spectrum: Tensor, kernel: Tensor) -> Tensor:
@@ -70,7 +70,9 @@ class _Dense(Transform):
         batch, _, height, _ = spectrum.shape
         x, unit = self._round(spectrum.flatten(1, 2))
         x = _multiply(along_height, x, self._scratch('rows', x, x.shape))
-        x = _multiply(along_width, x.view(batch * height, along_width.shape[1], -1))
+        x = x.view(batch * height, along_width.shape[1], -1)
+        rows = batch * height, self.width, x.shape[2]
+        x = _multiply(along_width, x, self._scratch('map', x, rows))
         return self._restore(x, unit).unflatten(0, (batch, height))
 
     def correlate(self, g: Tensor, x: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ class _Dense(Transform):
         return gradient * (columns * self.height * self.width)[:, None, None]
 
     def _scratch(self, name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-        """Return memory for a result, the same for every block; None in a graph."""
+        """Return memory for a result, the same for every block, so cached; None in a graph."""
         if self._scratches is None:
             return None
         scratch = self._scratches.get(name)
@@ -100,7 +102,7 @@ class _Dense(Transform):
         """Round to the operands' dtype, in units that keep the results within its range too."""
         if self._operands is None:
             return x, None
-        unit = x.abs().amax() * math.sqrt(self.height * self.width)
+        unit = x.detach().abs().amax() * math.sqrt(self.height * self.width)
         unit = unit.clamp(min=torch.finfo(self.dtype).tiny)
         return (x / unit).to(self._operands), unit
 
@@ -108,7 +110,7 @@ class _Dense(Transform):
         return x if unit is None else x.to(self.dtype) * unit
 
 
-def _multiply(matrix: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+def _multiply(matrix: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
     """Multiply `(M, N)` with every `(N, C)` of a batch; `matmul` would copy either of them."""
     return torch.bmm(matrix.expand(x.shape[0], -1, -1), x, out=out)
 

@@ -1,0 +1,25 @@
+"""The table that the benchmark of the filter prints."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from gfnet_dense.spectral import BACKENDS
+
+TOOL = Path(__file__).resolve().parents[2] / 'tools' / 'benchmark_filter.py'
+
+
+def test_prints_a_ratio_for_every_backend_and_says_where():
+    command = [sys.executable, TOOL, '--sizes', '4x6x2', '5x3x1', '--batch', '1', '--repeats', '2']
+    run = subprocess.run([*command, '--seconds', '0'], capture_output=True, text=True, check=True)
+    heading, *lines = run.stdout.splitlines()
+    assert f'torch {torch.__version__}' in heading
+    assert 'float32, batch 1' in heading
+    assert all(f'| {backend} |' in run.stdout for backend in BACKENDS)
+    rows = [line for line in lines if line.startswith(('| 4x6x2', '| 5x3x1'))]
+    assert len(rows) == 4
+    for row in rows:
+        assert len(re.findall(r'\d+\.\d\d \(\d+\.\d\d-\d+\.\d\d\)', row)) == len(BACKENDS)
