@@ -8,11 +8,13 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import torch
 from mmengine.config import Config
 from PIL import Image
 
 from gfnet_dense.data import CLASSES, PALETTE, label_grid, write_digits
 from gfnet_dense.engine import evaluate, find_config, train
+from gfnet_dense.serialization import PLAIN_TYPES
 
 CONFIG = 'upernet_gfnet_nano_digits'
 PICTURED = 8  # validation scenes
@@ -81,7 +83,8 @@ def draw(config: Config, checkpoint: Path, data_root: Path, path: Path) -> Path:
     """Draw the first validation scenes with truth and prediction."""
     from mmseg.apis import inference_model, init_model
 
-    model = init_model(config.copy(), str(checkpoint), device='cpu')
+    with torch.serialization.safe_globals(PLAIN_TYPES):
+        model = init_model(config.copy(), str(checkpoint), device='cpu')
     images = sorted((data_root / 'images' / 'validation').glob('*.jpg'))[:PICTURED]
     results = inference_model(model, [str(image) for image in images])
     rows = [
