@@ -56,6 +56,7 @@ def load_pretrained(model: 'GFNetBase', path: str | Path) -> None:
         state, notes = adapt_state_dict(state, model)
     except CheckpointError as e:
         raise CheckpointError(f'{path}: {e}') from None
+    # What may be missing is settled by adapt_state_dict, and named below.
     missing, _ = model.load_state_dict(state, strict=False)
     model.loaded_from = str(path)
     print_log(f'loaded {len(state)} tensors from {path}', logger='current')
