@@ -81,7 +81,7 @@ class GlobalFilter(nn.Module):
     def _kept_spectrum(self, size: tuple[int, int]) -> Tensor:
         weight = self.complex_weight
         # Values are compared because nothing less is safe: an edit through `.data`, as EMA does,
-        # leaves version counter and address as they were. On a CPU that costs a quarter of the
+        # leaves version counter and address as they were. On a CPU that costs less than the
         # resize; on a GPU it waits for the device.
         source, kept = self._kept
         if (
