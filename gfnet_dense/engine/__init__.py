@@ -1,13 +1,26 @@
 """What trains and tests the networks, on top of mmengine."""
 
+from .checkpoints import DurableCheckpointHook, InterruptHook, latest_checkpoint
 from .launch import evaluate, find_config, train
 from .layer_decay import LayerDecayOptimWrapperConstructor
+from .non_finite import NonFiniteLossError, NonFiniteLossHook
+from .peers import RankDiedError
+from .runner import GFNetRunner
 from .summary import RunSummaryHook
+from .work_dir import WorkDirError
 
 __all__ = [
+    'DurableCheckpointHook',
+    'GFNetRunner',
+    'InterruptHook',
     'LayerDecayOptimWrapperConstructor',
+    'NonFiniteLossError',
+    'NonFiniteLossHook',
+    'RankDiedError',
     'RunSummaryHook',
+    'WorkDirError',
     'evaluate',
     'find_config',
+    'latest_checkpoint',
     'train',
 ]
