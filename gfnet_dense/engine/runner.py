@@ -18,7 +18,7 @@ from gfnet_dense.data.checks import DataError, check_folders, check_segmentation
 from gfnet_dense.data.resumable import ResumableBatchSampler, resumable, seed_random_numbers
 from gfnet_dense.serialization import PLAIN_TYPES, load_file
 
-from .checkpoints import InterruptHook, written_whole
+from .checkpoints import InterruptHook, latest_checkpoint, written_whole
 from .non_finite import NonFiniteLossHook
 from .peers import watched_peers
 
@@ -103,10 +103,13 @@ class GFNetRunner(Runner):
             with watched_peers(self.logger.error):
                 return super().train()
         except Exception as e:
+            error = _explained(e)
             begun = isinstance(self._train_loop, BaseLoop)
             at = f' in iteration {self.iter + 1}' if begun else ''
-            self.logger.error(f'training ended{at}: {type(e).__name__}: {e}')
-            raise
+            last = latest_checkpoint(self.work_dir)
+            kept = f'\nThe last checkpoint is {last}; --resume continues from it.' if last else ''
+            self.logger.error(f'training ended{at}: {type(error).__name__}: {error}{kept}')
+            raise error from (None if error is e else e)
         finally:
             for hook in self.hooks:
                 if isinstance(hook, InterruptHook):
@@ -220,3 +223,13 @@ class GFNetRunner(Runner):
             closing.append(AverageBuffersHook())
         for hook in closing:
             self.register_hook(hook)
+
+
+def _explained(error: Exception) -> Exception:
+    """Return an error that says what to do, where torch's own does not."""
+    if str(error).startswith('DataLoader worker'):
+        return DataError(
+            f'{error}: a process that loads data was killed, as a rule for want of memory: lower '
+            'num_workers of the dataloader'
+        )
+    return error

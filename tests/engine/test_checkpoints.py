@@ -1,17 +1,14 @@
 import os
 import resource
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.runner import Runner
+from toy import toy_config
 
 from gfnet_dense.engine import WorkDirError, latest_checkpoint, train
 from gfnet_dense.engine.checkpoints import written_whole
-
-sys.path.insert(0, str(Path(__file__).parent))
-from toy import toy_config
 
 
 def write(path: Path, iterations: int) -> Path:
