@@ -16,9 +16,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from gfnet_dense.models import GFNet, GFNetPyramid, checkpoint
-from gfnet_dense.models.architectures import HIERARCHICAL, ISOTROPIC
 from gfnet_dense.models.checkpoint import (
-    OFFICIAL_WEIGHTS,
     CheckpointError,
     adapt_state_dict,
     load_pretrained,
@@ -575,16 +573,6 @@ def test_a_missing_file_is_named(tmp_path):
 # Official weights by name
 
 
-@pytest.mark.parametrize('name', OFFICIAL_WEIGHTS)
-def test_missing_official_weights_are_named_with_place_and_source(tmp_path, monkeypatch, name):
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    with pytest.raises(FileNotFoundError) as e:
-        load_pretrained(GFNetPyramid(PYRAMID, img_size=32), name)
-    assert str(tmp_path / 'hub' / 'checkpoints' / f'{name}.pth') in str(e.value)
-    for source in ('https://cloud.tsinghua.edu.cn/f/', 'https://drive.google.com/file/d/'):
-        assert source in str(e.value)
-
-
 @networks
 def test_official_weights_are_found_by_name(tmp_path, monkeypatch, network, arch, final):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
@@ -604,12 +592,6 @@ def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
     model = GFNetPyramid(PYRAMID, img_size=32)
     load_pretrained(model, 'gfnet-h-s')
     assert_equal_states(model.state_dict(), source.state_dict())
-
-
-def test_official_weights_are_those_of_the_seven_sizes():
-    assert list(OFFICIAL_WEIGHTS) == [f'gfnet-{name}' for name in (*ISOTROPIC, *HIERARCHICAL)]
-    ids = [i for pair in OFFICIAL_WEIGHTS.values() for i in pair]
-    assert len(ids) == len(set(ids)) == 14
 
 
 # As a config names it
