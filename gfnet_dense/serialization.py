@@ -128,5 +128,8 @@ PLAIN_TYPES: list[Any] = [
     np.dtype,
     np._core.multiarray._reconstruct,
     np._core.multiarray.scalar,
+    # as numpy 1 named them
+    (np._core.multiarray._reconstruct, 'numpy.core.multiarray._reconstruct'),
+    (np._core.multiarray.scalar, 'numpy.core.multiarray.scalar'),
     *(type(np.dtype(kind)) for kind in '?bhilqBHILQefd'),
 ]

@@ -409,6 +409,21 @@ def test_an_interrupted_download_leaves_nothing(server, folder, content, monkeyp
     load_pretrained(nano(), 'gfnet-nano')
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name(server, folder, content, monkeypatch):
+    """Or a machine that stops could leave the name with less than the whole content."""
+    server.answers['first'] = whole(content)
+    synced = []
+
+    def fsync(descriptor: int) -> None:
+        assert os.fstat(descriptor).st_size == len(content)
+        assert not (folder / 'gfnet-nano.pth').exists()
+        synced.append(descriptor)
+
+    monkeypatch.setattr(os, 'fsync', fsync)
+    load_pretrained(nano(), 'gfnet-nano')
+    assert len(synced) == 1
+
+
 def test_a_full_disk_is_named_and_leaves_nothing(server, folder, content):
     server.answers = {'first': whole(content), 'second': whole(content)}
     folder.mkdir(parents=True)
@@ -468,7 +483,6 @@ def test_a_killed_download_is_taken_over(server, folder, content):
 
     server.answers['first'] = stall_at_first
     out = run_processes('takeover', server)
-    assert 'waiting for another process' in out
     assert out.count('loaded by a process') == 1
     assert server.requests == ['/first/one'] * 2
     assert (folder / 'gfnet-nano.pth').read_bytes() == content

@@ -74,9 +74,9 @@ def find_weights(name: str | Path) -> Path:
     if str(name) in OFFICIAL_WEIGHTS:
         return fetch(str(name), partial(_check_official, str(name)))
     raise FileNotFoundError(
-        f'no checkpoint at {name}: give a path or, for official weights, one of '
-        f'{", ".join(OFFICIAL_WEIGHTS)}; or set the init_cfg of the backbone to None to train '
-        'from scratch'
+        f'no checkpoint at {name}: give a path, or to download official weights '
+        f'(github.com/raoyongming/GFNet) one of {", ".join(OFFICIAL_WEIGHTS)}, or set the init_cfg '
+        'of the backbone to None to train from scratch'
     )
 
 
@@ -157,11 +157,11 @@ def adapt_state_dict(
     final = f'norm{num_levels - 1}.'
     adapted, unused, unknown = {}, [], []
     for key, value in state.items():
+        name = key
         if key.startswith(('norm.', final)):
-            norm = 'norm.' if model.num_classes else final
-            key = norm + key.partition('.')[2]
-        if key in own and not (key.startswith('head.') and value.shape != own[key].shape):
-            adapted[key] = value
+            name = ('norm.' if model.num_classes else final) + key.partition('.')[2]
+        if name in own and not (name.startswith('head.') and value.shape != own[name].shape):
+            adapted[name] = value
         elif _OUTPUT.fullmatch(key) or _is_beyond(key, len(model.blocks)):
             unused.append(key)
         else:

@@ -216,7 +216,7 @@ def test_what_is_refused_writes_nothing(convert, content, reason, there_before):
 
 
 def test_a_missing_source_is_named(convert):
-    with pytest.raises(ValueError, match=r'no checkpoint at none\.pth: give a path or.*gfnet-h-s'):
+    with pytest.raises(ValueError, match=r'no checkpoint at none\.pth: give a path.*gfnet-h-s'):
         convert('none.pth', 'clean.pth')
 
 
