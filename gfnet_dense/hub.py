@@ -134,5 +134,5 @@ def _read(url: str, name: str) -> Iterator[bytes]:
 
 
 def _title(page: bytes) -> str:
-    match = re.search(r'<title>(.*?)</title>', page.decode(errors='replace'), re.DOTALL)
-    return f' in place of the file: {html.unescape(match[1]).strip()}' if match else ''
+    match = re.search(r'<title>(.{1,200}?)</title>', page.decode(errors='replace'), re.DOTALL)
+    return f' in place of the file: {" ".join(html.unescape(match[1]).split())}' if match else ''

@@ -224,7 +224,10 @@ def without(state: dict, *keys: str) -> dict:
 
 
 FAULTS = {
-    'page': (lambda c: page('text/html; charset=utf-8'), 'a web page .* Quota\n& more'),
+    'page': (
+        lambda c: page('text/html; charset=utf-8'),
+        'a web page came in place of the file: Quota & more',
+    ),
     'page_as_a_file': (lambda c: page('application/octet-stream'), 'what came is not a checkpoint'),
     'not_found': (lambda c: status(404), 'HTTP Error 404: Not Found'),
     'server_error': (lambda c: status(500), 'HTTP Error 500'),
