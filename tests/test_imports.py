@@ -92,7 +92,7 @@ def test_the_operator_stands_on_torch_alone(file):
 @pytest.mark.parametrize('file', files('models'), ids=lambda f: f.name)
 def test_models_stand_on_the_operator_mmengine_and_timm(file):
     names = imported_names(file)
-    assert rooms(names) <= {'spectral', 'models', 'serialization'}
+    assert rooms(names) <= {'spectral', 'models', 'serialization', 'hub'}
     assert others(names) <= {'torch', 'mmengine', 'timm'}
 
 

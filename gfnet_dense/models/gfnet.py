@@ -28,6 +28,7 @@ from .checkpoint import load_pretrained
 from .global_filter import GlobalFilter
 
 _MLP_RATIO = 4
+_PRETRAINED = ('Pretrained', 'mmengine.Pretrained', PretrainedInit)
 
 
 class PatchEmbed(nn.Module):
@@ -104,7 +105,8 @@ class GFNetBase(BaseModule):
             running statistics put in place of the LayerNorms, which have none.
         with_cp: Recompute the blocks in the backward pass to save memory.
         init_cfg: See :class:`mmengine.model.BaseModule`; `dict(type='Pretrained',
-            checkpoint=PATH)` takes official files, too.
+            checkpoint=...)` takes a path, of an official file, too, or the name of official
+            weights, such as `'gfnet-h-s'`, which are downloaded on first use.
 
     Raises:
         ValueError: If an argument is not one of the above.
@@ -277,13 +279,22 @@ class GFNetBase(BaseModule):
 
         A `Pretrained` file is loaded by :func:`gfnet_dense.models.checkpoint.load_pretrained`,
         which is strict where mmengine's own loading only logs what does not fit.
+
+        Raises:
+            ValueError: If a `Pretrained` has more or less than a `checkpoint`.
         """
         cfgs = self.init_cfg or []
         cfgs = [cfgs] if isinstance(cfgs, Mapping) else cfgs
-        files = [cfg for cfg in cfgs if cfg['type'] in ('Pretrained', PretrainedInit)]
+        files = [cfg for cfg in cfgs if cfg['type'] in _PRETRAINED]
         if not files:
             super().init_weights()
             return
+        for cfg in files:
+            if set(cfg) != {'type', 'checkpoint'}:
+                raise ValueError(
+                    f'init_cfg of {type(self).__name__} takes type and checkpoint alone (it finds '
+                    f'the backbone of a segmentor or detector by itself), but got {dict(cfg)}'
+                )
         initialize(self, [cfg for cfg in cfgs if cfg not in files])
         for cfg in files:
             load_pretrained(self, cfg['checkpoint'])

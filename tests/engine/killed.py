@@ -61,7 +61,7 @@ def killed(work_dir: Path, iterations: int, while_writing: bool) -> None:
         assert os.waitpid(child, os.WNOHANG) == (0, 0), 'ended by itself'
         time.sleep(0.01)
     if while_writing:
-        while not [*work_dir.glob('.*.partial')]:
+        while not [*work_dir.glob('*.partial')]:
             time.sleep(0.001)
         time.sleep(random.uniform(0, 0.15))
     else:
@@ -79,7 +79,7 @@ def main(folder: Path) -> None:
     halves = 0
     for moment in range(MOMENTS):
         killed(run, iterations=10_000, while_writing=moment % 2 == 1)
-        halves += len([*run.glob('.*.partial')])
+        halves += len([*run.glob('*.partial')])
         done, found = max(losses(run)), latest_checkpoint(run)
         saved = int(found.stem.split('_')[1]) if found else 0
         # The iteration after the last one written down may be complete, too.
@@ -97,7 +97,7 @@ def main(folder: Path) -> None:
     assert ours['meta']['iter'] == theirs['meta']['iter'] == end
     for key, value in theirs['state_dict'].items():
         assert torch.equal(ours['state_dict'][key], value), key
-    assert len([*run.glob('*.pth')]) == 1 and not [*run.glob('.*.partial')]
+    assert len([*run.glob('*.pth')]) == 1 and not [*run.glob('*.partial')]
     print(f'{end} iterations, killed {MOMENTS} times, equal an undisturbed run')
 
 

@@ -250,6 +250,7 @@ def test_an_ade20k_config_trains_from_official_weights(tmp_path, digits, environ
     file.unlink()
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode != 0
+    assert 'DownloadError: the official weights gfnet-h-ti cannot be downloaded' in result.stderr
     assert 'cloud.tsinghua.edu.cn' in result.stderr and str(file) in result.stderr
 
 
