@@ -1,7 +1,8 @@
 """Weights from files: official ones, this project's, and segmentors or detectors that hold one.
 
-Reading executes nothing from a file. Loading is strict: of a GFNet only its classifier and the
-norms of its outputs may differ from the file, everything else must be there and be used.
+Reading executes nothing from a file. Loading is strict: of a GFNet only its classifier, the norms
+of its outputs and the channels of its images may differ from the file, everything else must be
+there and be used.
 """
 
 import re
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from mmengine.logging import print_log
+from timm.models import adapt_input_conv
 from torch import Tensor
 
 from gfnet_dense.serialization import CheckpointError, load_file
@@ -156,7 +158,7 @@ def adapt_state_dict(
     adapted, unused = {}, []
     for key, value in state.items():
         if key.startswith(('norm.', final)):
-            norm = 'norm.' if model.num_classes else final
+            norm = 'norm.' if 'norm.weight' in own else final
             key = norm + key.partition('.')[2]
         if key in own and not (key.startswith('head.') and value.shape != own[key].shape):
             adapted[key] = value
@@ -168,7 +170,7 @@ def adapt_state_dict(
     if missing:
         raise CheckpointError(f'lacks {", ".join(missing)}')
 
-    notes = _resize(adapted, own, model)
+    notes = _resize(adapted, own, model) + _adapt_channels(adapted, own)
     for key, value in adapted.items():
         if value.shape != own[key].shape:
             raise CheckpointError(
@@ -241,6 +243,16 @@ def _resize(state: dict[str, Tensor], own: Mapping[str, Tensor], model: 'GFNetBa
         f'resized from grid {old} to {new}, {method}: {", ".join(keys)}'
         for (old, new, method), keys in resized.items()
     ]
+
+
+def _adapt_channels(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Bring the first convolution from RGB to the model's image channels, as timm does."""
+    key = next(key for key in own if re.fullmatch(r'patch_embed\.(0\.)?proj\.weight', key))
+    old, new = state[key].shape[1], own[key].shape[1]
+    if old != 3 or new == old:
+        return []
+    state[key] = adapt_input_conv(new, state[key])
+    return [f'adapted from {old} to {new} image channels: {key}']
 
 
 def _stage(key: str) -> int:
