@@ -54,7 +54,8 @@ class Complexity:
     def __str__(self) -> str:
         kinds = [kind for kind in KINDS if any(kind == k for _, k in self.macs)]
         rows = [['GMACs', *kinds, 'total', 'parameters']]
-        for part in (*self.parameters, 'total'):
+        parts = dict.fromkeys([*self.parameters, *(part for part, _ in self.macs)])
+        for part in (*parts, 'total'):
             within = Counter()
             for (p, kind), n in self.macs.items():
                 within[kind] += n if part in (p, 'total') else 0
@@ -86,7 +87,7 @@ def measure_complexity(name: str | Path, shape: tuple[int, int] | None = None) -
         ValueError: If `shape` is not positive.
     """
     with torch.device('meta'):  # neither memory nor time
-        if timm.is_model(str(name)):
+        if Path(name).suffix != '.py' and timm.is_model(str(name)):
             model = timm.create_model(str(name))
             default = model.pretrained_cfg['input_size'][1:]
         else:
@@ -123,7 +124,7 @@ def count_macs(model: nn.Module, shape: tuple[int, int], name: str = 'model') ->
     if len(shape) != 2 or min(shape) < 1:
         raise ValueError(f'shape must be a positive (H, W), but got {tuple(shape)}')
     model = copy.deepcopy(model).to('meta').eval()
-    channels = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
+    channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     by_module = _count_by_module(model, torch.empty(1, channels, *shape, device='meta'))
     names = _Names(module for module, _ in model.named_modules())
     macs, parameters = Counter(), Counter()
@@ -151,16 +152,17 @@ def _count_by_module(model: nn.Module, images: Tensor) -> Counter[str]:
             stand_in(name, module)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         _Forward(model)(images)
-    prefix = f'{_Forward.__name__}.model.'
+    prefix = f'{_Forward.__name__}.model'
     total = {
-        name.removeprefix(prefix): sum(flops.values()) // 2
+        name.removeprefix(prefix).removeprefix('.'): sum(flops.values()) // 2
         for name, flops in counter.get_flop_counts().items()
         if name.startswith(prefix)
     }
     for name, n in total.items():
         macs[name] += n
         above = name
-        while above := above.rpartition('.')[0]:
+        while above:
+            above = above.rpartition('.')[0]
             if above in total:
                 macs[above] -= n
                 break
@@ -213,7 +215,9 @@ class _Names:
                 return f'stage {int(match[1] or 0) + 1 if self._hierarchical else 1}'
             name = inner
         first, _, rest = name.partition('.')
-        return f'{first}.{rest.partition(".")[0]}' if first == 'roi_head' else first
+        if first == 'roi_head':
+            return f'{first}.{rest.partition(".")[0]}'
+        return first or 'elsewhere'
 
     def kind(self, module: str) -> str:
         """Return what a module does in a GFNet, a name of :data:`KINDS`, or `'other'`."""

@@ -230,9 +230,9 @@ class TimmGFNetPyramid(TimmModel, GFNetPyramid):
         ]
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Tell timm the layers: the stem, then each block or (coarse) stage, the norm with the last.
+        """Tell timm the layers: the stem, then each block, or stage if `coarse`.
 
-        A patch embedding goes with the block after it.
+        A patch embedding goes with what comes after it, the norm with what comes before it.
         """
         blocks = [(r'^patch_embed\.(\d+)', (0,)), (r'^blocks\.(\d+)\.(\d+)', None)]
         if coarse:
