@@ -30,8 +30,8 @@ counted at {PROPOSALS} proposals and {MASKS} masks. Not counted: norms, activati
 pooling, resizing, RoIAlign, NMS, and what acts in training only."""
 
 KINDS = ('patch embedding', 'filters', 'MLPs')
-_FILTER = re.compile(r'(.*?)blocks\.(?P<stage>\d+\.)?\d+\.filter')
-_STAGE = re.compile(r'(?:pos_embed|patch_embed|blocks|norm)(?:\.?(\d+))?(?:\.|$)')
+_FILTER = re.compile(r'(.*?)blocks\.(?:(\d+)\.)?\d+\.filter')
+_STAGE = re.compile(r'(pos_embed|patch_embed|blocks|norm)(?:\.?(\d+))?(?:\.|$)')
 _KINDS = {'patch_embed': KINDS[0], 'filter': KINDS[1], 'mlp': KINDS[2]}
 
 
@@ -53,7 +53,8 @@ class Complexity:
 
     def __str__(self) -> str:
         kinds = [kind for kind in KINDS if any(kind == k for _, k in self.macs)]
-        rows = [['GMACs', *kinds, 'total', 'parameters']]
+        unit, scale = ('GMACs', 1e9) if self.macs.total() >= 1e9 else ('MMACs', 1e6)
+        rows = [[unit, *kinds, 'total', 'parameters']]
         parts = dict.fromkeys([*self.parameters, *(part for part, _ in self.macs)])
         for part in (*parts, 'total'):
             within = Counter()
@@ -62,7 +63,7 @@ class Complexity:
             figures = [*(within[kind] for kind in kinds), within.total()]
             parameters = self.parameters.total() if part == 'total' else self.parameters[part]
             rows.append(
-                [part, *(f'{n / 1e9:.3f}' if n else '' for n in figures), f'{parameters:,}']
+                [part, *(f'{n / scale:.3f}' if n else '' for n in figures), f'{parameters:,}']
             )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
@@ -112,6 +113,9 @@ def _find_config(name: str | Path) -> Path:
 def count_macs(model: nn.Module, shape: tuple[int, int], name: str = 'model') -> Complexity:
     """Count MACs and parameters of a model that is built already.
 
+    A layer that operators do not tell the cost of, as a global filter, tells it itself by a method
+    `macs(shape)` of the shape of what it takes.
+
     Args:
         model: A classifier, segmentor or detector, or any module that takes a batch of images.
             It stays as it is.
@@ -146,7 +150,6 @@ def _count_by_module(model: nn.Module, images: Tensor) -> Counter[str]:
 
         module.forward = forward
 
-    # Operators do not tell what a filter costs, FFTs even less than products of Fourier matrices.
     for name, module in model.named_modules():
         if hasattr(module, 'macs'):
             stand_in(name, module)
@@ -203,16 +206,20 @@ class _Names:
     """What the modules and parameters of a model belong to, by their names."""
 
     def __init__(self, modules: Iterable[str]) -> None:
-        gfnet = next(filter(None, map(_FILTER.fullmatch, modules)), None)
-        self._prefix = gfnet and gfnet[1]
-        self._hierarchical = gfnet and gfnet['stage']
+        filters = [match.groups() for match in map(_FILTER.fullmatch, modules) if match]
+        # Of a GFNet: what its names begin with, and the index of its last stage.
+        self._prefix, last = filters[-1] if filters else (None, None)
+        self._last = int(last or 0)
 
     def part(self, name: str) -> str:
         """Return a stage of a GFNet or a child of the model, of its RoI heads a grandchild."""
         inner = self._in_gfnet(name)
         if inner is not None:
             if match := _STAGE.match(inner):
-                return f'stage {int(match[1] or 0) + 1 if self._hierarchical else 1}'
+                stage = int(match[2] or 0)
+                if match.groups() == ('norm', None):
+                    stage = self._last
+                return f'stage {min(stage, self._last) + 1}'
             name = inner
         first, _, rest = name.partition('.')
         if first == 'roi_head':

@@ -15,11 +15,7 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm, create_classifier
-from timm.models import (
-    build_model_with_cfg,
-    generate_default_cfgs,
-    register_model,
-)
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -28,7 +24,6 @@ from .checkpoint import OFFICIAL_WEIGHTS, adapt_state_dict, load_pretrained
 from .gfnet import GFNet, GFNetBase, GFNetPyramid, init_linear
 
 __all__ = ['TimmGFNet', 'TimmGFNetPyramid']
-
 
 _NORM = ('^norm', (99999,))  # timm's mark of what goes with the layer before
 

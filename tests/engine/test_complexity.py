@@ -121,6 +121,11 @@ def test_every_part_of_a_pyramid_whatever_the_backend(backend, shape):
         ('stage 2', 'MLPs'): 2 * h2 * w2 * 8 * 8 * 8,
         ('head', 'other'): 8 * 3,
     }
+    parts = {'stage 1': ('pos_embed', '0.'), 'stage 2': ('norm', '1.'), 'head': ('head', 'head')}
+    for part, (other, index) in parts.items():
+        begins = (other, f'patch_embed.{index}', f'blocks.{index}')
+        own = [p.numel() for name, p in model.named_parameters() if name.startswith(begins)]
+        assert complexity.parameters[part] == sum(own)
     assert complexity.parameters.total() == sum(p.numel() for p in model.parameters())
 
 
@@ -171,7 +176,7 @@ def test_the_table_adds_up_and_states_its_convention():
     text = str(count_macs(model, (3200, 3200), 'small'))
     heading, _, columns, *rows = text.splitlines()
     assert heading == 'small, an image of 3200 x 3200 pixels (H x W)'
-    assert ' '.join(columns.split()) == 'GMACs patch embedding filters MLPs total parameters'
+    assert ' '.join(columns.split()) == 'MMACs patch embedding filters MLPs total parameters'
     assert [row.split()[0] for row in rows[:4]] == ['stage', 'stage', 'head', 'total']
     stages = [list(map(float, row.split()[2:6])) for row in rows[:2]]
     total = list(map(float, rows[3].split()[1:5]))

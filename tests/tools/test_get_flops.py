@@ -19,9 +19,11 @@ def run(monkeypatch, capsys):
 
 
 def test_prints_the_parts_of_a_timm_model(run):
-    heading, _, _, stage, head, total, *_ = run('gfnet_ti')
+    heading, _, columns, stage, head, total, *_ = run('gfnet_ti')
     assert heading == 'gfnet_ti, an image of 224 x 224 pixels (H x W)'
-    assert [line.split()[0] for line in (stage, head, total)] == ['stage', 'head', 'total']
+    begins = [line.split()[0] for line in (columns, stage, head, total)]
+    assert begins == ['GMACs', 'stage', 'head', 'total']
+    assert total.split()[-2] == '1.283'
     assert total.split()[-1] == '7,511,784'
 
 
