@@ -123,6 +123,8 @@ def test_the_package_imports_without_openmmlabs_tasks_and_operators():
         'from mmengine.registry import MODELS\n'
         'assert MODELS.get("GFNet") is gfnet_dense.models.GFNet\n'
         'assert MODELS.get("GFNetPyramid") is gfnet_dense.models.GFNetPyramid\n'
+        'import timm\n'
+        'assert timm.is_model("gfnet_h_s")\n'
         # Modules that the package does not import by itself may use mmcv, but not its operators.
         'del sys.modules["mmcv"]\n'
         'for module in pkgutil.walk_packages(gfnet_dense.__path__, "gfnet_dense."):\n'

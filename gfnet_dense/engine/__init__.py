@@ -1,6 +1,7 @@
 """What trains and tests the networks, on top of mmengine."""
 
 from .checkpoints import DurableCheckpointHook, InterruptHook, latest_checkpoint
+from .complexity import Complexity, count_macs, measure_complexity
 from .launch import evaluate, find_config, train
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .non_finite import NonFiniteLossError, NonFiniteLossHook
@@ -10,6 +11,7 @@ from .summary import RunSummaryHook
 from .work_dir import WorkDirError
 
 __all__ = [
+    'Complexity',
     'DurableCheckpointHook',
     'GFNetRunner',
     'InterruptHook',
@@ -19,8 +21,10 @@ __all__ = [
     'RankDiedError',
     'RunSummaryHook',
     'WorkDirError',
+    'count_macs',
     'evaluate',
     'find_config',
     'latest_checkpoint',
+    'measure_complexity',
     'train',
 ]

@@ -1,7 +1,8 @@
 """Weights from files: official ones, this project's, and segmentors or detectors that hold one.
 
-Reading executes nothing from a file. Loading is strict: of a GFNet only its classifier and the
-norms of its outputs may differ from the file, everything else must be there and be used.
+Reading executes nothing from a file. Loading is strict: of a GFNet only its classifier, the norms
+of its outputs and the channels of its images may differ from the file, everything else must be
+there and be used.
 """
 
 import re
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
+from timm.models import adapt_input_conv
 from torch import Tensor
 
 from gfnet_dense.hub import OFFICIAL_WEIGHTS, fetch
@@ -159,7 +161,7 @@ def adapt_state_dict(
     for key, value in state.items():
         name = key
         if key.startswith(('norm.', final)):
-            name = ('norm.' if model.num_classes else final) + key.partition('.')[2]
+            name = ('norm.' if 'norm.weight' in own else final) + key.partition('.')[2]
         if name in own and not (name.startswith('head.') and value.shape != own[name].shape):
             adapted[name] = value
         elif _OUTPUT.fullmatch(key) or _is_beyond(key, len(model.blocks)):
@@ -172,7 +174,7 @@ def adapt_state_dict(
         faults += [f'holds {", ".join(unknown)}, which the model has not'] if unknown else []
         raise CheckpointError('; '.join(faults))
 
-    notes = _resize(adapted, own, model)
+    notes = _resize(adapted, own, model) + _adapt_channels(adapted, own)
     for key, value in adapted.items():
         if value.shape != own[key].shape:
             raise CheckpointError(
@@ -276,6 +278,16 @@ def _resize(state: dict[str, Tensor], own: Mapping[str, Tensor], model: 'GFNetBa
         f'resized from grid {old} to {new}, {method}: {", ".join(keys)}'
         for (old, new, method), keys in resized.items()
     ]
+
+
+def _adapt_channels(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Bring the first convolution from RGB to the model's image channels, as timm does."""
+    key = next(key for key in own if re.fullmatch(r'patch_embed\.(0\.)?proj\.weight', key))
+    old, new = state[key].shape[1], own[key].shape[1]
+    if old != 3 or new == old:
+        return []
+    state[key] = adapt_input_conv(new, state[key])
+    return [f'adapted from {old} to {new} image channels: {key}']
 
 
 def _stage(key: str) -> int:
