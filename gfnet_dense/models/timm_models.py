@@ -129,7 +129,8 @@ class TimmModel(GFNetBase):
         for i, y in enumerate(self._forward_levels(x)):
             if i in taken:
                 z = self._normalize(y) if norm else y
-                if output_fmt == 'NCHW':  # as it says in memory, too: operators of mmcv ask no more
+                if output_fmt == 'NCHW':
+                    # In memory, too: operators of mmcv, RoIAlign among them, do not look at strides.
                     z = z.permute(0, 3, 1, 2).contiguous()
                 intermediates.append(z)
             if stop_early and i == last:
