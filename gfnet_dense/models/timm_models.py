@@ -130,7 +130,7 @@ class TimmModel(GFNetBase):
             if i in taken:
                 z = self._normalize(y) if norm else y
                 if output_fmt == 'NCHW':
-                    # In memory, too: operators of mmcv, RoIAlign among them, do not look at strides.
+                    # In memory, too: operators of mmcv, as RoIAlign, do not look at strides.
                     z = z.permute(0, 3, 1, 2).contiguous()
                 intermediates.append(z)
             if stop_early and i == last:
