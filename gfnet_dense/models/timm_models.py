@@ -129,7 +129,10 @@ class TimmModel(GFNetBase):
         for i, y in enumerate(self._forward_levels(x)):
             if i in taken:
                 z = self._normalize(y) if norm else y
-                intermediates.append(z.permute(0, 3, 1, 2) if output_fmt == 'NCHW' else z)
+                if output_fmt == 'NCHW':
+                    # In memory, too: operators of mmcv, as RoIAlign, do not look at strides.
+                    z = z.permute(0, 3, 1, 2).contiguous()
+                intermediates.append(z)
             if stop_early and i == last:
                 break
         return intermediates if intermediates_only else (self._normalize(y), intermediates)

@@ -180,6 +180,7 @@ def test_features_only(name):
     for y, channel, reduction in zip(maps, channels[-4:], reductions[-4:], strict=True):
         assert y.shape == (2, channel // 16, *(math.ceil(side / reduction) for side in size))
         assert y.isfinite().all()
+        assert y.is_contiguous()
     assert not any('head' in key or key.startswith('model.norm.') for key in model.state_dict())
 
 
