@@ -6,10 +6,12 @@ import torch
 from mmengine.dist import all_reduce_params, is_distributed
 from mmengine.hooks import Hook
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
+from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS, RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
+from gfnet_dense.data import DataError
 from gfnet_dense.serialization import PLAIN_TYPES, load_file
 
 
@@ -69,6 +71,29 @@ class GFNetRunner(Runner):
         if on_cpu and self.launcher == 'pytorch' and not is_distributed():
             torch.distributed.init_process_group('gloo')
         super().setup_env(env_cfg)
+
+    def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """Build the loop.
+
+        Raises:
+            DataError: If there are too few images for a single batch.
+        """
+        loop = super().build_train_loop(loop)
+        if len(loop.dataloader) == 0:
+            raise DataError(
+                f'{len(loop.dataloader.dataset)} training images in {self.world_size} processes '
+                'do not fill one batch: take a smaller train_dataloader.batch_size, '
+                'or drop_last=False'
+            )
+        return loop
+
+    def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:
+        """Scale the learning rate by the total batch, with the batches that are accumulated."""
+        if auto_scale_lr and auto_scale_lr.get('enable'):
+            steps = optim_wrapper._accumulative_counts
+            base = auto_scale_lr['base_batch_size'] / steps
+            auto_scale_lr = {**auto_scale_lr, 'base_batch_size': base}
+        super().scale_lr(optim_wrapper, auto_scale_lr)
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """Wrap the model for several processes, on CPUs without what needs a GPU.
