@@ -14,19 +14,21 @@ class CheckpointError(ValueError):
     """A file is no checkpoint, is not safe to read, or does not fit the model."""
 
 
-def load_file(path: str | Path) -> Any:
+def load_file(path: str | Path, *, mmap: bool = False) -> Any:
     """Read a file of tensors, plain containers and numbers, such as any checkpoint of training.
 
     Args:
         path: A local file written by `torch.save`.
+        mmap: Leave the numbers of tensors in the file until they are used.
 
     Raises:
         OSError: If it cannot be opened.
         CheckpointError: If it is no such file or holds anything else, which is not executed.
     """
-    with Path(path).open('rb') as file, torch.serialization.safe_globals(PLAIN_TYPES):
+    Path(path).open('rb').close()  # errors of opening are their own
+    with torch.serialization.safe_globals(PLAIN_TYPES):
         try:
-            return torch.load(file, map_location='cpu', weights_only=True)
+            return torch.load(str(path), map_location='cpu', weights_only=True, mmap=mmap)
         except Exception as e:  # bytes that mean nothing end in errors of almost every kind
             reason = (str(e).strip() or type(e).__name__).splitlines()[0]
             raise CheckpointError(

@@ -7,10 +7,14 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
-from .runner import AverageBuffersHook, GFNetRunner
+from gfnet_dense.serialization import CheckpointError, load_file
+
+from .checkpoints import latest_checkpoint
+from .runner import GFNetRunner
 from .summary import RunSummaryHook
+from .work_dir import reserved
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -47,6 +51,11 @@ def train(
     Raises:
         FileNotFoundError: If there is no such config, or nothing to resume from.
         ValueError: If the config does not have what an option needs.
+        WorkDirError: If the work directory is in use, holds another run or cannot be written to.
+        DataError: If the data are not there, or not what the config says.
+        CheckpointError: If a checkpoint cannot be read or does not fit.
+        NonFiniteLossError: If the loss is NaN or infinite too many times in a row.
+        RankDiedError: If another process of the run dies.
     """
     cfg = _load(config, work_dir, launcher, cfg_options)
     if seed is not None:
@@ -67,23 +76,37 @@ def train(
                 'auto_scale_lr=dict(base_batch_size=...)'
             )
         cfg.auto_scale_lr.enable = True
-    if resume == 'auto':
-        resume = find_latest_checkpoint(cfg.work_dir)
-        if resume is None:
+    if cfg.get('resume') and not resume:  # as OpenMMLab's own tools have it
+        resume = cfg.load_from or 'auto'
+    with reserved(cfg.work_dir, resume=bool(resume)):
+        if resume:
+            _resume(cfg, resume)
+        runner = _build(cfg)
+        runner.register_hook(RunSummaryHook())
+        runner.train()
+    return runner
+
+
+def _resume(cfg: Config, checkpoint: str) -> None:
+    if checkpoint == 'auto':
+        found = latest_checkpoint(cfg.work_dir)
+        if found is None:
             raise FileNotFoundError(
                 f'nothing to resume in {cfg.work_dir}: leave --resume to start anew'
             )
-    if resume:
-        cfg.resume, cfg.load_from = True, resume
-        # All weights come from the checkpoint: the pretrained ones need not be there any more.
-        if 'backbone' in cfg.model:
-            cfg.model.backbone.init_cfg = None
-    runner = _build(cfg)
-    runner.register_hook(RunSummaryHook())
-    if runner.distributed and not torch.cuda.is_available():
-        runner.register_hook(AverageBuffersHook())
-    runner.train()
-    return runner
+        checkpoint = str(found)
+    content = load_file(checkpoint, mmap=True)
+    if not isinstance(content, Mapping) or not {'meta', 'optimizer'} <= set(content):
+        raise CheckpointError(
+            f'{checkpoint} holds no run that could be resumed, no optimizer and no iteration: to '
+            'start from its weights, name it as load_from in --cfg-options'
+        )
+    cfg.resume, cfg.load_from = True, checkpoint
+    # The seed makes the order of the data, which is built before mmengine reads the checkpoint.
+    cfg.merge_from_dict({'randomness.seed': content['meta']['seed']})
+    # All weights come from the checkpoint: the pretrained ones need not be there any more.
+    if 'backbone' in cfg.model:
+        cfg.model.backbone.init_cfg = None
 
 
 def evaluate(

@@ -1,18 +1,26 @@
-"""mmengine's runner, safe with checkpoints and at home on machines without a GPU."""
+"""mmengine's runner for long runs: safe with files, the same again when resumed, not silent."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce_params, is_distributed
+from mmengine.dist import all_reduce_params, is_distributed, master_only
 from mmengine.hooks import Hook
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS, RUNNERS
-from mmengine.runner import BaseLoop, Runner
+from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
-from gfnet_dense.data import DataError
+from gfnet_dense.data.checks import DataError, check_folders, check_segmentation
+from gfnet_dense.data.resumable import ResumableBatchSampler, resumable, seed_random_numbers
 from gfnet_dense.serialization import PLAIN_TYPES, load_file
+
+from .checkpoints import InterruptHook, written_whole
+from .non_finite import NonFiniteLossHook
+from .peers import watched_peers
 
 
 @HOOKS.register_module()
@@ -30,20 +38,85 @@ class AverageBuffersHook(Hook):
         all_reduce_params(buffers, op='mean')
 
 
+@HOOKS.register_module()
+class SamePlaceHook(Hook):
+    """Make a resumed run go on where, and as, the uninterrupted one would.
+
+    mmengine restores weights, optimizer and schedules. This restores the place in the data, also
+    within an epoch, and makes random numbers follow from seed, rank and iteration.
+    """
+
+    priority = 'LOW'  # after mmengine's hook that sets the epoch of the sampler
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Skip what was trained on, without loading it."""
+        loop = runner.train_loop
+        batches = loop.dataloader.batch_sampler
+        if not isinstance(batches, ResumableBatchSampler):  # a dataloader that came built
+            return
+        if isinstance(loop, IterBasedTrainLoop):
+            epoch, batches.skip = 0, runner.iter
+            if hasattr(batches.sampler, 'epoch'):  # not infinite
+                epoch, batches.skip = divmod(runner.iter, len(batches))
+                batches.sampler.set_epoch(epoch)
+            loop.dataloader_iterator._epoch = epoch
+            # mmengine's own skipping would load what it skips.
+            loop.dataloader_iterator.skip_iter = lambda num_iters: None
+        else:
+            batches.skip = runner.iter - runner.epoch * len(batches)
+
+    def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        """Seed the random numbers of the iteration."""
+        seed_random_numbers(runner.seed, runner.rank, runner.iter)
+
+
+@HOOKS.register_module()
+class CheckDataHook(Hook):
+    """Check the files of the data before the first iteration."""
+
+    def before_train(self, runner: Runner) -> None:
+        """Check training and validation data."""
+        loaders = [runner.train_dataloader]
+        if runner.val_loop is not None:
+            loaders.append(runner.val_dataloader)
+        for loader in loaders:
+            check_segmentation(loader.dataset)
+
+
 @RUNNERS.register_module()
 class GFNetRunner(Runner):
-    """mmengine's runner with two gaps closed.
+    """mmengine's runner, with these gaps closed.
 
-    It trains in several processes on machines without a GPU, too (launcher pytorch; slurm and mpi
-    need one). It executes nothing from a checkpoint, and evaluates or resumes only what fits.
+    - It trains in several processes on machines without a GPU, too (launcher pytorch; slurm and
+      mpi need one).
+    - It executes nothing from a checkpoint, and evaluates or resumes only what fits.
+    - Checkpoints are whole or not there; signals leave one.
+    - A resumed run equals the uninterrupted one.
+    - It ends, and says why, when data are missing, the loss is not finite or a process dies.
     """
 
     _strict = False
 
+    def train(self) -> nn.Module:
+        """Train; when it fails, the log says at what and from where to go on."""
+        try:
+            with watched_peers(self.logger.error):
+                return super().train()
+        except Exception as e:
+            begun = isinstance(self._train_loop, BaseLoop)
+            at = f' in iteration {self.iter + 1}' if begun else ''
+            self.logger.error(f'training ended{at}: {type(e).__name__}: {e}')
+            raise
+        finally:
+            for hook in self.hooks:
+                if isinstance(hook, InterruptHook):
+                    hook.release()
+
     def test(self) -> dict[str, float]:
         """Test the model, on weights that are all there and all used."""
         self._strict = True
-        return super().test()
+        with watched_peers(self.logger.error):
+            return super().test()
 
     def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
         """Resume from a checkpoint whose weights are all there and all used."""
@@ -65,35 +138,29 @@ class GFNetRunner(Runner):
         with torch.serialization.safe_globals(PLAIN_TYPES):
             return super().load_checkpoint(filename, map_location, strict or self._strict, **kwargs)
 
+    @master_only
+    def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint as mmengine does, a local one whole or not at all."""
+        if kwargs.get('backend_args') or '://' in str(out_dir):
+            super().save_checkpoint(out_dir, filename, *args, **kwargs)
+            return
+        path = Path(out_dir) / filename
+        try:
+            with written_whole(path) as partial:
+                super().save_checkpoint(str(partial.parent), partial.name, *args, **kwargs)
+        except OSError as e:
+            raise OSError(
+                e.errno,
+                f'{e.strerror}: {path} could not be written and older checkpoints are kept; make '
+                'room, then continue with --resume',
+            ) from e
+
     def setup_env(self, env_cfg: dict) -> None:
         """Start gloo where mmengine would ask for a GPU, then go on as mmengine does."""
         on_cpu = not torch.cuda.is_available()
         if on_cpu and self.launcher == 'pytorch' and not is_distributed():
             torch.distributed.init_process_group('gloo')
         super().setup_env(env_cfg)
-
-    def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
-        """Build the loop.
-
-        Raises:
-            DataError: If there are too few images for a single batch.
-        """
-        loop = super().build_train_loop(loop)
-        if len(loop.dataloader) == 0:
-            raise DataError(
-                f'{len(loop.dataloader.dataset)} training images in {self.world_size} processes '
-                'do not fill one batch: take a smaller train_dataloader.batch_size, '
-                'or drop_last=False'
-            )
-        return loop
-
-    def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:
-        """Scale the learning rate by the total batch, with the batches that are accumulated."""
-        if auto_scale_lr and auto_scale_lr.get('enable'):
-            steps = optim_wrapper._accumulative_counts
-            base = auto_scale_lr['base_batch_size'] / steps
-            auto_scale_lr = {**auto_scale_lr, 'base_batch_size': base}
-        super().scale_lr(optim_wrapper, auto_scale_lr)
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """Wrap the model for several processes, on CPUs without what needs a GPU.
@@ -108,3 +175,53 @@ class GFNetRunner(Runner):
         options.setdefault('broadcast_buffers', False)
         options.setdefault('find_unused_parameters', self.cfg.get('find_unused_parameters', False))
         return MMDistributedDataParallel(revert_sync_batchnorm(model), **options)
+
+    def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """Build the loop as mmengine does, over data that can be resumed."""
+        if isinstance(self._train_dataloader, Mapping):
+            self._train_dataloader = resumable(self._train_dataloader, self.seed)
+        return super().build_train_loop(loop)
+
+    @staticmethod
+    def build_dataloader(dataloader: DataLoader | dict, *args: Any, **kwargs: Any) -> DataLoader:
+        """Build a dataloader as mmengine does.
+
+        Raises:
+            DataError: If the data are not there.
+        """
+        if isinstance(dataloader, Mapping) and isinstance(dataloader['dataset'], Mapping):
+            check_folders(dataloader['dataset'])
+        loader = Runner.build_dataloader(dataloader, *args, **kwargs)
+        if len(loader.dataset) == 0:
+            raise DataError(f'{type(loader.dataset).__name__} is empty')
+        if len(loader) == 0:
+            raise DataError(
+                f'{len(loader.dataset)} images do not fill a batch in each process: lower '
+                'batch_size of the dataloader, or set drop_last=False'
+            )
+        return loader
+
+    def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:
+        """Scale the learning rate by the total batch, accumulated batches included."""
+        steps = getattr(optim_wrapper, '_accumulative_counts', 1)
+        if auto_scale_lr and steps > 1:
+            base = auto_scale_lr['base_batch_size'] / steps
+            auto_scale_lr = dict(auto_scale_lr, base_batch_size=base)
+        super().scale_lr(optim_wrapper, auto_scale_lr)
+
+    def register_hooks(
+        self, default_hooks: dict | None = None, custom_hooks: list | None = None
+    ) -> None:
+        """Register hooks as mmengine does, and those that close its gaps."""
+        default_hooks = dict(default_hooks or {})
+        checkpoint = default_hooks.get('checkpoint', dict(type='CheckpointHook', interval=1))
+        if isinstance(checkpoint, Mapping) and checkpoint['type'] == 'CheckpointHook':
+            default_hooks['checkpoint'] = dict(checkpoint, type='DurableCheckpointHook')
+        super().register_hooks(default_hooks, custom_hooks)
+        closing = [SamePlaceHook(), CheckDataHook(), InterruptHook()]
+        if not any(isinstance(hook, NonFiniteLossHook) for hook in self.hooks):  # with options
+            closing.append(NonFiniteLossHook())
+        if self.distributed and not torch.cuda.is_available():
+            closing.append(AverageBuffersHook())
+        for hook in closing:
+            self.register_hook(hook)

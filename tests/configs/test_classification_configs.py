@@ -78,9 +78,7 @@ def test_weight_decay_is_that_of_timm(name):
     model = build(cfg)
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
     decay = {id(p): g['weight_decay'] for g in optimizer.param_groups for p in g['params']}
-    groups = param_groups_weight_decay(
-        model.backbone, 0.05, no_weight_decay_list={'pos_embed'}
-    )
+    groups = param_groups_weight_decay(model.backbone, 0.05, no_weight_decay_list={'pos_embed'})
     expected = {id(p): g['weight_decay'] for g in groups for p in g['params']}
     assert decay == expected
     assert set(decay.values()) == {0.0, 0.05}

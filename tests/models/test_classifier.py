@@ -115,9 +115,7 @@ def test_training_steps_lower_the_loss():
 def test_images_are_normalised_as_torchvision_does():
     data = batch()
     out = classifier(mixup=MIXUP).data_preprocessor(copy.deepcopy(data))
-    normalise = v2.Normalize(
-        [m / 255 for m in NORM['mean']], [s / 255 for s in NORM['std']]
-    )
+    normalise = v2.Normalize([m / 255 for m in NORM['mean']], [s / 255 for s in NORM['std']])
     expected = normalise(data['inputs'].double() / 255).float()
     torch.testing.assert_close(out['inputs'], expected, rtol=1e-5, atol=1e-5)
     assert out['targets'].tolist() == [0, 1, 2, 4]
@@ -203,9 +201,7 @@ def test_official_files_are_taken_as_they_are(golden):
         for key, value in fixture.items()
         if key.startswith('state_dict.')
     }
-    arch = dict(
-        embed_dims=(8, 16, 24, 32), depths=(1, 1, 2, 1), layer_scale_init_value=1e-5
-    )
+    arch = dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 2, 1), layer_scale_init_value=1e-5)
     backbone = dict(type='GFNetPyramid', arch=arch, img_size=64, num_classes=10)
     official = dict(model=state, epoch=299, args=argparse.Namespace(lr=1e-3))
     for content in (official, state):

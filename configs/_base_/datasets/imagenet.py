@@ -22,7 +22,6 @@ test_transform = dict(input_size=224, crop_pct=0.875, interpolation='bicubic')
 train_dataloader = dict(
     batch_size=128,
     num_workers=8,
-    # Workers that start anew for each epoch would repeat their augmentations.
     persistent_workers=True,
     pin_memory=True,
     drop_last=True,

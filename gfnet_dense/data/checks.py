@@ -1,0 +1,114 @@
+"""What is wrong with a data set, said before the training that it would end.
+
+Checks take built data sets and know only what those of mmengine, mmseg and mmdet share:
+`get_data_info`, `metainfo` and the keys of their samples.
+"""
+
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmengine import fileio
+from PIL import Image
+from torch.utils.data import Dataset
+
+_SAMPLED = 64  # files that are opened; that others exist is checked for all
+_NAMED = 3  # names in a message
+
+
+class DataError(ValueError):
+    """A data set is not there, not complete, or not what its config says."""
+
+
+def check_folders(dataset: Mapping[str, Any]) -> None:
+    """Check that the folders of a data set exist and are not empty, by its config.
+
+    Raises:
+        DataError: If they do not or are.
+    """
+    for inner in (dataset.get('dataset'), *(dataset.get('datasets') or ())):
+        if isinstance(inner, Mapping):
+            check_folders(inner)
+    if dataset.get('backend_args'):  # not on this machine
+        return
+    root = Path(dataset.get('data_root') or '')
+    remedy = (
+        'put the data there, or name its place as data_root of the dataset; the configs of '
+        'gfnet_dense take it from the environment, see configs/_base_/datasets'
+    )
+    for prefix in dict(dataset.get('data_prefix') or {}).values():
+        folder = root / (prefix or '')
+        if not folder.is_dir():
+            raise DataError(f'{dataset.get("type")}: there is no folder {folder}: {remedy}')
+        if next(folder.iterdir(), None) is None:
+            raise DataError(f'{dataset.get("type")}: the folder {folder} is empty: {remedy}')
+    ann_file = dataset.get('ann_file')
+    if ann_file and not (root / ann_file).exists():
+        raise DataError(f'{dataset.get("type")}: there is no {root / ann_file}: {remedy}')
+
+
+def check_segmentation(dataset: Dataset) -> None:
+    """Check the files of a data set of semantic segmentation.
+
+    Every image needs its annotation. A sample of both is opened: images must be whole, labels
+    within the class list.
+
+    Raises:
+        DataError: With the first files that are not so.
+    """
+    files = [
+        (info['img_path'], info['seg_map_path'], info)
+        for info in _infos(dataset)
+        if 'img_path' in info and 'seg_map_path' in info
+    ]
+    options = dict(backend_args=getattr(dataset, 'backend_args', None))
+    missing = [seg for _, seg, _ in files if not fileio.exists(seg, **options)]
+    if missing:
+        raise DataError(
+            f'{len(missing)} of {len(files)} images have no annotation, first '
+            f'{_first(missing)}: add them, or take the images out'
+        )
+    classes = dataset.metainfo.get('classes') or ()
+    ignored = getattr(dataset, 'ignore_index', 255)
+    for i in np.linspace(0, len(files) - 1, min(len(files), _SAMPLED)).astype(int):
+        image, seg, info = files[i]
+        _read(image, options)
+        labels = _read(seg, options)
+        if labels.squeeze().ndim != 2:
+            raise DataError(
+                f'{seg} is of shape {labels.shape}, not one label a pixel: convert it to labels'
+            )
+        labels = np.unique(labels).astype(int)
+        shifted = ''
+        if info.get('reduce_zero_label'):  # 0 and 255 are not labelled, as mmseg has it
+            labels = np.where(np.isin(labels, (0, 255)), ignored, labels - 1)
+            shifted = ' (after reduce_zero_label)'
+        renamed = info.get('label_map') or {}
+        labels = {int(renamed.get(label, label)) for label in labels} - {ignored}
+        beyond = sorted(label for label in labels if not 0 <= label < len(classes))
+        if classes and beyond:
+            raise DataError(
+                f'{seg} has labels {_first(beyond)}{shifted}, but there are {len(classes)} '
+                f'classes, labels 0 to {len(classes) - 1} and {ignored} for not labelled: '
+                'correct the file, or metainfo and reduce_zero_label of the dataset'
+            )
+
+
+def _infos(dataset: Dataset) -> Iterator[Mapping[str, Any]]:
+    if hasattr(dataset, 'get_data_info'):
+        for i in range(len(dataset)):
+            yield dataset.get_data_info(i)
+
+
+def _read(path: str, options: Mapping[str, Any]) -> np.ndarray:
+    try:
+        return np.asarray(Image.open(io.BytesIO(fileio.get(path, **options))))
+    except OSError as e:
+        raise DataError(f'{path} cannot be read: {e}: restore it, or take it out') from e
+
+
+def _first(values: list) -> str:
+    names = ', '.join(map(str, values[:_NAMED]))
+    return f'{names}, …' if len(values) > _NAMED else names

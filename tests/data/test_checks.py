@@ -1,0 +1,101 @@
+import re
+
+import numpy as np
+import pytest
+from mmengine.config import Config
+from mmseg.datasets import BaseSegDataset
+from PIL import Image
+
+from gfnet_dense.data import write_digits
+from gfnet_dense.data.checks import DataError, check_folders, check_segmentation
+from gfnet_dense.engine import GFNetRunner, find_config
+
+
+@pytest.fixture
+def digits(tmp_path):
+    return write_digits(tmp_path / 'digits', num_training=6, num_validation=1)
+
+
+def config(root):
+    cfg = Config.fromfile(find_config('upernet_gfnet_nano_digits')).train_dataloader
+    cfg.dataset.data_root = str(root)
+    return cfg
+
+
+def check(root, **changes):
+    options = dict(config(root).dataset, pipeline=[], **changes)
+    options.pop('type')
+    check_segmentation(BaseSegDataset(**options))
+
+
+def annotation(root, i=2):
+    return sorted((root / 'annotations/training').glob('*.png'))[i]
+
+
+def test_good_data_pass(digits):
+    check_folders(config(digits).dataset)
+    check(digits)
+
+
+@pytest.mark.parametrize('wrap', [False, True])
+def test_missing_and_empty_folders(tmp_path, digits, wrap):
+    def build(root):
+        cfg = config(root)
+        if wrap:
+            cfg.dataset = dict(type='RepeatDataset', times=2, dataset=cfg.dataset)
+        GFNetRunner.build_dataloader(cfg)
+
+    with pytest.raises(DataError, match=rf'no folder {tmp_path}/no/images/training.*data_root'):
+        build(tmp_path / 'no')
+    for path in (digits / 'images/training').iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match=r'images/training is empty'):
+        build(digits)
+
+
+def test_an_annotation_file_that_is_not_there(digits):
+    cfg = config(digits).dataset
+    cfg.ann_file = 'no.txt'
+    with pytest.raises(DataError, match=r'there is no .*no\.txt'):
+        check_folders(cfg)
+
+
+def test_images_without_annotation_are_counted_and_named(digits):
+    gone = [annotation(digits, i) for i in range(5)]
+    for path in gone:
+        path.unlink()
+    with pytest.raises(DataError) as error:
+        check(digits)
+    assert str(error.value).startswith('5 of 6 images have no annotation, first ')
+    assert all(str(path) in str(error.value) for path in gone[:3])
+
+
+@pytest.mark.parametrize('reduce_zero_label', [True, False])
+def test_labels_beyond_the_classes(digits, reduce_zero_label):
+    """The digits have 11 classes, labels 1 to 11 in the files."""
+    path = annotation(digits)
+    labels = np.array(Image.open(path))
+    beyond = 12 if reduce_zero_label else 11
+    labels[0, :3] = 0, 255, beyond
+    Image.fromarray(labels).save(path)
+    with pytest.raises(DataError, match=rf'{re.escape(str(path))} has labels 11[ ,].*11 classes'):
+        check(digits, reduce_zero_label=reduce_zero_label)
+    if reduce_zero_label:
+        labels[0, :3] = 0, 255, 11
+        Image.fromarray(labels).save(path)
+        check(digits)
+
+
+def test_colours_are_no_labels(digits):
+    path = annotation(digits)
+    Image.open(path).convert('RGB').save(path)
+    with pytest.raises(DataError, match=r'shape \(64, 64, 3\), not one label a pixel'):
+        check(digits)
+
+
+@pytest.mark.parametrize('folder', ['images', 'annotations'])
+def test_truncated_files(digits, folder):
+    path = sorted((digits / folder / 'training').iterdir())[3]
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(DataError, match=rf'{re.escape(str(path))} cannot be read'):
+        check(digits)

@@ -1,0 +1,108 @@
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gfnet_dense.engine import latest_checkpoint, train
+from gfnet_dense.engine.checkpoints import INTERRUPTED
+
+sys.path.insert(0, str(Path(__file__).parent))
+from toy import LossesHook, losses, toy_config
+
+
+class StopError(Exception):
+    pass
+
+
+def stop():
+    raise StopError
+
+
+@pytest.fixture
+def then(monkeypatch):
+    """Return a way to make something happen in an iteration."""
+    return lambda iteration, what: monkeypatch.setattr(
+        LossesHook, 'then', iteration and (iteration, what)
+    )
+
+
+def weights(path: Path) -> dict:
+    return torch.load(path, weights_only=False)['state_dict']
+
+
+def assert_same_run(work_dir: Path, reference: Path) -> None:
+    """Hold losses, rates, data and final weights of two runs against each other."""
+    run, whole = losses(work_dir), losses(reference)
+    assert run.keys() == whole.keys() == {*range(1, 13)}
+    for n in whole:
+        assert run[n] == whole[n], f'iteration {n}'
+    last = latest_checkpoint(reference)
+    for key, value in weights(last).items():
+        assert torch.equal(weights(Path(work_dir) / last.name)[key], value), key
+
+
+@pytest.mark.parametrize('by_epoch', [False, True])
+def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, then, by_epoch):
+    train(toy_config(tmp_path / 'whole', by_epoch))
+    seed = torch.load(latest_checkpoint(tmp_path / 'whole'), weights_only=False)['meta']['seed']
+    # The seed comes from the checkpoint; data loading processes change nothing.
+    then(8, stop)
+    with pytest.raises(StopError):
+        train(toy_config(tmp_path / 'run', by_epoch), seed=seed)
+    then(None, None)
+    assert latest_checkpoint(tmp_path / 'run').name == ('epoch_2.pth' if by_epoch else 'iter_6.pth')
+    train(toy_config(tmp_path / 'run', by_epoch, workers=2), resume='auto')
+    assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+
+
+@pytest.mark.parametrize('by_epoch', [False, True])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_signals_leave_a_checkpoint_of_the_very_iteration(tmp_path, then, by_epoch, number):
+    train(toy_config(tmp_path / 'whole', by_epoch), seed=5)
+    before = signal.getsignal(number)
+    then(5, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as error:
+        train(toy_config(tmp_path / 'run', by_epoch), seed=5)
+    assert number == signal.SIGINT or error.value.code == 143
+    assert signal.getsignal(number) is before
+    then(None, None)
+    assert latest_checkpoint(tmp_path / 'run').name == INTERRUPTED
+    # 5 of 12, in the middle of the second epoch.
+    assert max(losses(tmp_path / 'run')) == 5
+    train(toy_config(tmp_path / 'run', by_epoch), resume='auto')
+    assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+    assert not (tmp_path / 'run' / INTERRUPTED).exists()
+
+
+def test_an_infinite_run_over_a_finite_sampler_resumes_in_its_pass(tmp_path, then):
+    def config(name):
+        cfg = toy_config(tmp_path / name)
+        cfg.train_dataloader.sampler.type = 'DefaultSampler'
+        return cfg
+
+    train(config('whole'), seed=1)
+    then(8, stop)
+    with pytest.raises(StopError):
+        train(config('run'), seed=1)
+    then(None, None)
+    train(config('run'), resume='auto')
+    assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+
+
+def test_signals_wait_for_gradients_that_accumulate(tmp_path, then):
+    cfg = toy_config(tmp_path)
+    cfg.optim_wrapper.accumulative_counts = 4
+    then(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        train(cfg)
+    assert torch.load(tmp_path / INTERRUPTED, weights_only=False)['meta']['iter'] == 8
+
+
+def test_resuming_needs_a_checkpoint_of_training(tmp_path):
+    weights_only = tmp_path / 'weights.pth'
+    torch.save({'state_dict': {}}, weights_only)
+    with pytest.raises(ValueError, match=r'weights\.pth holds no run.*load_from'):
+        train(toy_config(tmp_path / 'run'), resume=str(weights_only))
