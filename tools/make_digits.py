@@ -9,6 +9,9 @@ from pathlib import Path
 
 from gfnet_dense.data import preview_digits, write_digit_scans, write_digits
 
+SCENES = Path('data/digits')
+SCANS = Path('data/digit_scans')
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -18,14 +21,11 @@ def main() -> None:
         'root',
         nargs='?',
         type=Path,
-        default=argparse.SUPPRESS,
-        help='folder (default: data/digits, with --scans data/digit_scans)',
+        default=SCENES,
+        help=f'folder, with --scans {SCANS} unless it is given',
     )
     parser.add_argument(
-        '--scans',
-        action='store_true',
-        default=argparse.SUPPRESS,
-        help='write the scans, as they are: no other option applies',
+        '--scans', action='store_true', help='write the scans, as they are; takes no other option'
     )
     parser.add_argument(
         '--num-training', type=int, default=3000, metavar='N', help='training scenes'
@@ -56,10 +56,11 @@ def main() -> None:
     parser.add_argument('--preview', type=Path, metavar='PNG', help='picture of the first scenes')
     args = vars(parser.parse_args())
 
-    scans = args.pop('scans', False)
-    root = args.pop('root', Path('data/digit_scans' if scans else 'data/digits'))
+    root, scans = args.pop('root'), args.pop('scans')
     if scans and (given := [name for name in args if args[name] != parser.get_default(name)]):
         parser.error(f'--{given[0].replace("_", "-")} is for scenes: leave it, or --scans')
+    if scans and root == SCENES:
+        root = SCANS
     preview = args.pop('preview')
     try:
         if scans:

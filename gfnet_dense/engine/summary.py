@@ -58,7 +58,7 @@ def _learning_rate(runner: Runner) -> str:
     text = f'{highest:g}' if lowest == highest else f'{highest:g}, by layer down to {lowest:.3g}'
     scaling = runner.auto_scale_lr or {}
     if scaling.get('enable'):
-        text += f', scaled to the total batch from one of {scaling["base_batch_size"]}'
+        text += f', scaled to the total batch from that for {scaling["base_batch_size"]}'
     return text
 
 
