@@ -72,16 +72,16 @@ class ImageFolder(BaseDataset):
 
     def _check_classes(self, classes: tuple[str, ...]) -> None:
         folder, training = Path(self.data_root, self.split), Path(self.data_root, _TRAINING)
-        if self.num_classes not in (None, len(classes)):
-            raise DataError(
-                f'{folder} has {len(classes)} classes, but num_classes is {self.num_classes}: '
-                'set it for model and data, or choose another folder'
-            )
         if training.is_dir() and set(classes) != (expected := set(_class_folders(training))):
             raise DataError(
                 f'{folder} and {training} differ in their classes: '
                 f'{_names(set(classes) - expected)} only in {self.split}, '
                 f'{_names(expected - set(classes))} only in {_TRAINING}'
+            )
+        if self.num_classes not in (None, len(classes)):
+            raise DataError(
+                f'{folder} has {len(classes)} classes, but num_classes is {self.num_classes}: '
+                'set it for model and data, or choose another folder'
             )
 
     def prepare_data(self, idx: int) -> dict[str, Any]:

@@ -157,7 +157,7 @@ class ImageClassifier(BaseModel):
                 criterion = SoftTargetCrossEntropy()
             else:
                 criterion = LabelSmoothingCrossEntropy(self.label_smoothing)
-            return dict(loss=criterion(logits, targets))
+            return dict(loss=criterion(logits.float(), targets))
         if mode == 'predict':
             return self._add_predictions(logits, data_samples)
         raise ValueError(f"mode must be 'tensor', 'predict' or 'loss', but got {mode!r}")

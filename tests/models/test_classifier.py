@@ -92,6 +92,17 @@ def test_losses_are_cross_entropies(smoothing):
     torch.testing.assert_close(soft, F.cross_entropy(logits, targets))
 
 
+@pytest.mark.parametrize('mixup', [None, MIXUP])
+def test_loss_is_computed_in_single_precision_where_the_network_is_not(mixup):
+    model = classifier(mixup=mixup).eval()
+    with torch.autocast('cpu', torch.bfloat16):
+        data = model.data_preprocessor(batch(), training=True)
+        loss = model(**data, mode='loss')['loss']
+        assert model(data['inputs']).dtype == torch.bfloat16
+    assert data['inputs'].dtype == loss.dtype == torch.float32
+    torch.testing.assert_close(loss, model(**data, mode='loss')['loss'], rtol=0.02, atol=0)
+
+
 def test_a_backbone_without_head_is_refused():
     with pytest.raises(ValueError, match='num_classes'):
         classifier({**PYRAMID, 'num_classes': 0})
