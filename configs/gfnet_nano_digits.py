@@ -23,11 +23,11 @@ model = dict(
     ),
 )
 
-# 8 epochs of 44 batches.
+# 6 epochs of 44 batches.
 optim_wrapper = dict(optimizer=dict(lr=2e-3))
 auto_scale_lr = dict(base_batch_size=32)
 param_scheduler = [
-    dict(type='WarmupCosineLR', t_initial=8, lr_min=1e-5, warmup_t=1, warmup_lr_init=5e-4),
+    dict(type='WarmupCosineLR', t_initial=6, lr_min=1e-5, warmup_t=1, warmup_lr_init=5e-4),
 ]
-train_cfg = dict(max_epochs=8)
+train_cfg = dict(max_epochs=6)
 default_hooks = dict(logger=dict(interval=11))
