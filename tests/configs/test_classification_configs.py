@@ -10,10 +10,10 @@ from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS
+from PIL import Image
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 
-from gfnet_dense.data import write_digit_scans
 from gfnet_dense.models import GFNetPyramid
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
@@ -212,13 +212,15 @@ def test_data_roots_can_be_named_in_the_environment(monkeypatch, name, variable)
 
 
 def test_transfer_takes_any_folder_and_number_of_classes(monkeypatch, tmp_path):
-    write_digit_scans(tmp_path / 'scans')
-    monkeypatch.setenv('TRANSFER_ROOT', str(tmp_path / 'scans'))
-    monkeypatch.setenv('TRANSFER_CLASSES', '10')
+    for place in ('train/cat', 'train/dog', 'train/owl', 'val/cat', 'val/dog', 'val/owl'):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new('RGB', (40, 30)).save(tmp_path / place / '1.JPEG')
+    monkeypatch.setenv('TRANSFER_ROOT', str(tmp_path))
+    monkeypatch.setenv('TRANSFER_CLASSES', '3')
     cfg = load('gfnet_xs_transfer')
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         assert DATASETS.build(loader.dataset)[0]['inputs'].shape == (3, 224, 224)
-    assert build(cfg).backbone.head.out_features == 10
+    assert build(cfg).backbone.head.out_features == 3
 
 
 def test_digits_train_what_the_segmentor_starts_from():
