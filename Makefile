@@ -25,8 +25,9 @@ help:  ## this list
 demo: install  ## see GFNet learn to segment; needs no compiler and no GPU
 	$(PY) tools/demo.py $(ARGS)
 
+# Two processes, each with whole files, which share what is trained for several tests.
 test: ops  ## run every test
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: $(TOOLS)  ## check style and formatting
 	$(PY) -m ruff check .

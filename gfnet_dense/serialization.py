@@ -1,13 +1,22 @@
-"""Reading what torch.save wrote, without executing anything from the file."""
+"""Checkpoint files: read without executing anything from them, written whole or not at all."""
 
 import argparse
-from collections.abc import Callable
+import errno
+import io
+import os
+import pickle
+import re
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import safetensors.torch
 import torch
 from mmengine.logging import HistoryBuffer
+from torch import Tensor
 
 
 class CheckpointError(ValueError):
@@ -18,28 +27,102 @@ def load_file(path: str | Path, *, mmap: bool = False) -> Any:
     """Read a file of tensors, plain containers and numbers, such as any checkpoint of training.
 
     Args:
-        path: A local file written by `torch.save`.
-        mmap: Leave the numbers of tensors in the file until they are used.
+        path: A local file written by `torch.save` or safetensors, whatever its name.
+        mmap: Leave the numbers of tensors in a file of `torch.save` until they are used.
 
     Raises:
         OSError: If it cannot be opened.
         CheckpointError: If it is no such file or holds anything else, which is not executed.
     """
-    Path(path).open('rb').close()  # errors of opening are their own
-    with torch.serialization.safe_globals(PLAIN_TYPES):
+    with Path(path).open('rb') as file, torch.serialization.safe_globals(PLAIN_TYPES):
         try:
-            return torch.load(str(path), map_location='cpu', weights_only=True, mmap=mmap)
+            if file.peek(9)[8:9] == b'{':  # the length of a header, and the header, in JSON
+                return safetensors.torch.load(file.read())
+            source = str(path) if mmap else file
+            return torch.load(source, map_location='cpu', weights_only=True, mmap=mmap)
         except Exception as e:  # bytes that mean nothing end in errors of almost every kind
-            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-            raise CheckpointError(
-                f'{path} is not a checkpoint that is safe to read: {reason}'
-            ) from e
+            # Torch's own text, which begins with how to read the file unsafely, is not passed on.
+            text = str(e).rpartition('WeightsUnpickler error:')[2].strip() or type(e).__name__
+            foreign = re.search(r'GLOBAL (\S+)', text)
+    if foreign:
+        raise CheckpointError(
+            f'{path} is not safe to read: it asks for {foreign[1]}, and only tensors, plain '
+            'containers and numbers are taken. Nothing of it was executed'
+        )
+    reason = text.splitlines()[0].partition('. ')[0]
+    raise CheckpointError(
+        f'{path} is not a checkpoint, or only a part of one ({reason}): get the file again'
+    )
+
+
+@contextmanager
+def write_whole(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that appears at `path` when the block ends, and not at all if it raises.
+
+    What was at `path` stays until then. The file lies beside it under a name of its own, which
+    the file object has, ending in `.partial`.
+
+    Raises:
+        OSError: If it cannot be written, for example to a full disk.
+    """
+    # A process that is killed leaves this behind; the next one of the same machine reuses it.
+    # Another machine that shares the folder has a name of its own.
+    temporary = path.with_name(f'{path.name}.{socket.gethostname()}.partial')
+    try:
+        with temporary.open('wb') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the name, too, outlasts a failure of power
+        finally:
+            os.close(folder)
+    except OSError as e:
+        if e.errno and not e.filename:
+            e.filename = str(path)  # the error of a full disk does not say which
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write weights to a file of their own, and see that they are read back the same.
+
+    Args:
+        state: The weights.
+        path: A `.safetensors` file if its name ends so, otherwise a file of `torch.save` that
+            holds them under `state_dict`, where mmengine and timm look for them.
+
+    Raises:
+        OSError: If it cannot be written; what was there before stays.
+    """
+    # A tensor that is part of another one would take the whole of it along.
+    state = {
+        key: value.clone(memory_format=torch.contiguous_format) for key, value in state.items()
+    }
+    if path.suffix == '.safetensors':
+        content = safetensors.torch.save(state)
+    else:
+        buffer = io.BytesIO()
+        torch.save({'state_dict': state}, buffer)
+        content = buffer.getvalue()
+    with write_whole(path) as file:
+        file.write(content)
+        file.flush()
+        written = load_file(file.name)
+        written = written.get('state_dict', written)
+        if written.keys() != state.keys() or not all(
+            torch.equal(written[key], value) for key, value in state.items()
+        ):
+            raise OSError(errno.EIO, 'not what was written is read back', str(path))
 
 
 def _history_method(owner: object, name: str) -> Callable:
     # The getattr of mmengine's own list would reach builtins.eval, attribute by attribute.
     if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
-        raise CheckpointError(f'it asks for attribute {name!r} of {owner!r}')
+        raise pickle.UnpicklingError(f'GLOBAL {type(owner).__name__}.{name}')  # in torch's words
     return getattr(owner, name)
 
 
@@ -53,5 +136,8 @@ PLAIN_TYPES: list[Any] = [
     np.dtype,
     np._core.multiarray._reconstruct,
     np._core.multiarray.scalar,
+    # as numpy 1 named them
+    (np._core.multiarray._reconstruct, 'numpy.core.multiarray._reconstruct'),
+    (np._core.multiarray.scalar, 'numpy.core.multiarray.scalar'),
     *(type(np.dtype(kind)) for kind in '?bhilqBHILQefd'),
 ]

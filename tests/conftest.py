@@ -1,5 +1,6 @@
 """Helpers that tests of several folders share."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from torch import Tensor
 # The same examples on every machine, and no folder of examples left behind.
 hypothesis.settings.register_profile('repeatable', deadline=None, database=None, derandomize=True)
 hypothesis.settings.load_profile('repeatable')
+
+# Nothing leaves this machine, of subprocesses neither: the proxy is a port where nobody answers.
+os.environ |= {f'{scheme}_proxy': 'http://127.0.0.1:9' for scheme in ('http', 'https')}
+os.environ['no_proxy'] = '127.0.0.1'
 
 # Tensors of tests are so small that threads cost more than they bring, above all on a busy machine.
 torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
 from .accuracy import Accuracy
 from .checkpoints import DurableCheckpointHook, InterruptHook, latest_checkpoint
+from .complexity import Complexity, count_macs, measure_complexity
 from .launch import evaluate, find_config, train
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .non_finite import NonFiniteLossError, NonFiniteLossHook
@@ -14,6 +15,7 @@ from .work_dir import WorkDirError
 
 __all__ = [
     'Accuracy',
+    'Complexity',
     'DurableCheckpointHook',
     'GFNetRunner',
     'InterruptHook',
@@ -25,8 +27,10 @@ __all__ = [
     'RunSummaryHook',
     'WarmupCosineLR',
     'WorkDirError',
+    'count_macs',
     'evaluate',
     'find_config',
     'latest_checkpoint',
+    'measure_complexity',
     'train',
 ]

@@ -2,10 +2,8 @@
 
 import contextlib
 import logging
-import os
 import re
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +15,11 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from gfnet_dense.serialization import CheckpointError, load_file
+from gfnet_dense.serialization import CheckpointError, load_file, write_whole
 
 INTERRUPTED = 'interrupted.pth'
 LAST = 'last_checkpoint'  # where mmengine notes the path of the last checkpoint
 _RESUMABLE = re.compile(rf'(?:iter|epoch)_\d+\.pth|{INTERRUPTED}')
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Give a name to write a file to that becomes `path` when it is complete and on the disk.
-
-    What is at `path` stays until then, and stays for good when writing fails.
-
-    Args:
-        path: Where the file goes.
-    """
-    partial = path.with_name(f'.{path.name}.partial')
-    try:
-        yield partial
-        with partial.open('rb') as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too, is on the disk before older files are removed
-    finally:
-        os.close(folder)
 
 
 def latest_checkpoint(work_dir: str | Path) -> Path | None:
@@ -111,7 +84,7 @@ class DurableCheckpointHook(CheckpointHook):
         if isinstance(self.file_backend, LocalBackend):
             self.file_backend = _DeferredRemovals()
             if is_main_process():
-                for partial in Path(self.out_dir).glob('.*.pth.partial'):
+                for partial in Path(self.out_dir).glob('*.pth.*.partial'):
                     partial.unlink()
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
@@ -186,8 +159,8 @@ class InterruptHook(Hook):
         runner.save_checkpoint(runner.work_dir, INTERRUPTED, meta=meta)
         path = Path(runner.work_dir) / INTERRUPTED
         if is_main_process():
-            with written_whole(path.with_name(LAST)) as partial:
-                partial.write_text(str(path))
+            with write_whole(path.with_name(LAST)) as file:
+                file.write(bytes(path))
         runner.logger.warning(
             f'{signal.Signals(self._received).name}: saved iteration {iterations} in {path}; '
             '--resume continues from it'

@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from mmengine.dist import all_reduce_params, is_distributed, master_only
 from mmengine.hooks import Hook
-from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
+from mmengine.model import (
+    MMDistributedDataParallel,
+    is_model_wrapper,
+    revert_sync_batchnorm,
+)
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
@@ -16,9 +20,9 @@ from torch.utils.data import DataLoader
 
 from gfnet_dense.data.checks import DataError, check_folders, check_segmentation
 from gfnet_dense.data.resumable import ResumableBatchSampler, resumable, seed_random_numbers
-from gfnet_dense.serialization import PLAIN_TYPES, load_file
+from gfnet_dense.serialization import PLAIN_TYPES, CheckpointError, load_file, write_whole
 
-from .checkpoints import InterruptHook, written_whole
+from .checkpoints import InterruptHook, latest_checkpoint
 from .non_finite import NonFiniteLossHook
 from .peers import watched_peers
 
@@ -103,10 +107,13 @@ class GFNetRunner(Runner):
             with watched_peers(self.logger.error):
                 return super().train()
         except Exception as e:
+            error = _explained(e)
             begun = isinstance(self._train_loop, BaseLoop)
             at = f' in iteration {self.iter + 1}' if begun else ''
-            self.logger.error(f'training ended{at}: {type(e).__name__}: {e}')
-            raise
+            last = latest_checkpoint(self.work_dir)
+            kept = f'\nThe last checkpoint is {last}; --resume continues from it.' if last else ''
+            self.logger.error(f'training ended{at}: {type(error).__name__}: {error}{kept}')
+            raise error from (None if error is e else e)
         finally:
             for hook in self.hooks:
                 if isinstance(hook, InterruptHook):
@@ -130,13 +137,35 @@ class GFNetRunner(Runner):
 
         Raises:
             OSError: If there is no such file.
-            CheckpointError: If it is not safe to read.
-            RuntimeError: If it does not fit the model and has to.
+            CheckpointError: If it is not safe to read or does not hold the backbone.
+            RuntimeError: If it does not fit the whole model and has to.
         """
         # Here and not in mmengine's loading, which turns its safety off for a file that fails it.
-        load_file(filename)
+        content = load_file(filename, mmap=True)
+        strict = strict or self._strict
+        if not strict:
+            self._check_backbone(content, filename)
         with torch.serialization.safe_globals(PLAIN_TYPES):
-            return super().load_checkpoint(filename, map_location, strict or self._strict, **kwargs)
+            return super().load_checkpoint(filename, map_location, strict, **kwargs)
+
+    def _check_backbone(self, content: Any, filename: str) -> None:
+        """Check that the backbone is in a checkpoint, whatever heads are combined with it."""
+        found = content.get('state_dict', content) if isinstance(content, Mapping) else {}
+        model = self.model.module if is_model_wrapper(self.model) else self.model
+        own = model.state_dict()
+        own = {key: own[key] for key in own if key.startswith('backbone.')} or own
+        lacking = [
+            key
+            for key, value in own.items()
+            if key not in found or getattr(found[key], 'shape', None) != value.shape
+        ]
+        if lacking:
+            names = ', '.join(lacking[:3]) + (', …' if len(lacking) > 3 else '')
+            raise CheckpointError(
+                f'{filename} lacks {len(lacking)} of {len(own)} weights of this model or has them '
+                f'in other shapes: {names}. Weights of a backbone alone, official ones too, '
+                'belong in the init_cfg of the backbone'
+            )
 
     @master_only
     def save_checkpoint(self, out_dir: str, filename: str, *args: Any, **kwargs: Any) -> None:
@@ -146,7 +175,8 @@ class GFNetRunner(Runner):
             return
         path = Path(out_dir) / filename
         try:
-            with written_whole(path) as partial:
+            with write_whole(path) as file:  # mmengine opens it once more, by name
+                partial = Path(file.name)
                 super().save_checkpoint(str(partial.parent), partial.name, *args, **kwargs)
         except OSError as e:
             raise OSError(
@@ -225,3 +255,13 @@ class GFNetRunner(Runner):
             closing.append(AverageBuffersHook())
         for hook in closing:
             self.register_hook(hook)
+
+
+def _explained(error: Exception) -> Exception:
+    """Return an error that says what to do, where torch's own does not."""
+    if str(error).startswith('DataLoader worker'):
+        return DataError(
+            f'{error}: a process that loads data was killed, as a rule for want of memory: lower '
+            'num_workers of the dataloader'
+        )
+    return error

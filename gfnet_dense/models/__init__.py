@@ -3,6 +3,7 @@
 from .classifier import ClassificationPreprocessor, ImageClassifier
 from .gfnet import GFNet, GFNetPyramid
 from .global_filter import GlobalFilter
+from .timm_models import TimmGFNet, TimmGFNetPyramid
 
 __all__ = [
     'ClassificationPreprocessor',
@@ -10,4 +11,6 @@ __all__ = [
     'GFNetPyramid',
     'GlobalFilter',
     'ImageClassifier',
+    'TimmGFNet',
+    'TimmGFNetPyramid',
 ]

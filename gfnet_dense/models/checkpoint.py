@@ -1,19 +1,25 @@
 """Weights from files: official ones, this project's, and segmentors or detectors that hold one.
 
-Reading executes nothing from a file. Loading is strict: of a GFNet only its classifier and the
-norms of its outputs may differ from the file, everything else must be there and be used.
+Reading executes nothing from a file. Loading is strict: of a GFNet only its classifier, the norms
+of its outputs and the channels of its images may differ from the file, everything else must be
+there and be used.
 """
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from mmengine.logging import print_log
+from mmengine.registry import MODELS
+from timm.models import adapt_input_conv
 from torch import Tensor
 
+from gfnet_dense.hub import OFFICIAL_WEIGHTS, fetch
 from gfnet_dense.serialization import CheckpointError, load_file
 from gfnet_dense.spectral import resize_position_embedding, resize_spectrum
 
@@ -22,18 +28,6 @@ from .global_filter import GlobalFilter
 
 if TYPE_CHECKING:
     from .gfnet import GFNetBase
-
-# Names of the official weights, with their file ids at the two places where the authors publish
-# them: the official repository's README. No checksums are published.
-OFFICIAL_WEIGHTS = {
-    'gfnet-ti': ('3d0c1579aa524a0a99dd', '1_xrfC7c_ccZnVicYDnrViOA_T1N-xoHI'),
-    'gfnet-xs': ('e0ab5b1583954a1fa9b2', '1paf9gQWdsLXrG58R77yJ3U0FiNINg9xN'),
-    'gfnet-s': ('e5561fa070c44d9399bf', '18aRey_1abWNMmSL7TZQ4WxpplLRCDGEl'),
-    'gfnet-b': ('2fbf264597af4d72afb3', '1OncnXYAXpdjZBq4JK5Y3xacIHOIMePQo'),
-    'gfnet-h-ti': ('b22dd45eccbe462cbbfb', '1Nrq5sfHD9RklCMl6WkcVrAWI5vSVzwSm'),
-    'gfnet-h-s': ('5229cb4d1daf48e69675', '1w4d7o1LTBjmSkb5NKzgXBBiwdBOlwiie'),
-    'gfnet-h-b': ('954c5af21e824ba6b40c', '1F900_-yPH7GFYfTt60xn4tu5a926DYL0'),
-}
 
 
 def load_pretrained(model: 'GFNetBase', path: str | Path) -> None:
@@ -44,18 +38,17 @@ def load_pretrained(model: 'GFNetBase', path: str | Path) -> None:
 
     Args:
         model: The network.
-        path: A file as :func:`read_state_dict` takes it, or a name of :data:`OFFICIAL_WEIGHTS`.
+        path: What :func:`find_weights` takes.
 
     Raises:
         FileNotFoundError: If there is no such file.
+        DownloadError: If official weights are not there yet and cannot be downloaded.
         CheckpointError: If the file cannot be read safely or does not fit the network.
     """
     path = find_weights(path)
     state = read_state_dict(path)
-    try:
+    with naming(path):
         state, notes = adapt_state_dict(state, model)
-    except CheckpointError as e:
-        raise CheckpointError(f'{path}: {e}') from None
     # What may be missing is settled by adapt_state_dict, and named below.
     missing, _ = model.load_state_dict(state, strict=False)
     model.loaded_from = str(path)
@@ -70,30 +63,44 @@ def find_weights(name: str | Path) -> Path:
     """Return the path of a file of weights.
 
     Args:
-        name: A path, or a name of :data:`OFFICIAL_WEIGHTS`, whose file is looked for in the
-            checkpoints folder of torch.hub, where timm and torchvision keep theirs, too.
+        name: A path, or a name of :data:`gfnet_dense.hub.OFFICIAL_WEIGHTS`, whose file is
+            downloaded on first use.
 
     Raises:
-        FileNotFoundError: If there is no such file; says where to get it.
+        FileNotFoundError: If there is no such file.
+        DownloadError: If official weights are not there yet and cannot be downloaded.
     """
-    remedy = 'or set the init_cfg of the backbone to None to train from scratch'
     path = Path(name)
     if path.is_file():
         return path
-    if str(name) not in OFFICIAL_WEIGHTS:
-        raise FileNotFoundError(
-            f'no checkpoint at {name}: give a path or one of {", ".join(OFFICIAL_WEIGHTS)}, '
-            f'{remedy}'
-        )
-    path = Path(torch.hub.get_dir()) / 'checkpoints' / f'{name}.pth'
-    if not path.is_file():
-        tsinghua, google = OFFICIAL_WEIGHTS[str(name)]
-        raise FileNotFoundError(
-            f'the official weights {name} are not at {path}: download them from '
-            f'https://cloud.tsinghua.edu.cn/f/{tsinghua}/?dl=1 or '
-            f'https://drive.google.com/file/d/{google} and put them there, {remedy}'
-        )
-    return path
+    if str(name) in OFFICIAL_WEIGHTS:
+        return fetch(str(name), partial(_check_official, str(name)))
+    raise FileNotFoundError(
+        f'no checkpoint at {name}: give a path, or to download official weights '
+        f'(github.com/raoyongming/GFNet) one of {", ".join(OFFICIAL_WEIGHTS)}, or set the init_cfg '
+        'of the backbone to None to train from scratch'
+    )
+
+
+def _check_official(name: str, path: Path) -> None:
+    """Raise a CheckpointError unless a file holds the very network that its name says."""
+    arch = name.removeprefix('gfnet-')
+    # By the registry, for the module of the networks imports this one.
+    network = MODELS.get('GFNetPyramid' if arch in HIERARCHICAL else 'GFNet')
+    with torch.device('meta'):
+        model = network(arch, num_classes=1000)
+    state = read_state_dict(path)
+    with naming(path):
+        match_state_dict(state, model)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the path of a file before what is wrong with its weights."""
+    try:
+        yield
+    except CheckpointError as e:
+        raise CheckpointError(f'{path}: {e}') from None
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -101,7 +108,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
     Args:
         path: A file written by `torch.save`: a state dict, or a dict that holds one under
-            `model` (official files) or `state_dict` (mmengine).
+            `model` (official files) or `state_dict` (mmengine); or a `.safetensors` file.
 
     Raises:
         OSError: If it cannot be opened.
@@ -137,38 +144,37 @@ def adapt_state_dict(
     Raises:
         CheckpointError: If the weights are not those of a network of the model's size.
     """
-    if any(key.startswith('backbone.') for key in state):
-        state = {
-            key.removeprefix('backbone.'): value
-            for key, value in state.items()
-            if key.startswith('backbone.')
-        }
+    state = backbone_weights(state)
     own = model.state_dict()
-    found, wanted = _size(state), _size(own)
+    found, wanted = recognize_size(state), recognize_size(own)
     complete = model.arch.embed_dims, model.arch.depths, wanted[2]
     # Levels that the model does not build may be in the file, as of the whole network.
     if found not in (complete, wanted):
-        raise CheckpointError(f'holds {_describe(found)}, but the model is {_describe(complete)}')
+        raise CheckpointError(
+            f'holds {describe_size(found)}, but the model is {describe_size(complete)}'
+        )
 
     # The final norm of a classifier is the norm of a backbone's last level.
     num_levels = model.arch.depths[0] if not wanted[2] else len(model.arch.depths)
     final = f'norm{num_levels - 1}.'
-    adapted, unused = {}, []
+    adapted, unused, unknown = {}, [], []
     for key, value in state.items():
+        name = key
         if key.startswith(('norm.', final)):
-            norm = 'norm.' if model.num_classes else final
-            key = norm + key.partition('.')[2]
-        if key in own and not (key.startswith('head.') and value.shape != own[key].shape):
-            adapted[key] = value
-        elif key.startswith(('norm', 'head.')) or _is_beyond(key, len(model.blocks)):
+            name = ('norm.' if 'norm.weight' in own else final) + key.partition('.')[2]
+        if name in own and not (name.startswith('head.') and value.shape != own[name].shape):
+            adapted[name] = value
+        elif _OUTPUT.fullmatch(key) or _is_beyond(key, len(model.blocks)):
             unused.append(key)
         else:
-            raise CheckpointError(f'holds {key}, which the model has not')
-    missing = [k for k in own if k not in adapted and not k.startswith(('norm', 'head.'))]
-    if missing:
-        raise CheckpointError(f'lacks {", ".join(missing)}')
+            unknown.append(key)
+    missing = [key for key in own if key not in adapted and not _OUTPUT.fullmatch(key)]
+    if missing or unknown:
+        faults = [f'lacks {", ".join(missing)}'] if missing else []
+        faults += [f'holds {", ".join(unknown)}, which the model has not'] if unknown else []
+        raise CheckpointError('; '.join(faults))
 
-    notes = _resize(adapted, own, model)
+    notes = _resize(adapted, own, model) + _adapt_channels(adapted, own)
     for key, value in adapted.items():
         if value.shape != own[key].shape:
             raise CheckpointError(
@@ -180,13 +186,43 @@ def adapt_state_dict(
     return adapted, notes
 
 
+def match_state_dict(state: Mapping[str, Tensor], model: 'GFNetBase') -> dict[str, Tensor]:
+    """Return the weights of a network that is the very one, outputs and grids included.
+
+    Args:
+        state: As for :func:`adapt_state_dict`.
+        model: The network that the weights should be of.
+
+    Raises:
+        CheckpointError: If anything is missing, left over, or of another shape.
+    """
+    matched, differences = adapt_state_dict(state, model)
+    if missing := model.state_dict().keys() - matched.keys():
+        differences.append(f'lacks {", ".join(sorted(missing))}')
+    if differences:
+        raise CheckpointError('; '.join(differences))
+    return matched
+
+
+def backbone_weights(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return the weights of the `backbone.` of a segmentor or detector, or else all of them."""
+    prefix = 'backbone.'
+    found = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+    return found or state
+
+
 _BLOCK = re.compile(r'blocks\.(?:(\d+)\.)?\d+\.\D')  # blocks.{stage}.{i}. or blocks.{i}.
+_OUTPUT = re.compile(r'(?:norm\d*|head)\.(?:weight|bias)')  # what may differ from the file
 _LEVEL = re.compile(r'(?:blocks|patch_embed)\.(\d+)\.')
 _Size = tuple[tuple[int, ...], tuple[int, ...], bool]
 
 
-def _size(state: Mapping[str, Tensor]) -> _Size:
-    """Recognise embed_dims, depths, and whether the network is hierarchical, by the keys."""
+def recognize_size(state: Mapping[str, Tensor]) -> _Size:
+    """Return embed_dims, depths, and whether the network is hierarchical.
+
+    Raises:
+        CheckpointError: If these are no weights of a GFNet.
+    """
     dims: dict[int, int] = {}
     depths: Counter[int] = Counter()
     hierarchical = False
@@ -202,7 +238,8 @@ def _size(state: Mapping[str, Tensor]) -> _Size:
     return tuple(dims[i] for i in stages), tuple(depths[i] for i in stages), hierarchical
 
 
-def _describe(size: _Size) -> str:
+def describe_size(size: _Size) -> str:
+    """Return embed_dims and depths in words, with the name of `arch` where they have one."""
     embed_dims, depths, hierarchical = size
     table = HIERARCHICAL if hierarchical else ISOTROPIC
     for name, arch in table.items():
@@ -241,6 +278,16 @@ def _resize(state: dict[str, Tensor], own: Mapping[str, Tensor], model: 'GFNetBa
         f'resized from grid {old} to {new}, {method}: {", ".join(keys)}'
         for (old, new, method), keys in resized.items()
     ]
+
+
+def _adapt_channels(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Bring the first convolution from RGB to the model's image channels, as timm does."""
+    key = next(key for key in own if re.fullmatch(r'patch_embed\.(0\.)?proj\.weight', key))
+    old, new = state[key].shape[1], own[key].shape[1]
+    if old != 3 or new == old:
+        return []
+    state[key] = adapt_input_conv(new, state[key])
+    return [f'adapted from {old} to {new} image channels: {key}']
 
 
 def _stage(key: str) -> int:

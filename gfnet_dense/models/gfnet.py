@@ -13,11 +13,19 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from mmengine.model import BaseModule, PretrainedInit, initialize
 from mmengine.registry import MODELS
 from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm, _InstanceNorm
-from timm.layers import DropPath, LayerNorm, Mlp, calculate_drop_path_rates, to_2tuple
+from timm.layers import (
+    DropPath,
+    LayerNorm,
+    Mlp,
+    calculate_drop_path_rates,
+    register_notrace_module,
+    to_2tuple,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,8 +36,12 @@ from .checkpoint import load_pretrained
 from .global_filter import GlobalFilter
 
 _MLP_RATIO = 4
+_PRETRAINED = ('Pretrained', 'mmengine.Pretrained', PretrainedInit)
 
 
+# torch.fx knows no sizes while it traces. What asks for them becomes one node of its graph: modules
+# by timm's register_notrace_module, functions by torch.fx.wrap.
+@register_notrace_module
 class PatchEmbed(nn.Module):
     """Projection of patches that do not overlap, `(B, C, H, W)` to `(B, H', W', C')`.
 
@@ -80,6 +92,28 @@ class Block(nn.Module):
         return x + self.drop_path(y)
 
 
+def init_linear(module: nn.Module) -> None:
+    """Initialise a linear layer as the official code does; leave anything else."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+@torch.fx.wrap
+def _check_images(x: Tensor, in_channels: int, network: str) -> None:
+    if x.ndim != 4 or x.shape[1] != in_channels or 0 in x.shape[2:]:
+        raise ValueError(
+            f'{network} takes images of shape (B, {in_channels}, H, W), but got {tuple(x.shape)}'
+        )
+
+
+@torch.fx.wrap
+def _add_position(x: Tensor, pos_embed: Tensor, grid: Grid) -> Tensor:
+    """Add a position embedding of that grid to a map `(B, H, W, C)`."""
+    size = x.shape[1], x.shape[2]
+    return x + resize_position_embedding(pos_embed, grid, size).unflatten(1, size)
+
+
 class GFNetBase(BaseModule):
     """What the isotropic and the hierarchical network share.
 
@@ -104,7 +138,8 @@ class GFNetBase(BaseModule):
             running statistics put in place of the LayerNorms, which have none.
         with_cp: Recompute the blocks in the backward pass to save memory.
         init_cfg: See :class:`mmengine.model.BaseModule`; `dict(type='Pretrained',
-            checkpoint=PATH)` takes official files, too.
+            checkpoint=...)` takes a path, of an official file, too, or the name of official
+            weights, such as `'gfnet-h-s'`, which are downloaded on first use.
 
     Raises:
         ValueError: If an argument is not one of the above.
@@ -165,13 +200,10 @@ class GFNetBase(BaseModule):
         self.grid = coarser(size, spec.patch_size)
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), spec.embed_dims[0]))
         self._build(spec, make_block)
-        if num_classes:
-            self.norm = LayerNorm(level_dims[-1])
-            self.head = nn.Linear(level_dims[-1], num_classes)
-        else:
-            for i in self.out_indices:
-                self.add_module(f'norm{i}', LayerNorm(level_dims[i]))
-        self._initialize()
+        self._build_outputs(level_dims)
+        # The filters and LayerScales are made as they start; convolutions keep torch's default.
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.apply(init_linear)
         self._freeze()
 
     def _architecture(self, arch: str | Mapping) -> Architecture:
@@ -203,6 +235,15 @@ class GFNetBase(BaseModule):
         """Yield the patch embedding, where there is one, and the blocks of each level."""
         raise NotImplementedError
 
+    def _build_outputs(self, level_dims: Sequence[int]) -> None:
+        """Make what follows the maps: norm and head of a classifier, the norms of a backbone."""
+        if self.num_classes:
+            self.norm = LayerNorm(level_dims[-1])
+            self.head = nn.Linear(level_dims[-1], self.num_classes)
+        else:
+            for i in self.out_indices:
+                self.add_module(f'norm{i}', LayerNorm(level_dims[i]))
+
     def _default_out_indices(self, num_levels: int) -> Sequence[int]:
         return [num_levels - 1]
 
@@ -224,14 +265,6 @@ class GFNetBase(BaseModule):
             )
         return resolved
 
-    def _initialize(self) -> None:
-        # The filters and LayerScales are made as they start; convolutions keep torch's default.
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Compute logits or maps of a batch of images.
 
@@ -245,45 +278,50 @@ class GFNetBase(BaseModule):
         Raises:
             ValueError: If `x` is not of that shape.
         """
-        if x.ndim != 4 or x.shape[1] != self.in_channels or 0 in x.shape[2:]:
-            raise ValueError(
-                f'{type(self).__name__} takes images of shape (B, {self.in_channels}, H, W), '
-                f'but got {tuple(x.shape)}'
-            )
-        maps = []
+        maps = [y for i, y in enumerate(self._forward_levels(x)) if i in self.out_indices]
+        if self.num_classes:
+            return self.head(self.norm(maps[-1]).mean(dim=(1, 2)))
+        return tuple(
+            self.get_submodule(f'norm{i}')(y).permute(0, 3, 1, 2)
+            for i, y in zip(self.out_indices, maps, strict=True)
+        )
+
+    def _forward_levels(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield the map `(B, H_i, W_i, C_i)` after each level, before any norm."""
+        _check_images(x, self.in_channels, type(self).__name__)
         for level, (patch_embed, blocks) in enumerate(self._levels()):
             if patch_embed is not None:
                 x = patch_embed(x if level == 0 else x.permute(0, 3, 1, 2))
             if level == 0:
-                size = (x.shape[1], x.shape[2])
-                pos_embed = resize_position_embedding(self.pos_embed, self.grid, size)
-                x = x + pos_embed.unflatten(1, size)
+                x = _add_position(x, self.pos_embed, self.grid)
             for block in blocks:
                 if self.with_cp and torch.is_grad_enabled():
                     x = checkpoint(block, x, use_reentrant=False)
                 else:
                     x = block(x)
-            if level in self.out_indices:
-                maps.append(x)
-        if self.num_classes:
-            return self.head(self.norm(x).mean(dim=(1, 2)))
-        return tuple(
-            self.get_submodule(f'norm{i}')(x).permute(0, 3, 1, 2)
-            for i, x in zip(self.out_indices, maps, strict=True)
-        )
+            yield x
 
     def init_weights(self) -> None:
         """Load what `init_cfg` names; without it the initialisation of the constructor stands.
 
         A `Pretrained` file is loaded by :func:`gfnet_dense.models.checkpoint.load_pretrained`,
         which is strict where mmengine's own loading only logs what does not fit.
+
+        Raises:
+            ValueError: If a `Pretrained` has more or less than a `checkpoint`.
         """
         cfgs = self.init_cfg or []
         cfgs = [cfgs] if isinstance(cfgs, Mapping) else cfgs
-        files = [cfg for cfg in cfgs if cfg['type'] in ('Pretrained', PretrainedInit)]
+        files = [cfg for cfg in cfgs if cfg['type'] in _PRETRAINED]
         if not files:
             super().init_weights()
             return
+        for cfg in files:
+            if set(cfg) != {'type', 'checkpoint'}:
+                raise ValueError(
+                    f'init_cfg of {type(self).__name__} takes type and checkpoint alone (it finds '
+                    f'the backbone of a segmentor or detector by itself), but got {dict(cfg)}'
+                )
         initialize(self, [cfg for cfg in cfgs if cfg not in files])
         for cfg in files:
             load_pretrained(self, cfg['checkpoint'])

@@ -1,17 +1,21 @@
 """The layer that mixes tokens: a global filter with a learned spectrum."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from gfnet_dense.spectral import BACKENDS, RESIZE_METHODS, global_filter, resize_spectrum
+from gfnet_dense.spectral.blockwise import is_capturing
 
 # Resized spectra kept in evaluation. One of a large grid takes more memory than the parameter, so
 # few: they serve runs over images of one or two sizes.
 _MAX_KEPT = 2
 
 
+@register_notrace_module  # one node in graphs of torch.fx: what it does depends on the size
 class GlobalFilter(nn.Module):
     """Learned filter in the frequency domain for maps of any size.
 
@@ -71,8 +75,8 @@ class GlobalFilter(nn.Module):
         learning = torch.is_grad_enabled() and weight.requires_grad
         # A graph that is being captured can neither look at values nor hold what is kept here;
         # transforms of torch.func put tensors of their own in place of the parameter.
-        ordinary = isinstance(weight, nn.Parameter) and not _is_capturing(weight)
-        if self.training or learning or torch.compiler.is_compiling() or not ordinary:
+        ordinary = isinstance(weight, nn.Parameter) and not _is_in_cuda_graph(weight)
+        if self.training or learning or is_capturing() or not ordinary:
             return resize_spectrum(weight, self.grid, size, self.resize)
         return self._kept_spectrum(size)
 
@@ -102,6 +106,21 @@ class GlobalFilter(nn.Module):
     def _forget(self) -> None:
         self._kept: tuple[Tensor | None, dict[tuple[int, int], Tensor]] = None, {}
 
+    def macs(self, shape: Sequence[int]) -> int:
+        """Count the multiply-accumulates of a forward as the authors do, whatever the backend.
+
+        Each of the two transforms of N cells has `N * C * ceil(log2(N))` of them (issues 3, 12 and
+        15 of the official repository), each complex product 4.
+
+        Args:
+            shape: The shape `(B, H, W, C)` of the map.
+        """
+        batch, height, width, channels = shape
+        cells = height * width
+        transforms = 2 * cells * math.ceil(math.log2(cells))
+        products = 4 * height * (width // 2 + 1)
+        return batch * channels * (transforms + products)
+
     def train(self, mode: bool = True) -> 'GlobalFilter':
         """Set the mode, as every module does; kept spectra are dropped."""
         self._forget()
@@ -120,5 +139,5 @@ class GlobalFilter(nn.Module):
         return f'{self.dim}, grid={self.grid}, resize={self.resize}, backend={self.backend}'
 
 
-def _is_capturing(weight: Tensor) -> bool:
+def _is_in_cuda_graph(weight: Tensor) -> bool:
     return weight.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -96,11 +96,14 @@ def test_a_dataset_keeps_its_attributes():
         _ = dataset.no_such
 
 
-def test_a_sample_that_cannot_be_loaded_is_named():
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_sample_that_cannot_be_loaded_is_named(workers):
     noise = Noise()
     noise.pipeline = 'broken'
+    batches = ResumableBatchSampler(range(20), batch_size=4)
+    loader = DataLoader(SeededDataset(noise, 7), batch_sampler=batches, num_workers=workers)
     with pytest.raises(checks.DataError, match=r'images/13\.jpg cannot be loaded: OSError: trunc'):
-        SeededDataset(noise, 7)[Sample(13, (0, 13))]
+        list(loader)
 
 
 def test_batches_may_be_formed_by_another_sampler():

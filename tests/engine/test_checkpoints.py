@@ -1,17 +1,14 @@
 import os
 import resource
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.runner import Runner
+from toy import toy_config
 
 from gfnet_dense.engine import WorkDirError, latest_checkpoint, train
-from gfnet_dense.engine.checkpoints import written_whole
-
-sys.path.insert(0, str(Path(__file__).parent))
-from toy import toy_config
+from gfnet_dense.serialization import CheckpointError, write_whole
 
 
 def write(path: Path, iterations: int) -> Path:
@@ -22,13 +19,13 @@ def write(path: Path, iterations: int) -> Path:
 def test_a_file_is_there_when_it_is_whole(tmp_path):
     path = tmp_path / 'a.pth'
     path.write_text('old')
-    with pytest.raises(KeyboardInterrupt), written_whole(path) as partial:
-        partial.write_text('ne')
+    with pytest.raises(KeyboardInterrupt), write_whole(path) as file:
+        file.write(b'ne')
         assert path.read_text() == 'old'
         raise KeyboardInterrupt
     assert [p.name for p in tmp_path.iterdir()] == ['a.pth'] and path.read_text() == 'old'
-    with written_whole(path) as partial:
-        partial.write_text('new')
+    with write_whole(path) as file:
+        file.write(b'new')
     assert [p.name for p in tmp_path.iterdir()] == ['a.pth'] and path.read_text() == 'new'
 
 
@@ -60,7 +57,7 @@ def test_an_older_checkpoint_goes_when_the_newer_one_is_whole(tmp_path, monkeypa
         save(self, out_dir, filename, *args, **kwargs)
 
     monkeypatch.setattr(Runner, 'save_checkpoint', look)
-    (tmp_path / '.iter_9.pth.partial').write_text('of a run that was killed')
+    (tmp_path / 'iter_9.pth.gone.partial').write_text('of a run that was killed')
     cfg = toy_config(tmp_path)
     cfg.train_cfg.val_interval = 6
     cfg.default_hooks.checkpoint.update(save_best='mean', rule='greater')
@@ -71,7 +68,7 @@ def test_an_older_checkpoint_goes_when_the_newer_one_is_whole(tmp_path, monkeypa
     assert all(best[best.index(['best_mean_iter_6.pth']) :])
     assert [p.name for p in tmp_path.glob('iter*')] == ['iter_12.pth']
     assert len([*tmp_path.glob('best*')]) == 1
-    assert not [*tmp_path.glob('.*partial')]
+    assert not [*tmp_path.glob('*.partial')]
 
 
 def test_a_full_disk_ends_the_run_and_keeps_what_is_there(tmp_path):
@@ -89,7 +86,7 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_there(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [p.name for p in tmp_path.glob('*.pth*')] == ['iter_12.pth']
     assert (tmp_path / 'iter_12.pth').read_bytes() == before
-    assert not [*tmp_path.glob('.*partial')]
+    assert not [*tmp_path.glob('*.partial')]
     train(cfg, resume='auto')
     assert latest_checkpoint(tmp_path).name == 'iter_24.pth'
 
@@ -119,3 +116,15 @@ def test_a_work_dir_belongs_to_one_run(tmp_path):
         os.wait()
     with pytest.raises(WorkDirError, match='cannot be written to'):
         train(cfg, work_dir='/dev/null/run')
+
+
+def test_training_starts_from_weights_that_fit(tmp_path):
+    """mmengine itself only logs that a file matches nothing."""
+    train(toy_config(tmp_path / 'first'))
+    cfg = toy_config(tmp_path / 'second')
+    cfg.load_from = str(tmp_path / 'first' / 'iter_12.pth')
+    train(cfg)
+    cfg.work_dir, cfg.load_from = str(tmp_path / 'third'), str(tmp_path / 'other.pth')
+    torch.save({'model': {'foo': torch.zeros(1)}}, cfg.load_from)
+    with pytest.raises(CheckpointError, match=r'other\.pth lacks 4 of 4 weights.*init_cfg'):
+        train(cfg)

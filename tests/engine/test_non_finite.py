@@ -1,14 +1,11 @@
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from toy import losses, toy_config
 
 from gfnet_dense.engine import NonFiniteLossError, latest_checkpoint, train
-
-sys.path.insert(0, str(Path(__file__).parent))
-from toy import losses, toy_config
 
 
 def state(work_dir: Path, iterations: int) -> dict:

@@ -1,16 +1,15 @@
+import multiprocessing
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from toy import LossesHook, losses, toy_config
 
+from gfnet_dense.data.checks import DataError
 from gfnet_dense.engine import latest_checkpoint, train
 from gfnet_dense.engine.checkpoints import INTERRUPTED
-
-sys.path.insert(0, str(Path(__file__).parent))
-from toy import LossesHook, losses, toy_config
 
 
 class StopError(Exception):
@@ -106,3 +105,12 @@ def test_resuming_needs_a_checkpoint_of_training(tmp_path):
     torch.save({'state_dict': {}}, weights_only)
     with pytest.raises(ValueError, match=r'weights\.pth holds no run.*load_from'):
         train(toy_config(tmp_path / 'run'), resume=str(weights_only))
+
+
+def test_the_death_of_a_data_loading_process_is_explained(tmp_path, then):
+    then(4, lambda: os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL))
+    with pytest.raises(DataError, match=r'DataLoader worker .*killed.*lower num_workers'):
+        train(toy_config(tmp_path, workers=1))
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert 'DataError: DataLoader worker' in log
+    assert f'The last checkpoint is {tmp_path}/iter_3.pth; --resume continues' in log

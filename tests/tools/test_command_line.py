@@ -225,6 +225,12 @@ def test_two_processes_train_evaluate_and_save(tmp_path, environment):
         environment={**environment, 'MASTER_PORT': free_port()}, cwd=tmp_path,
     )  # fmt: skip
     assert re.findall(r'mIoU: (\d+\.\d+)', out)[-1] == trained_miou
+    # One process says the same, although two do not divide the five images.
+    out = run(
+        sys.executable, ROOT / 'tools/test.py', CONFIG, checkpoint, '--work-dir', tmp_path / 'one',
+        environment=environment, cwd=tmp_path,
+    )  # fmt: skip
+    assert re.findall(r'mIoU: (\d+\.\d+)', out)[-1] == trained_miou
 
 
 def test_an_ade20k_config_trains_from_official_weights(tmp_path, digits, environment):
@@ -250,6 +256,7 @@ def test_an_ade20k_config_trains_from_official_weights(tmp_path, digits, environ
     file.unlink()
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode != 0
+    assert 'DownloadError: the official weights gfnet-h-ti cannot be downloaded' in result.stderr
     assert 'cloud.tsinghua.edu.cn' in result.stderr and str(file) in result.stderr
 
 

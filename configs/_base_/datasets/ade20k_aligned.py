@@ -9,14 +9,14 @@ scale = (2048, 512)
 align = dict(type='ResizeToMultiple', size_divisor=32)
 
 test_pipeline = [
-    dict(type='LoadImageFromFile'),
+    dict(type='LoadImageFromFile', imdecode_backend='pillow'),
     dict(type='Resize', scale=scale, keep_ratio=True),
     align,
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]
 tta_pipeline = [
-    dict(type='LoadImageFromFile'),
+    dict(type='LoadImageFromFile', imdecode_backend='pillow'),
     dict(
         type='TestTimeAug',
         transforms=[

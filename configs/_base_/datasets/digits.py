@@ -8,20 +8,21 @@ metainfo = dict(
     ),
 )  # fmt: skip
 
+# Pillow refuses an image that is cut off, where OpenCV makes up the rest.
 train_pipeline = [
-    dict(type='LoadImageFromFile'),
+    dict(type='LoadImageFromFile', imdecode_backend='pillow'),
     dict(type='LoadAnnotations'),
     # No flip: a mirrored digit is another one, or none. No photometric distortion: the scenes
     # vary in contrast as they are, and in a run this short it costs more than it brings.
     dict(type='PackSegInputs'),
 ]
 test_pipeline = [
-    dict(type='LoadImageFromFile'),
+    dict(type='LoadImageFromFile', imdecode_backend='pillow'),
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]
 tta_pipeline = [
-    dict(type='LoadImageFromFile'),
+    dict(type='LoadImageFromFile', imdecode_backend='pillow'),
     dict(
         type='TestTimeAug',
         transforms=[

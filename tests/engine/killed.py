@@ -1,0 +1,105 @@
+"""Kill a run on the digits at twenty moments and resume it each time.
+
+killed.py FOLDER: the digits are in DIGITS_ROOT. Runs end by SIGKILL at random moments, every
+other one while a checkpoint is being written. Each run is a fork, so that nothing is imported
+twenty times.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.fileio import LocalBackend
+from mmseg.utils import register_all_modules
+from toy import losses
+
+from gfnet_dense.engine import find_config, latest_checkpoint, train
+
+MOMENTS, INTERVAL = 20, 3
+
+
+def config(work_dir: Path, iterations: int) -> Config:
+    """Return a segmentor of the digits, as small as it gets."""
+    cfg = Config.fromfile(find_config('upernet_gfnet_nano_digits'))
+    cfg.work_dir = str(work_dir)
+    cfg.model.backbone.arch = dict(embed_dims=(8, 8, 8, 8), depths=(1, 1, 1, 1))
+    cfg.model.decode_head.update(in_channels=[8] * 4, channels=8)
+    cfg.model.auxiliary_head.update(in_channels=8, channels=8)
+    cfg.train_dataloader.update(batch_size=2, num_workers=0, persistent_workers=False)
+    cfg.train_cfg.max_iters = iterations
+    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    cfg.default_hooks.checkpoint.update(interval=INTERVAL, max_keep_ckpts=1, save_best=None)
+    cfg.custom_hooks = [dict(type='LossesHook')]
+    cfg.log_level = 'WARNING'
+    return cfg
+
+
+def put_slowly(self: LocalBackend, obj: bytes, filepath: str) -> None:
+    """Write a file in pieces, with time for a kill between them."""
+    with open(filepath, 'wb') as file:
+        for i in range(8):
+            file.write(obj[len(obj) * i // 8 : len(obj) * (i + 1) // 8])
+            file.flush()
+            time.sleep(0.02)
+
+
+def killed(work_dir: Path, iterations: int, while_writing: bool) -> None:
+    """Train in a fork and kill it."""
+    begun = len(losses(work_dir)) if (work_dir / 'losses0').exists() else 0
+    resume = 'auto' if latest_checkpoint(work_dir) else None
+    child = os.fork()
+    if child == 0:
+        LocalBackend.put = put_slowly
+        train(config(work_dir, iterations), seed=0 if resume is None else None, resume=resume)
+        os._exit(0)
+    while not (work_dir / 'losses0').exists() or len(losses(work_dir)) < begun + 1:
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), 'ended by itself'
+        time.sleep(0.01)
+    if while_writing:
+        while not [*work_dir.glob('*.partial')]:
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.15))
+    else:
+        time.sleep(random.uniform(0, 0.6))
+    os.kill(child, signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), 'ended before it was killed'
+
+
+def main(folder: Path) -> None:
+    """Hold what the killed run leaves against a run that nobody touched."""
+    torch.set_num_threads(1)
+    register_all_modules()  # imports what the forks would import
+    random.seed(0)
+    run, whole = folder / 'run', folder / 'whole'
+    halves = 0
+    for moment in range(MOMENTS):
+        killed(run, iterations=10_000, while_writing=moment % 2 == 1)
+        halves += len([*run.glob('*.partial')])
+        done, found = max(losses(run)), latest_checkpoint(run)
+        saved = int(found.stem.split('_')[1]) if found else 0
+        # The iteration after the last one written down may be complete, too.
+        assert done - saved <= INTERVAL, f'{done} iterations, {saved} saved'
+        print(f'moment {moment}: iteration {done}, saved {saved}', flush=True)
+    assert halves >= MOMENTS // 4, f'only {halves} kills hit a file that was being written'
+
+    end = max(losses(run)) + INTERVAL + 2
+    train(config(run, end), resume='auto')
+    train(config(whole, end), seed=0)
+    assert losses(run) == losses(whole)
+    ours, theirs = (
+        torch.load(latest_checkpoint(path), weights_only=False) for path in (run, whole)
+    )
+    assert ours['meta']['iter'] == theirs['meta']['iter'] == end
+    for key, value in theirs['state_dict'].items():
+        assert torch.equal(ours['state_dict'][key], value), key
+    assert len([*run.glob('*.pth')]) == 1 and not [*run.glob('*.partial')]
+    print(f'{end} iterations, killed {MOMENTS} times, equal an undisturbed run')
+
+
+if __name__ == '__main__':
+    main(Path(sys.argv[1]))

@@ -1,0 +1,72 @@
+"""Processes that want the same official weights: hub_processes.py together|takeover ADDRESS.
+
+together: four of one process group load them. takeover: one is killed while it downloads them and
+another one waits for it.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from gfnet_dense import hub
+from gfnet_dense.models import GFNet
+from gfnet_dense.models.architectures import ISOTROPIC, Architecture
+
+
+def load() -> None:
+    model = GFNet('nano', img_size=512, init_cfg=dict(type='Pretrained', checkpoint='gfnet-nano'))
+    model.init_weights()
+    print('loaded by a process\n', end='', flush=True)
+
+
+def load_in_group(rank: int) -> None:
+    store = f'file://{os.environ["TORCH_HOME"]}.store'
+    torch.distributed.init_process_group('gloo', init_method=store, rank=rank, world_size=4)
+    torch.distributed.barrier()
+    load()
+    torch.distributed.destroy_process_group()
+
+
+def together() -> None:
+    workers = [processes.Process(target=load_in_group, args=(rank,)) for rank in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+
+
+def takeover() -> None:
+    partial = Path(
+        torch.hub.get_dir(), f'checkpoints/gfnet-nano.pth.{socket.gethostname()}.partial'
+    )
+    waiting = processes.Event()
+
+    def say(message: str, **_) -> None:
+        if message.startswith('waiting for another process'):
+            waiting.set()
+
+    hub.print_log = say
+    first, second = processes.Process(target=load), processes.Process(target=load)
+    first.start()
+    while not (partial.exists() and partial.stat().st_size):
+        time.sleep(0.05)
+    second.start()
+    assert waiting.wait(60)
+    first.kill()
+    second.join()
+    assert second.exitcode == 0
+
+
+if __name__ == '__main__':
+    mode, address = sys.argv[1:]
+    hub.ADDRESSES = tuple(f'{address}/{place}/{{}}' for place in ('first', 'second'))
+    hub.OFFICIAL_WEIGHTS['gfnet-nano'] = 'one', 'two'
+    ISOTROPIC['nano'] = Architecture(embed_dims=8, depths=2, patch_size=16)
+    processes = multiprocessing.get_context('fork')  # they need not import everything again
+    {'together': together, 'takeover': takeover}[mode]()

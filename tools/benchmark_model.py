@@ -1,0 +1,120 @@
+"""Time whole backbones: `python tools/benchmark_model.py [--scaling]`.
+
+Without options, GFNet-H-S at 224 as it is, with the filter computed by its definition (the
+baseline of all ratios), and two networks of timm of its size. With --scaling, the time of a pixel
+as images grow.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import timm
+import torch
+from torch import nn
+
+from gfnet_dense.benchmark import machine, measure, milliseconds, plain_filter, speedup
+from gfnet_dense.models import GFNetPyramid, GlobalFilter
+from gfnet_dense.spectral import global_filter
+
+SIDES = (64, 128, 256, 512, 1024)
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """Compute the filters of a model by their definition."""
+    for module in model.modules():
+        if isinstance(module, GlobalFilter):
+            module.forward = lambda x, m=module: plain_filter(x, m.spectrum(x.shape[1:3]))
+    return model
+
+
+def inference(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    model.eval()
+    return torch.no_grad()(lambda: model(x))
+
+
+def training_step(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+
+    def run() -> None:
+        y = model(x)
+        loss = sum(m.float().square().mean() for m in y) if isinstance(y, tuple) else y.mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Print GFNet-H-S beside networks of its size."""
+    models = {
+        'GFNet-H-S, filter by its definition': plain(GFNetPyramid('h-s')),
+        'GFNet-H-S': GFNetPyramid('h-s'),
+        'GFNet-H-S, compiled': torch.compile(GFNetPyramid('h-s')),
+        'Swin-T (timm)': timm.create_model('swin_tiny_patch4_window7_224', num_classes=0),
+        'ConvNeXt-T (timm)': timm.create_model('convnext_tiny', num_classes=0),
+    }
+    if not args.compile:
+        del models['GFNet-H-S, compiled']
+    x = torch.randn(args.batch, 3, 224, 224, device=args.device)
+    baseline, *_ = models
+    print(f'224x224, batch {args.batch}: times as fast as the baseline, median (quartiles)\n')
+    print('| backbone | inference | ms | training step | ms |\n|---|---|---|---|---|')
+    columns = []
+    for kind in (inference, training_step):
+        tasks = {name: kind(model.to(args.device), x) for name, model in models.items()}
+        columns.append(measure(tasks, args.repeats, args.seconds, args.device))
+    for name in models:
+        cells = [f'{speedup(t, name, baseline)} | {milliseconds(t, name)}' for t in columns]
+        print(f'| {name} | {" | ".join(cells)} |')
+
+
+def scale(args: argparse.Namespace) -> None:
+    """Print nanoseconds a pixel of the image, as images grow."""
+    filter_weights = {side: torch.randn(side, side // 2 + 1, 96, 2) for side in SIDES}
+    gfnet = GFNetPyramid('h-s')
+
+    def vit(side: int) -> nn.Module:
+        return timm.create_model('vit_small_patch16_224', num_classes=0, img_size=side)
+
+    def swin(side: int) -> nn.Module:
+        return timm.create_model('swin_tiny_patch4_window7_224', num_classes=0, img_size=side)
+
+    print('Nanoseconds a pixel, batch 1, inference; the filter alone on a map of that many cells')
+    print('and 96 channels\n')
+    print('| side | filter | GFNet-H-S | Swin-T (timm) | ViT-S/16 (timm) |\n|---|---|---|---|---|')
+    for side in SIDES:
+        x = torch.randn(1, 3, side, side, device=args.device)
+        cells = torch.randn(1, side, side, 96, device=args.device)
+        weight = filter_weights[side].to(args.device)
+        tasks = {
+            'filter': torch.no_grad()(lambda c=cells, w=weight: global_filter(c, w)),
+            'gfnet': inference(gfnet.to(args.device), x),
+            'swin': inference(swin(side).to(args.device), x),
+            'vit': inference(vit(side).to(args.device), x),
+        }
+        times = measure(tasks, args.repeats, args.seconds, args.device)
+        row = (f'{1e6 * float(milliseconds(times, name)) / side**2:.0f}' for name in tasks)
+        print(f'| {side} | {" | ".join(row)} |', flush=True)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='Time whole backbones.')
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--batch', type=int, default=8)
+    parser.add_argument('--scaling', action='store_true', help='time a pixel as images grow')
+    parser.add_argument('--compile', action='store_true', help='add the compiled backbone')
+    parser.add_argument('--repeats', type=int, default=7, help='turns of each contender, 2 or more')
+    parser.add_argument('--seconds', type=float, default=0.2, help='the least length of a turn')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    print(f'{machine(args.device)}; timm {timm.__version__}; float32\n')
+    (scale if args.scaling else compare)(args)
+
+
+if __name__ == '__main__':
+    main()
