@@ -4,8 +4,8 @@ Importing the package registers its modules in mmengine's registries, where mmse
 mmdetection find them: `custom_imports = dict(imports=['gfnet_dense'])` in a config.
 """
 
-from . import engine, models
+from . import data, engine, models
 
 __version__ = '0.1.0'
 
-__all__ = ['__version__', 'engine', 'models']
+__all__ = ['__version__', 'data', 'engine', 'models']

@@ -1,19 +1,32 @@
 """Write the embedded data set: handwritten digits on photographs, laid out as ADE20K and COCO.
 
-A folder that holds it already, with the same parameters, is left as it is.
+With --scans write the digits alone, as an image folder for classification. A folder that holds the
+data already, with the same parameters, is left as it is.
 """
 
 import argparse
 from pathlib import Path
 
-from gfnet_dense.data import preview_digits, write_digits
+from gfnet_dense.data import preview_digits, write_digit_scans, write_digits
+
+SCENES = Path('data/digits')
+SCANS = Path('data/digit_scans')
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument('root', nargs='?', type=Path, default=Path('data/digits'), help='folder')
+    parser.add_argument(
+        'root',
+        nargs='?',
+        type=Path,
+        default=SCENES,
+        help=f'folder, with --scans {SCANS} unless it is given',
+    )
+    parser.add_argument(
+        '--scans', action='store_true', help='write the scans, as they are; takes no other option'
+    )
     parser.add_argument(
         '--num-training', type=int, default=3000, metavar='N', help='training scenes'
     )
@@ -43,8 +56,17 @@ def main() -> None:
     parser.add_argument('--preview', type=Path, metavar='PNG', help='picture of the first scenes')
     args = vars(parser.parse_args())
 
-    root, preview = args.pop('root'), args.pop('preview')
+    root, scans = args.pop('root'), args.pop('scans')
+    if scans and (given := [name for name in args if args[name] != parser.get_default(name)]):
+        parser.error(f'--{given[0].replace("_", "-")} is for scenes: leave it, or --scans')
+    if scans and root == SCENES:
+        root = SCANS
+    preview = args.pop('preview')
     try:
+        if scans:
+            write_digit_scans(root)
+            print(f'{root}: {len(list(root.glob("*/*/*.png")))} scans in train/ and val/')
+            return
         write_digits(root, **args)
         print(
             f'{root}: {args["num_training"]} training and {args["num_validation"]} validation '

@@ -1,6 +1,17 @@
 """What feeds the models."""
 
-from .digits import CLASSES, PALETTE, preview_digits, write_digits
+from .checks import DataError
+from .digits import CLASSES, PALETTE, preview_digits, write_digit_scans, write_digits
+from .image_folder import ImageFolder
 from .pictures import label_grid
 
-__all__ = ['CLASSES', 'PALETTE', 'label_grid', 'preview_digits', 'write_digits']
+__all__ = [
+    'CLASSES',
+    'PALETTE',
+    'DataError',
+    'ImageFolder',
+    'label_grid',
+    'preview_digits',
+    'write_digit_scans',
+    'write_digits',
+]

@@ -13,6 +13,12 @@ training scene uses. :func:`write_digits` makes this folder::
     annotations/instances_training.json          COCO: boxes, areas and RLE masks, same scenes
     annotations/instances_validation.json
     digits.json                                  the parameters and the format's version
+
+:func:`write_digit_scans` writes the scans alone, divided in the same way, for classification::
+
+    train/0/0000.png    8x8, grey; by digit, in the order of the file
+    val/0/0000.png
+    digits.json
 """
 
 import dataclasses
@@ -20,6 +26,7 @@ import json
 import math
 import numbers
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -62,8 +69,10 @@ PALETTE = (
 
 # To be raised whenever the same parameters come to mean other scenes or other files.
 FORMAT_VERSION = 1
+SCANS_FORMAT_VERSION = 1
 MANIFEST = 'digits.json'
 SUBSETS = {'training': 'ADE_train', 'validation': 'ADE_val'}
+SCAN_SPLITS = {'train': 'training', 'val': 'validation'}
 
 PREVIEW_ROWS = 6
 
@@ -186,23 +195,36 @@ def write_digits(
         digit_height=_range('digit_height', digit_height, 8, image_size),
         seed=_integer('seed', seed, 0, 2**32 - 1),
     )
-    root = Path(root)
-    if _holds(root, spec):
-        return root
+    return _publish(
+        Path(root), _manifest(spec), _files(spec), lambda folder: _write_folder(folder, spec)
+    )
 
-    target = root.resolve()  # a link is followed, not replaced
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, and so on its file system, where a rename is atomic.
-    with TemporaryDirectory(prefix=f'.{target.name}.', dir=target.parent) as scratch:
-        complete = Path(scratch) / target.name
-        _write_folder(complete, spec)
-        try:
-            complete.rename(target)
-        except OSError:
-            # Another process may have been faster: then its folder is as good as ours.
-            if not _holds(root, spec):
-                raise
-    return root
+
+def write_digit_scans(root: str | os.PathLike[str]) -> Path:
+    """Write the scans as images of ten classes to `root`, or find them there.
+
+    1,433 scans for training and 364 for validation, divided as in :func:`load_material`. Nothing
+    is drawn or random: a pixel is the scan's, from 0 to 255.
+
+    What is said of the folder in :func:`write_digits` holds here, too.
+
+    Args:
+        root: The folder; those above it are made.
+
+    Returns:
+        `root`.
+
+    Raises:
+        FileExistsError: If `root` holds something else, or the scans with files missing.
+        OSError: If `root` cannot be written.
+    """
+    counts = {
+        f'{split}/{digit}/*.png': count
+        for split, subset in SCAN_SPLITS.items()
+        for digit, count in enumerate(np.bincount(load_material(subset).digits).tolist())
+    }
+    manifest = {'format': 'gfnet_dense digit scans', 'version': SCANS_FORMAT_VERSION}
+    return _publish(Path(root), manifest, counts, _write_scans)
 
 
 def preview_digits(root: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
@@ -344,6 +366,42 @@ def _enlarge(
     return OPACITY[np.asarray(enlarged)]
 
 
+def _publish(
+    root: Path,
+    manifest: Mapping[str, Any],
+    files: Mapping[str, int],
+    write: Callable[[Path], None],
+) -> Path:
+    """Let `write` fill a folder that becomes `root` when it is complete, unless it is there."""
+    if _holds(root, manifest, files):
+        return root
+    target = root.resolve()  # a link is followed, not replaced
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, and so on its file system, where a rename is atomic.
+    with TemporaryDirectory(prefix=f'.{target.name}.', dir=target.parent) as scratch:
+        complete = Path(scratch) / target.name
+        complete.mkdir()
+        write(complete)
+        _write_json(complete / MANIFEST, manifest)
+        try:
+            complete.rename(target)
+        except OSError:
+            # Another process may have been faster: then its folder is as good as ours.
+            if not _holds(root, manifest, files):
+                raise
+    return root
+
+
+def _write_scans(folder: Path) -> None:
+    for split, subset in SCAN_SPLITS.items():
+        material = load_material(subset)
+        for digit in range(10):
+            place = folder / split / str(digit)
+            place.mkdir(parents=True)
+            for number, scan in enumerate(material.scans[material.digits == digit]):
+                Image.fromarray(scan).save(place / f'{number:04}.png')
+
+
 def _write_folder(folder: Path, spec: DigitsSpec) -> None:
     for subset, prefix in SUBSETS.items():
         material = load_material(subset)
@@ -366,7 +424,6 @@ def _write_folder(folder: Path, spec: DigitsSpec) -> None:
             Image.fromarray(scene.labels).save(annotations / f'{name}.png')
             _add_to_coco(coco, scene, f'{name}.jpg', index + 1)
         _write_json(folder / 'annotations' / f'instances_{subset}.json', coco)
-    _write_json(folder / MANIFEST, _manifest(spec))
 
 
 def _add_to_coco(coco: dict[str, Any], scene: Scene, file_name: str, image_id: int) -> None:
@@ -406,11 +463,11 @@ def _manifest(spec: DigitsSpec) -> dict[str, Any]:
     return json.loads(json.dumps(content | dataclasses.asdict(spec)))
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content), encoding='utf-8')
 
 
-def _holds(root: Path, spec: DigitsSpec) -> bool:
+def _holds(root: Path, manifest: Mapping[str, Any], files: Mapping[str, int]) -> bool:
     """Whether `root` holds the data set; False if nothing is there, an error if anything else."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
@@ -423,12 +480,12 @@ def _holds(root: Path, spec: DigitsSpec) -> bool:
         ) from error
     differences = [
         f'{key}={found.get(key)} where {value} is asked for'
-        for key, value in _manifest(spec).items()
+        for key, value in manifest.items()
         if found.get(key) != value
     ]
     if differences:
         raise FileExistsError(f'{root} holds digits with {", ".join(differences)}; {remedy}')
-    for pattern, count in _files(spec).items():
+    for pattern, count in files.items():
         met = sum(1 for _ in root.glob(pattern))
         if met != count:
             raise FileExistsError(f'{root}/{pattern} are {met} files instead of {count}; {remedy}')

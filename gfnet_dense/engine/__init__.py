@@ -1,5 +1,6 @@
 """What trains and tests the networks, on top of mmengine."""
 
+from .accuracy import Accuracy
 from .checkpoints import DurableCheckpointHook, InterruptHook, latest_checkpoint
 from .complexity import Complexity, count_macs, measure_complexity
 from .launch import evaluate, find_config, train
@@ -7,10 +8,13 @@ from .layer_decay import LayerDecayOptimWrapperConstructor
 from .non_finite import NonFiniteLossError, NonFiniteLossHook
 from .peers import RankDiedError
 from .runner import GFNetRunner
+from .sampler import RepeatAugSampler
+from .schedule import WarmupCosineLR
 from .summary import RunSummaryHook
 from .work_dir import WorkDirError
 
 __all__ = [
+    'Accuracy',
     'Complexity',
     'DurableCheckpointHook',
     'GFNetRunner',
@@ -19,7 +23,9 @@ __all__ = [
     'NonFiniteLossError',
     'NonFiniteLossHook',
     'RankDiedError',
+    'RepeatAugSampler',
     'RunSummaryHook',
+    'WarmupCosineLR',
     'WorkDirError',
     'count_macs',
     'evaluate',

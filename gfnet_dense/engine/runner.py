@@ -224,6 +224,11 @@ class GFNetRunner(Runner):
         loader = Runner.build_dataloader(dataloader, *args, **kwargs)
         if len(loader.dataset) == 0:
             raise DataError(f'{type(loader.dataset).__name__} is empty')
+        if len(loader) == 0:
+            raise DataError(
+                f'{len(loader.dataset)} images do not fill a batch in each process: lower '
+                'batch_size of the dataloader, or set drop_last=False'
+            )
         return loader
 
     def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:

@@ -55,7 +55,11 @@ def _learning_rate(runner: Runner) -> str:
     groups = runner.optim_wrapper.optimizer.param_groups
     rates = [group.get('initial_lr', group['lr']) for group in groups]
     lowest, highest = min(rates), max(rates)
-    return f'{highest:g}' if lowest == highest else f'{highest:g}, by layer down to {lowest:.3g}'
+    text = f'{highest:g}' if lowest == highest else f'{highest:g}, by layer down to {lowest:.3g}'
+    scaling = runner.auto_scale_lr or {}
+    if scaling.get('enable'):
+        text += f', scaled to the total batch from that for {scaling["base_batch_size"]}'
+    return text
 
 
 def _unwrapped(runner: Runner) -> nn.Module:

@@ -5,6 +5,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 import gfnet_dense
-from gfnet_dense.data import CLASSES, PALETTE, digits, write_digits
+from gfnet_dense.data import CLASSES, PALETTE, digits, write_digit_scans, write_digits
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'make_digits.py'
 SMALL = {'num_training': 40, 'num_validation': 12, 'seed': 3}
@@ -354,6 +355,51 @@ def test_numpy_integers_and_lists_are_as_good(small):
 def test_an_unknown_subset_is_named():
     with pytest.raises(ValueError, match=r"'training', 'validation'.* got 'test'"):
         digits.load_material('test')
+
+
+# The scans alone.
+
+
+@pytest.fixture(scope='module')
+def scans(tmp_path_factory) -> Path:
+    return write_digit_scans(tmp_path_factory.mktemp('data') / 'scans')
+
+
+def test_all_scans_are_there_in_the_folders_of_their_digits(scans):
+    everything = sklearn.datasets.load_digits()
+    expected = Counter(
+        (str(digit), np.rint(scan * (255 / 16)).astype(np.uint8).tobytes())
+        for scan, digit in zip(everything.images, everything.target, strict=True)
+    )
+    found = Counter((p.parent.name, read(p).tobytes()) for p in scans.glob('*/*/*.png'))
+    assert found == expected
+    assert {str(path.relative_to(scans)) for path in scans.glob('*')} == {
+        'train', 'val', 'digits.json'
+    }  # fmt: skip
+
+
+def test_validation_has_the_scans_that_scenes_of_validation_have(scans):
+    for split, subset in (('train', 'training'), ('val', 'validation')):
+        material = digits.load_material(subset)
+        assert sorted(read(path).tobytes() for path in scans.glob(f'{split}/*/*.png')) == sorted(
+            scan.tobytes() for scan in material.scans
+        )
+
+
+def test_scans_are_written_once_and_whole(scans, tmp_path, monkeypatch):
+    before = times(scans)
+    assert write_digit_scans(scans) == scans
+    assert times(scans) == before
+    with pytest.raises(FileExistsError, match=r'scans holds digits with format=.*another folder'):
+        write_digits(scans, **TINY)
+
+    def full(*args, **kwargs):
+        raise OSError('disk full')
+
+    monkeypatch.setattr(Image.Image, 'save', full)
+    with pytest.raises(OSError, match='disk full'):
+        write_digit_scans(tmp_path / 'new')
+    assert not list(tmp_path.iterdir())
 
 
 # The command line.
