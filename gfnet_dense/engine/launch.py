@@ -9,6 +9,7 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
+from .portable import PortableCheckpointHook
 from .runner import AverageBuffersHook, GFNetRunner
 from .summary import RunSummaryHook
 
@@ -80,6 +81,7 @@ def train(
             cfg.model.backbone.init_cfg = None
     runner = _build(cfg)
     runner.register_hook(RunSummaryHook())
+    runner.register_hook(PortableCheckpointHook())
     if runner.distributed and not torch.cuda.is_available():
         runner.register_hook(AverageBuffersHook())
     runner.train()
