@@ -4,6 +4,8 @@ import pytest
 import torch
 from mmengine.registry import init_default_scope
 
+from gfnet_dense.models import GFNetPyramid
+
 NORM = dict(type='BN', requires_grad=True)
 ISOTROPIC = dict(embed_dims=16, depths=4)
 PYRAMID = dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 2, 1), layer_scale_init_value=1.0)
@@ -66,3 +68,16 @@ def test_a_detector_neck_takes_the_stages_it_names():
     levels = neck(backbone(torch.randn(1, 3, 96, 160)))
     assert [tuple(m.shape[2:]) for m in levels] == [(12, 20), (6, 10), (3, 5), (2, 3), (1, 2)]
     assert not any(name.startswith('norm0') for name, _ in backbone.named_parameters())
+
+
+def test_mmcvs_operators_see_the_maps_as_they_are():
+    """They take memory as it lies: a permuted map would give them the values of other places."""
+    from mmcv.ops import RoIAlign
+    from torchvision.ops import roi_align
+
+    maps = GFNetPyramid(PYRAMID, img_size=64)(torch.randn(2, 3, 96, 160))
+    boxes = torch.tensor([[0, 4.0, 8.0, 90.0, 60.0], [1, 30.0, 5.0, 150.0, 95.0]])
+    for stride, features in zip((4, 8, 16, 32), maps, strict=True):
+        ours = RoIAlign(7, 1 / stride, sampling_ratio=2)(features, boxes)
+        expected = roi_align(features, boxes, 7, 1 / stride, sampling_ratio=2, aligned=True)
+        torch.testing.assert_close(ours, expected)
