@@ -1,7 +1,7 @@
 """What feeds the models."""
 
-from .checks import DataError
 from .digits import CLASSES, PALETTE, preview_digits, write_digit_scans, write_digits
+from .errors import DataError
 from .image_folder import ImageFolder
 from .pictures import label_grid
 

@@ -14,12 +14,10 @@ from mmengine import fileio
 from PIL import Image
 from torch.utils.data import Dataset
 
+from .errors import DataError
+
 _SAMPLED = 64  # files that are opened; that others exist is checked for all
 _NAMED = 3  # names in a message
-
-
-class DataError(ValueError):
-    """A data set is not there, not complete, or not what its config says."""
 
 
 def check_folders(dataset: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
-from .checks import DataError
+from .errors import DataError
 
 # The folder that the classes of all others are compared with.
 _TRAINING = 'train'

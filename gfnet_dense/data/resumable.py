@@ -16,7 +16,7 @@ from mmengine.dist import get_dist_info
 from mmengine.registry import DATA_SAMPLERS, DATASETS
 from torch.utils.data import BatchSampler, Dataset, Sampler
 
-from .checks import DataError
+from .errors import DataError
 
 
 class Sample(int):

@@ -18,13 +18,16 @@ from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from gfnet_dense.data.checks import DataError, check_folders, check_segmentation
+from gfnet_dense.data.checks import check_folders, check_segmentation
+from gfnet_dense.data.coco import check_coco
+from gfnet_dense.data.errors import DataError
 from gfnet_dense.data.resumable import ResumableBatchSampler, resumable, seed_random_numbers
 from gfnet_dense.serialization import PLAIN_TYPES, CheckpointError, load_file, write_whole
 
 from .checkpoints import InterruptHook, latest_checkpoint
 from .non_finite import NonFiniteLossHook
 from .peers import watched_peers
+from .portable import PortableCheckpointHook
 
 
 @HOOKS.register_module()
@@ -85,6 +88,7 @@ class CheckDataHook(Hook):
             loaders.append(runner.val_dataloader)
         for loader in loaders:
             check_segmentation(loader.dataset)
+            check_coco(loader.dataset)
 
 
 @RUNNERS.register_module()
@@ -248,7 +252,7 @@ class GFNetRunner(Runner):
         if isinstance(checkpoint, Mapping) and checkpoint['type'] == 'CheckpointHook':
             default_hooks['checkpoint'] = dict(checkpoint, type='DurableCheckpointHook')
         super().register_hooks(default_hooks, custom_hooks)
-        closing = [SamePlaceHook(), CheckDataHook(), InterruptHook()]
+        closing = [SamePlaceHook(), CheckDataHook(), InterruptHook(), PortableCheckpointHook()]
         if not any(isinstance(hook, NonFiniteLossHook) for hook in self.hooks):  # with options
             closing.append(NonFiniteLossHook())
         if self.distributed and not torch.cuda.is_available():

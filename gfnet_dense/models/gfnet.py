@@ -5,7 +5,7 @@ Papers: "Global Filter Networks for Image Classification" (NeurIPS 2021, arXiv 2
 doi 10.1109/TPAMI.2023.3263824). State dicts have the keys and shapes of the official
 implementation, github.com/raoyongming/GFNet (MIT); none of its code is used here.
 
-Inside a network a map stays `(B, H, W, C)`; it is permuted to `(B, C, H, W)` on its way out.
+Inside a network a map stays `(B, H, W, C)`; it is copied to `(B, C, H, W)` on its way out.
 """
 
 import dataclasses
@@ -273,7 +273,7 @@ class GFNetBase(BaseModule):
 
         Returns:
             Logits of shape `(B, num_classes)`, or without a head the maps of `out_indices`, each
-            through its LayerNorm, of shape `(B, C_i, H_i, W_i)` in channels-last memory format.
+            through its LayerNorm, of shape `(B, C_i, H_i, W_i)` in contiguous memory.
 
         Raises:
             ValueError: If `x` is not of that shape.
@@ -282,7 +282,8 @@ class GFNetBase(BaseModule):
         if self.num_classes:
             return self.head(self.norm(maps[-1]).mean(dim=(1, 2)))
         return tuple(
-            self.get_submodule(f'norm{i}')(y).permute(0, 3, 1, 2)
+            # Operators of mmcv, RoIAlign among them, read any other memory format as this one.
+            self.get_submodule(f'norm{i}')(y).permute(0, 3, 1, 2).contiguous()
             for i, y in zip(self.out_indices, maps, strict=True)
         )
 

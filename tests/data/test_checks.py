@@ -7,7 +7,8 @@ from mmseg.datasets import BaseSegDataset
 from PIL import Image
 
 from gfnet_dense.data import write_digits
-from gfnet_dense.data.checks import DataError, check_folders, check_segmentation
+from gfnet_dense.data.checks import check_folders, check_segmentation
+from gfnet_dense.data.errors import DataError
 from gfnet_dense.engine import GFNetRunner, find_config
 
 

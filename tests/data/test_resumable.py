@@ -8,7 +8,7 @@ from mmengine.dataset import InfiniteSampler
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader, Dataset
 
-from gfnet_dense.data import checks, resumable
+from gfnet_dense.data import errors, resumable
 from gfnet_dense.data.resumable import ResumableBatchSampler, Sample, SeededDataset
 
 
@@ -102,7 +102,7 @@ def test_a_sample_that_cannot_be_loaded_is_named(workers):
     noise.pipeline = 'broken'
     batches = ResumableBatchSampler(range(20), batch_size=4)
     loader = DataLoader(SeededDataset(noise, 7), batch_sampler=batches, num_workers=workers)
-    with pytest.raises(checks.DataError, match=r'images/13\.jpg cannot be loaded: OSError: trunc'):
+    with pytest.raises(errors.DataError, match=r'images/13\.jpg cannot be loaded: OSError: trunc'):
         list(loader)
 
 

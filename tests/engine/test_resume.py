@@ -7,7 +7,7 @@ import pytest
 import torch
 from toy import LossesHook, losses, toy_config
 
-from gfnet_dense.data.checks import DataError
+from gfnet_dense.data.errors import DataError
 from gfnet_dense.engine import latest_checkpoint, train
 from gfnet_dense.engine.checkpoints import INTERRUPTED
 

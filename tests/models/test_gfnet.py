@@ -421,9 +421,9 @@ def test_drop_path_acts_in_training_only(network, arch):
 
 
 @networks
-def test_maps_are_channels_last(network, arch):
+def test_maps_are_contiguous(network, arch):
     for y in network(arch, img_size=32)(torch.randn(2, 3, 64, 64)):
-        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert y.is_contiguous()
 
 
 @names

@@ -182,3 +182,16 @@ def test_no_fault_of_a_file_is_survived(tmp_path, monkeypatch, build, fault, err
     with pytest.raises(error, match=message):
         model.init_weights()
     assert not (tmp_path / 'executed').exists()
+
+
+def test_mmcvs_operators_see_the_maps_as_they_are():
+    """They take memory as it lies: a permuted map would give them the values of other places."""
+    from mmcv.ops import RoIAlign
+    from torchvision.ops import roi_align
+
+    maps = GFNetPyramid(PYRAMID, img_size=64)(torch.randn(2, 3, 96, 160))
+    boxes = torch.tensor([[0, 4.0, 8.0, 90.0, 60.0], [1, 30.0, 5.0, 150.0, 95.0]])
+    for stride, features in zip((4, 8, 16, 32), maps, strict=True):
+        ours = RoIAlign(7, 1 / stride, sampling_ratio=2)(features, boxes)
+        expected = roi_align(features, boxes, 7, 1 / stride, sampling_ratio=2, aligned=True)
+        torch.testing.assert_close(ours, expected)

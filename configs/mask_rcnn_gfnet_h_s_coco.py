@@ -1,0 +1,19 @@
+"""Mask R-CNN with GFNet-H-S on COCO."""
+
+_base_ = [
+    './_base_/models/mask_rcnn_gfnet_h.py',
+    './_base_/datasets/coco_instance.py',
+    './_base_/schedules/coco_1x.py',
+    './_base_/mmdet_runtime.py',
+]
+
+model = dict(
+    backbone=dict(
+        arch='h-s',
+        # That of its ImageNet training, and of Swin-T on COCO.
+        drop_path_rate=0.2,
+        init_cfg=dict(type='Pretrained', checkpoint='gfnet-h-s'),
+    ),
+)
+# As PVT and PoolFormer train Mask R-CNN: twice the rate of RetinaNet.
+optim_wrapper = dict(optimizer=dict(lr=2e-4))

@@ -1,0 +1,17 @@
+"""RetinaNet with GFNet-H-S on COCO."""
+
+_base_ = [
+    './_base_/models/retinanet_gfnet_h.py',
+    './_base_/datasets/coco_detection.py',
+    './_base_/schedules/coco_1x.py',
+    './_base_/mmdet_runtime.py',
+]
+
+model = dict(
+    backbone=dict(
+        arch='h-s',
+        # That of its ImageNet training, and of Swin-T on COCO.
+        drop_path_rate=0.2,
+        init_cfg=dict(type='Pretrained', checkpoint='gfnet-h-s'),
+    ),
+)

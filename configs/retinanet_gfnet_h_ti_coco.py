@@ -1,0 +1,18 @@
+"""RetinaNet with GFNet-H-Ti on COCO."""
+
+_base_ = [
+    './_base_/models/retinanet_gfnet_h.py',
+    './_base_/datasets/coco_detection.py',
+    './_base_/schedules/coco_1x.py',
+    './_base_/mmdet_runtime.py',
+]
+
+model = dict(
+    backbone=dict(
+        arch='h-ti',
+        # That of its ImageNet training.
+        drop_path_rate=0.1,
+        init_cfg=dict(type='Pretrained', checkpoint='gfnet-h-ti'),
+    ),
+    neck=dict(in_channels=[128, 256, 512]),
+)

@@ -1,0 +1,176 @@
+import json
+
+import numpy as np
+import pytest
+from mmdet.datasets import CocoDataset
+from mmengine.dataset import ConcatDataset, RepeatDataset
+from PIL import Image
+
+from gfnet_dense.data import coco, write_digits
+from gfnet_dense.data.coco import check_coco
+from gfnet_dense.data.errors import DataError
+
+NAMES = ('cat', 'dog')
+
+
+@pytest.fixture
+def content() -> dict:
+    """Return annotations of three images: a crowd, a box half outside, nothing at all."""
+    square = [[2, 2, 12, 2, 12, 12, 2, 12]]
+    crowd = {'size': [20, 40], 'counts': [100, 300, 400]}
+    return {
+        'images': [
+            {'id': i, 'file_name': f'{i}.jpg', 'width': 40, 'height': 20} for i in (7, 3, 5)
+        ],
+        'categories': [{'id': 4, 'name': 'cat'}, {'id': 2, 'name': 'dog'}],
+        'annotations': [
+            annotation(1, 7, 2, [2, 2, 10, 10], square),
+            annotation(2, 7, 4, [0, 0, 20, 20], crowd, iscrowd=1),
+            annotation(3, 3, 4, [30, 10, 30, 30], square),
+        ],
+    }
+
+
+def annotation(number, image, category, box, segmentation, iscrowd=0) -> dict:
+    return {
+        'id': number, 'image_id': image, 'category_id': category, 'bbox': box,
+        'area': box[2] * box[3], 'iscrowd': iscrowd, 'segmentation': segmentation,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def build(tmp_path, content):
+    """Return a function that writes images and `content`, and builds the data set."""
+
+    def build(classes=NAMES, pipeline=(), **options):
+        for image in content['images']:
+            pixels = np.zeros((image['height'], image['width'], 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / image['file_name'])
+        (tmp_path / 'annotations.json').write_text(json.dumps(content))
+        return CocoDataset(
+            data_root=str(tmp_path),
+            ann_file='annotations.json',
+            data_prefix=dict(img=''),
+            metainfo=dict(classes=classes),
+            pipeline=list(pipeline),
+            **options,
+        )
+
+    return build
+
+
+@pytest.fixture
+def notes(monkeypatch) -> list[str]:
+    """Return what goes to the log."""
+    lines = []
+    monkeypatch.setattr(coco, 'print_log', lambda line, **kwargs: lines.append(line))
+    return lines
+
+
+def test_crowds_images_without_objects_and_boxes_half_outside_are_no_error(build, notes):
+    check_coco(build(pipeline=[dict(type='mmdet.LoadAnnotations', with_mask=True)]))
+    assert notes == []
+
+
+def test_the_embedded_data_and_segmentation_pass(tmp_path):
+    from mmseg.datasets import BaseSegDataset
+
+    from gfnet_dense.data import CLASSES
+
+    root = write_digits(tmp_path / 'digits', num_training=2, num_validation=1)
+    check_coco(
+        CocoDataset(
+            data_root=str(root),
+            ann_file='annotations/instances_training.json',
+            data_prefix=dict(img='images/training'),
+            metainfo=dict(classes=CLASSES[1:]),
+            pipeline=[],
+        )
+    )
+    check_coco(BaseSegDataset(data_root=str(root), data_prefix=dict(img_path='images/training')))
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda dataset: dataset,
+    lambda dataset: RepeatDataset(dataset, times=3),
+    lambda dataset: RepeatDataset(ConcatDataset([dataset]), times=2),
+])  # fmt: skip
+def test_missing_images_are_counted_and_the_first_are_named(build, tmp_path, wrap):
+    dataset = wrap(build())
+    check_coco(dataset)
+    (tmp_path / '3.jpg').unlink()
+    (tmp_path / '7.jpg').unlink()
+    with pytest.raises(DataError, match=r'2 of 3 images .*annotations\.json .*/7\.jpg, .*/3\.jpg:'):
+        check_coco(dataset)
+
+
+def test_many_missing_images_are_not_all_named(build, content, tmp_path):
+    content['images'] += [dict(content['images'][0], id=i, file_name=f'{i}.jpg') for i in (8, 9)]
+    dataset = build()
+    for path in tmp_path.glob('*.jpg'):
+        path.unlink()
+    with pytest.raises(DataError) as error:
+        check_coco(dataset)
+    assert str(error.value).count('.jpg') == 3
+    assert '…' in str(error.value)
+
+
+def test_images_that_are_filtered_out_need_not_be_there(build, tmp_path):
+    dataset = build(filter_cfg=dict(filter_empty_gt=True))
+    (tmp_path / '5.jpg').unlink()
+    check_coco(dataset)
+
+
+def test_classes_that_the_file_does_not_have(build):
+    """mmdet gives no error: it numbers the categories that match, so that dog would be cat."""
+    dataset = build(('cat', 'horse', 'dog'))
+    assert len(dataset.cat_ids) == 2
+    with pytest.raises(DataError, match=r'1 of 3 classes .*: horse; it has cat, dog: .*metainfo'):
+        check_coco(dataset)
+    with pytest.raises(DataError, match=r'80 of 80|78 of 80'):
+        check_coco(build(CocoDataset.METAINFO['classes']))
+
+
+def test_classes_in_another_order_than_the_file_lists_them(build):
+    """Nor here: labels follow the file, so that each would bear the other's name."""
+    dataset = build(('dog', 'cat'))
+    labels = {i['bbox_label'] for d in dataset for i in d['instances'] if i['ignore_flag'] == 0}
+    assert labels == {0, 1}
+    with pytest.raises(DataError, match=r"another order.*\('cat', 'dog'\)"):
+        check_coco(dataset)
+
+
+def test_some_of_the_classes_are_enough(build):
+    check_coco(build(('dog',)))
+
+
+def test_a_single_name_without_its_comma(build):
+    with pytest.raises(DataError, match=r"text 'dog'.*\('dog',\)"):
+        check_coco(build('dog'))
+
+
+def test_category_ids_that_the_file_does_not_declare(build, content):
+    content['annotations'][0]['category_id'] = 0
+    with pytest.raises(DataError, match=r'1 of 3 annotations .* category_id .*: 0; they have 2, 4'):
+        check_coco(build())
+
+
+@pytest.mark.parametrize(
+    'box', [[40, 0, 5, 5], [-9, 0, 9, 9], [0, 20, 5, 5], [3, 3, 0, 5], [3, 3, 5, 0.5]]
+)
+def test_boxes_without_area_in_the_image_are_counted(build, content, box, notes):
+    content['annotations'][0]['bbox'] = box
+    content['annotations'][0]['area'] = 25
+    dataset = build()
+    check_coco(dataset)
+    assert len(notes) == 1
+    assert notes[0].startswith('1 of 3 boxes')
+    # As many as the data set drops.
+    assert sum(len(info['instances']) for info in dataset) == 2
+
+
+def test_masks_that_the_pipeline_loads_must_be_there(build, content):
+    del content['annotations'][2]['segmentation']
+    check_coco(build(pipeline=[dict(type='mmdet.LoadAnnotations', with_bbox=True)]))
+    with pytest.raises(DataError, match=r'1 objects .* no segmentation.*RetinaNet'):
+        check_coco(build(pipeline=[dict(type='mmdet.LoadAnnotations', with_mask=True)]))
