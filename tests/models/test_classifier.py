@@ -3,6 +3,7 @@ import copy
 import pickle
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModel
@@ -251,3 +252,22 @@ def test_checkpoints_are_what_dense_backbones_take(tmp_path):
     head.init_weights()
     for key, value in head.backbone.state_dict().items():
         assert torch.equal(value, expected[key]), key
+
+
+def test_a_timm_model_takes_a_checkpoint_and_gives_it_back(tmp_path):
+    source = classifier().eval()
+    file = str(tmp_path / 'a.pth')
+    torch.save(dict(state_dict=source.state_dict(), meta=dict(epoch=1)), file)
+    model = timm.create_model(
+        'gfnet_h_ti',
+        arch=PYRAMID['arch'],
+        img_size=32,
+        num_classes=5,
+        pretrained=True,
+        pretrained_cfg_overlay=dict(file=file, num_classes=5),
+    ).eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(x), source(x))
+    again = classifier().eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x), source(x))
