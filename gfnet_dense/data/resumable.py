@@ -127,6 +127,8 @@ class SeededDataset(Dataset):
         with _random_numbers_of(self.seed, *index.place):
             try:
                 return self.dataset[int(index)]
+            except DataError:
+                raise
             except Exception as e:
                 raise DataError(
                     f'{self._file(index)} cannot be loaded: {type(e).__name__}: {e}'
