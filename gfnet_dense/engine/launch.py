@@ -144,19 +144,23 @@ def evaluate(
         raise FileNotFoundError(f'no checkpoint at {checkpoint}')
     cfg.load_from = str(checkpoint)
     if tta:
-        if not {'tta_model', 'tta_pipeline'} <= set(cfg):
-            raise ValueError(f'{cfg.filename} has no tta_model and tta_pipeline')
+        missing = sorted({'tta_model', 'tta_pipeline'} - set(cfg))
+        if missing:
+            raise ValueError(f'{cfg.filename} has no {" and no ".join(missing)}: leave --tta')
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.model = dict(**cfg.tta_model, module=cfg.model)
     if show_dir:
         if 'visualization' not in cfg.get('default_hooks', {}):
             raise ValueError(f'{cfg.filename} has no visualization hook in default_hooks')
         cfg.default_hooks.visualization.draw = True
-        cfg.visualizer.save_dir = show_dir
+        # By name mmengine would hand out the visualizer of an earlier evaluation.
+        cfg.visualizer.update(save_dir=show_dir, name=show_dir)
     evaluators = cfg.test_evaluator
     evaluators = list(evaluators) if isinstance(evaluators, (list, tuple)) else [evaluators]
     if out and Path(out).suffix in ('.pkl', '.pickle'):
-        evaluators.append(dict(type='DumpResults', out_file_path=out))
+        # mmdetection's writes masks as RLE; as arrays those of COCO would not fit into memory.
+        dump = 'DumpDetResults' if cfg.get('default_scope') == 'mmdet' else 'DumpResults'
+        evaluators.append(dict(type=dump, out_file_path=out))
     elif out:
         if evaluators[0].type != 'IoUMetric':
             raise ValueError(f'predictions of this task are written to a .pkl file, not to {out}')

@@ -6,6 +6,10 @@ metainfo = dict(
         'background', 'zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight',
         'nine',
     ),
+    palette=[
+        (56, 56, 56), (224, 40, 48), (36, 160, 60), (250, 216, 40), (40, 96, 224), (248, 136, 24),
+        (136, 48, 176), (64, 220, 232), (240, 72, 208), (150, 96, 48), (172, 232, 128),
+    ],
 )  # fmt: skip
 
 # Pillow refuses an image that is cut off, where OpenCV makes up the rest.
