@@ -56,7 +56,7 @@ def measure(
 def speedup(times: Times, name: str, baseline: str) -> str:
     """Return how many times as fast as a baseline a task is: median and quartiles of the turns."""
     ratios = [b / t for b, t in zip(times[baseline], times[name], strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
+    low, _, high = statistics.quantiles(ratios, n=4, method='inclusive')
     return f'{statistics.median(ratios):.2f} ({low:.2f}-{high:.2f})'
 
 

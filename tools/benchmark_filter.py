@@ -77,7 +77,7 @@ def measure(
 
 def ratio(times: dict[str, list[float]], name: str) -> str:
     ratios = [b / t for b, t in zip(times['baseline'], times[name], strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
+    low, _, high = statistics.quantiles(ratios, n=4, method='inclusive')
     return f'{statistics.median(ratios):.2f} ({low:.2f}-{high:.2f})'
 
 
