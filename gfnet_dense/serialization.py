@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import socket
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,8 @@ def load_file(path: str | Path, *, mmap: bool = False) -> Any:
         try:
             if file.peek(9)[8:9] == b'{':  # the length of a header, and the header, in JSON
                 return safetensors.torch.load(file.read())
+            mmap = mmap and zipfile.is_zipfile(file)  # older files are not made for it
+            file.seek(0)
             source = str(path) if mmap else file
             return torch.load(source, map_location='cpu', weights_only=True, mmap=mmap)
         except Exception as e:  # bytes that mean nothing end in errors of almost every kind

@@ -36,18 +36,22 @@ class ToyData(BaseDataset):
 class ToyModel(BaseModel):
     """Two layers with dropout; its loss is not finite in the iterations of `broken`."""
 
-    def __init__(self, broken: tuple[int, ...] = ()) -> None:
+    def __init__(self, broken: tuple[int, ...] = (), norm: bool = False) -> None:
         super().__init__()
         self.broken, self.iterations = broken, 0
+        self.norm = nn.BatchNorm1d(4) if norm else nn.Identity()
         self.layers = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
 
     def forward(self, inputs: list, data_samples: list, mode: str = 'tensor') -> dict | list:
         """Return a loss, or samples with a prediction."""
-        outputs = self.layers(torch.stack(list(inputs)))
+        inputs = torch.stack(list(inputs))
         if mode == 'loss':
             self.iterations += 1
-            factor = float('nan') if self.iterations in self.broken else 1.0
-            return dict(loss=factor * (outputs - 1).square().mean())
+            if self.iterations in self.broken:
+                inputs = inputs * float('nan')
+        outputs = self.layers(self.norm(inputs))
+        if mode == 'loss':
+            return dict(loss=(outputs - 1).square().mean())
         for sample, output in zip(data_samples, outputs, strict=True):
             sample.output = output
         return data_samples

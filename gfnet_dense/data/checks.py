@@ -36,14 +36,15 @@ def check_folders(dataset: Mapping[str, Any]) -> None:
         'put the data there, or name its place as data_root of the dataset; the configs of '
         'gfnet_dense take it from the environment, see configs/_base_/datasets'
     )
-    for prefix in dict(dataset.get('data_prefix') or {}).values():
+    prefixes = dataset.get('data_prefix') or {}
+    for prefix in prefixes.values() if isinstance(prefixes, Mapping) else [prefixes]:
         folder = root / (prefix or '')
         if not folder.is_dir():
             raise DataError(f'{dataset.get("type")}: there is no folder {folder}: {remedy}')
         if next(folder.iterdir(), None) is None:
             raise DataError(f'{dataset.get("type")}: the folder {folder} is empty: {remedy}')
     ann_file = dataset.get('ann_file')
-    if ann_file and not (root / ann_file).exists():
+    if isinstance(ann_file, str) and ann_file and not (root / ann_file).exists():
         raise DataError(f'{dataset.get("type")}: there is no {root / ann_file}: {remedy}')
 
 
@@ -56,8 +57,8 @@ def check_segmentation(dataset: Dataset) -> None:
     Raises:
         DataError: With the first files that are not so.
     """
-    if not hasattr(dataset, 'get_data_info') or 'seg_map_path' not in dataset.get_data_info(0):
-        return
+    if not hasattr(dataset, 'get_data_info') or 'reduce_zero_label' not in dataset.get_data_info(0):
+        return  # not of mmseg
     infos = (dataset.get_data_info(i) for i in range(len(dataset)))
     files = [(info['img_path'], info['seg_map_path'], info) for info in infos]
     options = dict(backend_args=getattr(dataset, 'backend_args', None))
@@ -96,7 +97,7 @@ def check_segmentation(dataset: Dataset) -> None:
 def _read(path: str, options: Mapping[str, Any]) -> np.ndarray:
     try:
         return np.asarray(Image.open(io.BytesIO(fileio.get(path, **options))))
-    except OSError as e:
+    except Exception as e:  # broken bytes end in errors of many kinds
         raise DataError(f'{path} cannot be read: {e}: restore it, or take it out') from e
 
 

@@ -7,7 +7,7 @@ crops of the same images.
 
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -108,7 +108,8 @@ class SeededDataset(Dataset):
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the wrapped dataset."""
-        if name == 'dataset':  # not there yet while unpickled
+        # The dataset is not there yet while unpickled; special methods would go past this class.
+        if name == 'dataset' or name.startswith('__'):
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
@@ -122,9 +123,8 @@ class SeededDataset(Dataset):
 
     def __getitem__(self, index: int) -> Any:
         """Return a sample as the wrapped dataset does."""
-        if not isinstance(index, Sample):
-            return self.dataset[index]
-        with _random_numbers_of(self.seed, *index.place):
+        seeded = isinstance(index, Sample)
+        with _random_numbers_of(self.seed, *index.place) if seeded else nullcontext():
             try:
                 return self.dataset[int(index)]
             except DataError:

@@ -2,13 +2,17 @@
 
 import contextlib
 import logging
+import os
 import re
 import signal
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce, is_main_process
+from mmengine.dist import all_reduce, barrier, is_main_process
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
@@ -19,6 +23,8 @@ from gfnet_dense.serialization import CheckpointError, load_file, write_whole
 
 INTERRUPTED = 'interrupted.pth'
 LAST = 'last_checkpoint'  # where mmengine notes the path of the last checkpoint
+SAMPLES_OF_EPOCH = 'samples_of_epoch'  # in the message hub of a run that ended within an epoch
+_REPEATED = 5.0  # seconds in which a signal counts as the one before
 _RESUMABLE = re.compile(rf'(?:iter|epoch)_\d+\.pth|{INTERRUPTED}')
 
 
@@ -31,15 +37,15 @@ def latest_checkpoint(work_dir: str | Path) -> Path | None:
     Args:
         work_dir: Folder of the run.
     """
-    folder = Path(work_dir)
-    try:
-        last = Path((folder / LAST).read_text().strip())
-    except OSError:
-        last = folder
-    if _iterations(last) is not None:
-        return last
-    others = [path for path in folder.glob('*.pth') if _RESUMABLE.fullmatch(path.name)]
-    progress = {path: n for path in others if (n := _iterations(path)) is not None}
+    note = Path(work_dir) / LAST
+    files = [path for path in note.parent.glob('*.pth') if _RESUMABLE.fullmatch(path.name)]
+    with contextlib.suppress(OSError):
+        noted = Path(note.read_text().strip())
+        if _iterations(noted) is not None:
+            # A run that is killed may leave a whole checkpoint that it has not noted yet.
+            written = note.stat().st_mtime_ns
+            files = [path for path in files if path.stat().st_mtime_ns > written] + [noted]
+    progress = {path: n for path in files if (n := _iterations(path)) is not None}
     return max(progress, key=progress.get, default=None)
 
 
@@ -50,7 +56,7 @@ def _iterations(path: Path) -> int | None:
     try:
         content = load_file(path, mmap=True)
         return content['meta']['iter'] if 'optimizer' in content else None
-    except (CheckpointError, KeyError, TypeError) as e:
+    except (CheckpointError, OSError, KeyError, TypeError) as e:
         print_log(f'passed over {path}: {e}', logger='current', level=logging.WARNING)
         return None
 
@@ -78,6 +84,8 @@ class DurableCheckpointHook(CheckpointHook):
     in the place of that one.
     """
 
+    _due = False
+
     def before_train(self, runner: Runner) -> None:
         """Set up as mmengine does, and remove what a killed run has left half-written."""
         super().before_train(runner)
@@ -86,6 +94,13 @@ class DurableCheckpointHook(CheckpointHook):
             if is_main_process():
                 for partial in Path(self.out_dir).glob('*.pth.*.partial'):
                     partial.unlink()
+
+    def every_n_train_iters(self, runner: Runner, n: int, start: int = 0) -> bool:
+        """Tell whether to save, at the next step of the optimizer if gradients accumulate."""
+        self._due = self._due or super().every_n_train_iters(runner, n, start)
+        due = self._due and runner.optim_wrapper.should_update()
+        self._due = self._due and not due
+        return due
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
         super()._save_checkpoint_with_step(runner, step, meta)
@@ -107,7 +122,7 @@ class InterruptHook(Hook):
     """End a run on SIGTERM or Ctrl-C after the iteration it is in, with a checkpoint.
 
     The checkpoint is `interrupted.pth` in the work directory, from which `--resume` goes on. A
-    second signal ends the run at once.
+    signal that comes some seconds after the first ends the run at once.
     """
 
     priority = 'LOWEST'  # after the hooks that complete an iteration, such as the schedulers'
@@ -131,40 +146,87 @@ class InterruptHook(Hook):
         while self._before:
             signal.signal(*self._before.popitem())
 
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Note where the epoch begins, from the batches that a resumed run skips."""
+        batches = runner.train_dataloader.batch_sampler
+        self._epoch_began = runner.iter - getattr(batches, 'skip', 0)
+
     def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         """Save and end, if one of the processes was told to."""
         # Gradients that wait for others to be accumulated are not in a checkpoint.
         if self._agreed(runner) and runner.optim_wrapper.should_update():
-            self._end(runner, runner.iter + 1)
+            done = runner.iter + 1 - self._epoch_began
+            batch = getattr(runner.train_dataloader.batch_sampler, 'batch_size', 0)
+            runner.message_hub.update_info(SAMPLES_OF_EPOCH, done * batch * runner.world_size)
+            self._save(runner, runner.iter + 1)
+            self._end(runner)
 
     def after_val_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        """Save and end; several processes go on to the next iteration of training."""
+        """End where nothing is to be saved; several processes go on to the next iteration."""
+        # Weights may be exchanged for others, as for a moving average.
         if self._received and not runner.distributed:
-            self._end(runner, runner.iter)
+            latest = latest_checkpoint(runner.work_dir)
+            if latest and load_file(latest, mmap=True)['meta']['iter'] == runner.iter:
+                self._end(runner)
+
+    def after_val_epoch(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        """Save and end."""
+        if self._received and not runner.distributed:
+            self._save(runner, runner.iter)
+            self._end(runner)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        self._received = number
-        self.release()
+        # Launchers repeat a signal that its process has had already.
+        if self._received is None:
+            self._received, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > _REPEATED:
+            self.release()
+            os.kill(os.getpid(), number)
 
     def _agreed(self, runner: Runner) -> bool:
         if runner.distributed:  # all save after the same iteration
             received = torch.tensor(self._received or 0)
             all_reduce(received, 'max')
-            self._received = int(received) or None
+            if received > 0 and self._received is None:
+                self._received, self._since = int(received), time.monotonic()
         return self._received is not None
 
-    def _end(self, runner: Runner, iterations: int) -> None:
-        self.release()
+    def _save(self, runner: Runner, iterations: int) -> None:
         meta = dict(epoch=runner.epoch, iter=iterations)
         runner.save_checkpoint(runner.work_dir, INTERRUPTED, meta=meta)
         path = Path(runner.work_dir) / INTERRUPTED
         if is_main_process():
             with write_whole(path.with_name(LAST)) as file:
                 file.write(bytes(path))
-        runner.logger.warning(
-            f'{signal.Signals(self._received).name}: saved iteration {iterations} in {path}; '
-            '--resume continues from it'
-        )
+        runner.logger.warning(f'saved iteration {iterations} in {path}')
+        barrier()  # launchers end all processes when the first has ended
+
+    def _end(self, runner: Runner) -> None:
+        name = signal.Signals(self._received).name
+        runner.logger.warning(f'ended by {name}; --resume continues from the last checkpoint')
+        self.release()
         if self._received == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + self._received)  # as a shell reports the end by a signal
+
+
+def init_worker(init: Callable[[int], None] | None, worker: int) -> None:
+    """Make a data loading process end with its run and not before.
+
+    Launchers send the signal that ends a run to all its processes, but the iteration is still to be
+    completed.
+
+    Args:
+        init: What else is to be done in the process.
+        worker: Its number.
+    """
+    if init is not None:
+        init(worker)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey_parent, args=[os.getppid()], daemon=True).start()
+
+
+def _obey_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -68,7 +68,7 @@ def train(
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.dtype = amp
         # bfloat16 has the range of float32, so its loss needs no scale.
-        cfg.optim_wrapper.loss_scale = 'dynamic' if amp == 'float16' else 1.0
+        cfg.optim_wrapper.loss_scale = 'dynamic' if amp == 'float16' else dict(enabled=False)
     if auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise ValueError(
@@ -78,7 +78,7 @@ def train(
         cfg.auto_scale_lr.enable = True
     if cfg.get('resume') and not resume:  # as OpenMMLab's own tools have it
         resume = cfg.load_from or 'auto'
-    with reserved(cfg.work_dir, resume=bool(resume)):
+    with reserved(cfg.work_dir, resume):
         if resume:
             _resume(cfg, resume)
         runner = _build(cfg)

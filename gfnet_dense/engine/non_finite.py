@@ -7,6 +7,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from torch import nn
 
 from .checkpoints import latest_checkpoint
 
@@ -19,8 +20,8 @@ class NonFiniteLossError(FloatingPointError):
 class NonFiniteLossHook(Hook):
     """Leave out steps along gradients that are not finite, and end the run after some in a row.
 
-    Weights and optimizer are those of the last good iteration throughout, so that a checkpoint
-    in between is good, too.
+    Weights, running statistics and optimizer are those of the last good iteration throughout, so
+    that a checkpoint in between is good, too.
 
     Args:
         patience: Iterations in a row whose loss or gradients are not finite, after which the run
@@ -43,6 +44,10 @@ class NonFiniteLossHook(Hook):
         """Look at gradients before each step of the optimizer."""
         runner.optim_wrapper.optimizer.register_step_pre_hook(self._leave_out)
 
+    def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        """Keep the running statistics, which a forward pass changes already."""
+        self._statistics = [buffer.clone() for buffer in _statistics(runner.model)]
+
     def _leave_out(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
         params = [p for group in optimizer.param_groups for p in group['params']]
         norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
@@ -63,9 +68,13 @@ class NonFiniteLossHook(Hook):
         loss = float(torch.as_tensor((outputs or {}).get('loss', 0.0)).detach())
         bad = self._left_out or not math.isfinite(loss)
         self._left_out = False
-        self._in_a_row = self._in_a_row + 1 if bad else 0
         if not bad:
+            if runner.optim_wrapper.should_update():  # a step was made
+                self._in_a_row = 0
             return
+        self._in_a_row += 1
+        for buffer, before in zip(_statistics(runner.model), self._statistics, strict=True):
+            buffer.copy_(before)
         files = _files(data_batch)
         what = f'loss {loss} at iteration {runner.iter + 1}, learning rate {_lr(runner):g}'
         if self._in_a_row < self.patience:
@@ -78,6 +87,10 @@ class NonFiniteLossHook(Hook):
             f'\n{again} runs into it again, with the same data and random numbers; a lower '
             'learning rate, gradient clipping or bfloat16 in place of float16 may help'
         )
+
+
+def _statistics(model: nn.Module) -> list[torch.Tensor]:
+    return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
 
 
 def _lr(runner: Runner) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 from mmengine.dist import broadcast_object_list, get_dist_info
 
 _GRACE = 15.0  # seconds for the main thread to end by itself, by an error of its collective
-_CONNECT = 20.0  # seconds to reach the first process
+_CONNECT = 120.0  # seconds to reach the first process
 _GOODBYE = 0xFFFFFFFF  # in place of a rank: this process ends as it should
 
 
@@ -41,7 +41,14 @@ def watched_peers(log: Callable[[str], Any]) -> Iterator[None]:
     if world_size == 1:
         yield
         return
-    watch = _Watch(rank, _connect(rank, world_size), log)
+    try:
+        peers = _connect(rank, world_size)
+    except OSError as e:
+        raise RankDiedError(
+            f'rank {rank} of {world_size} has no connection to all others within {_CONNECT:.0f} '
+            f'seconds, at {os.environ["MASTER_ADDR"]}: {e}; does a firewall close its ports?'
+        ) from e
+    watch = _Watch(rank, peers, log)
     watch.start()
     try:
         yield

@@ -1,6 +1,8 @@
 """mmengine's runner for long runs: safe with files, the same again when resumed, not silent."""
 
+import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from mmengine.model import (
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
+from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -22,9 +25,9 @@ from gfnet_dense.data.checks import check_folders, check_segmentation
 from gfnet_dense.data.coco import check_coco
 from gfnet_dense.data.errors import DataError
 from gfnet_dense.data.resumable import ResumableBatchSampler, resumable, seed_random_numbers
-from gfnet_dense.serialization import PLAIN_TYPES, CheckpointError, load_file, write_whole
+from gfnet_dense.serialization import CheckpointError, load_file, write_whole
 
-from .checkpoints import InterruptHook, latest_checkpoint
+from .checkpoints import SAMPLES_OF_EPOCH, InterruptHook, init_worker, latest_checkpoint
 from .non_finite import NonFiniteLossHook
 from .peers import watched_peers
 from .portable import PortableCheckpointHook
@@ -70,11 +73,46 @@ class SamePlaceHook(Hook):
             # mmengine's own skipping would load what it skips.
             loop.dataloader_iterator.skip_iter = lambda num_iters: None
         else:
-            batches.skip = runner.iter - runner.epoch * len(batches)
+            # In samples, for another batch or number of processes; 0 but for an interrupted epoch.
+            samples = runner.message_hub.get_info(SAMPLES_OF_EPOCH, 0)
+            batches.skip = samples // (batches.batch_size * runner.world_size)
+            runner.message_hub.update_info(SAMPLES_OF_EPOCH, 0)
 
     def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         """Seed the random numbers of the iteration."""
         seed_random_numbers(runner.seed, runner.rank, runner.iter)
+
+
+@HOOKS.register_module()
+class ValidationOnResumeHook(Hook):
+    """Validate first if the run was ended where a validation was due.
+
+    A checkpoint is saved before the validation of the same iteration.
+    """
+
+    priority = 'LOWEST'
+
+    def before_train(self, runner: Runner) -> None:
+        """Validate if that was not done yet."""
+        if runner.val_loop is None or runner.iter == 0:
+            return
+        loop = runner.train_loop
+        if isinstance(loop, IterBasedTrainLoop):
+            done, last = runner.iter, runner.max_iters
+        else:
+            done, last = runner.epoch, runner.max_epochs
+            if runner.message_hub.get_info(SAMPLES_OF_EPOCH, 0):  # within an epoch
+                return
+        due = done >= loop.val_begin and (done % loop.val_interval == 0 or done == last)
+        if due and runner.message_hub.get_info('validated', None) != done:
+            runner.val_loop.run()
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Note what is validated; nothing is saved before that is done."""
+        if isinstance(runner._train_loop, BaseLoop):
+            by_iteration = isinstance(runner.train_loop, IterBasedTrainLoop)
+            done = runner.iter if by_iteration else runner.epoch
+            runner.message_hub.update_info('validated', done)
 
 
 @HOOKS.register_module()
@@ -83,12 +121,17 @@ class CheckDataHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Check training and validation data."""
-        loaders = [runner.train_dataloader]
+        self._check(runner.train_dataloader)
         if runner.val_loop is not None:
-            loaders.append(runner.val_dataloader)
-        for loader in loaders:
-            check_segmentation(loader.dataset)
-            check_coco(loader.dataset)
+            self._check(runner.val_dataloader)
+
+    def before_test(self, runner: Runner) -> None:
+        """Check test data."""
+        self._check(runner.test_dataloader)
+
+    def _check(self, loader: DataLoader) -> None:
+        check_segmentation(loader.dataset)
+        check_coco(loader.dataset)
 
 
 @RUNNERS.register_module()
@@ -117,7 +160,9 @@ class GFNetRunner(Runner):
             last = latest_checkpoint(self.work_dir)
             kept = f'\nThe last checkpoint is {last}; --resume continues from it.' if last else ''
             self.logger.error(f'training ended{at}: {type(error).__name__}: {error}{kept}')
-            raise error from (None if error is e else e)
+            if error is e:
+                raise
+            raise error from e
         finally:
             for hook in self.hooks:
                 if isinstance(hook, InterruptHook):
@@ -144,19 +189,27 @@ class GFNetRunner(Runner):
             CheckpointError: If it is not safe to read or does not hold the backbone.
             RuntimeError: If it does not fit the whole model and has to.
         """
-        # Here and not in mmengine's loading, which turns its safety off for a file that fails it.
-        content = load_file(filename, mmap=True)
+        # mmengine's own loading turns its safety off for a file that fails it. The file is read
+        # once: a second reader could take the same bytes for something else.
+        checkpoint = load_file(filename)
         strict = strict or self._strict
         if not strict:
-            self._check_backbone(content, filename)
-        with torch.serialization.safe_globals(PLAIN_TYPES):
-            return super().load_checkpoint(filename, map_location, strict, **kwargs)
+            self._check_backbone(checkpoint, filename)
+        self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+        _load_checkpoint_to_model(self._unwrapped, checkpoint, strict, **kwargs)
+        self._has_loaded = True
+        self.logger.info(f'loaded {filename}')
+        return checkpoint
+
+    @property
+    def _unwrapped(self) -> nn.Module:
+        return self.model.module if is_model_wrapper(self.model) else self.model
 
     def _check_backbone(self, content: Any, filename: str) -> None:
         """Check that the backbone is in a checkpoint, whatever heads are combined with it."""
         found = content.get('state_dict', content) if isinstance(content, Mapping) else {}
-        model = self.model.module if is_model_wrapper(self.model) else self.model
-        own = model.state_dict()
+        found = {str(key).removeprefix('module.'): value for key, value in found.items()}
+        own = self._unwrapped.state_dict()
         own = {key: own[key] for key in own if key.startswith('backbone.')} or own
         lacking = [
             key
@@ -178,6 +231,7 @@ class GFNetRunner(Runner):
             super().save_checkpoint(out_dir, filename, *args, **kwargs)
             return
         path = Path(out_dir) / filename
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with write_whole(path) as file:  # mmengine opens it once more, by name
                 partial = Path(file.name)
@@ -223,11 +277,22 @@ class GFNetRunner(Runner):
         Raises:
             DataError: If the data are not there.
         """
-        if isinstance(dataloader, Mapping) and isinstance(dataloader['dataset'], Mapping):
-            check_folders(dataloader['dataset'])
-        loader = Runner.build_dataloader(dataloader, *args, **kwargs)
+        if not isinstance(dataloader, Mapping):
+            return dataloader
+        dataset = dataloader['dataset']
+        if isinstance(dataset, Mapping):
+            check_folders(dataset)
+        if not isinstance(dataset, Mapping) or dataset['type'] != 'SeededDataset':
+            # For evaluation, too, it names what cannot be loaded.
+            dataset = dict(type='SeededDataset', dataset=dataset, seed=0)
+        loader = Runner.build_dataloader(dict(dataloader, dataset=dataset), *args, **kwargs)
+        loader.worker_init_fn = partial(init_worker, loader.worker_init_fn)
         if len(loader.dataset) == 0:
-            raise DataError(f'{type(loader.dataset).__name__} is empty')
+            raise DataError(
+                f'no images found for {type(loader.dataset.dataset).__name__} in '
+                f'{getattr(loader.dataset, "data_root", None)}: see its data_prefix, img_suffix '
+                'and ann_file'
+            )
         if len(loader) == 0:
             raise DataError(
                 f'{len(loader.dataset)} images do not fill a batch in each process: lower '
@@ -252,7 +317,8 @@ class GFNetRunner(Runner):
         if isinstance(checkpoint, Mapping) and checkpoint['type'] == 'CheckpointHook':
             default_hooks['checkpoint'] = dict(checkpoint, type='DurableCheckpointHook')
         super().register_hooks(default_hooks, custom_hooks)
-        closing = [SamePlaceHook(), CheckDataHook(), InterruptHook(), PortableCheckpointHook()]
+        closing = [SamePlaceHook(), CheckDataHook(), ValidationOnResumeHook()]
+        closing += [InterruptHook(), PortableCheckpointHook()]
         if not any(isinstance(hook, NonFiniteLossHook) for hook in self.hooks):  # with options
             closing.append(NonFiniteLossHook())
         if self.distributed and not torch.cuda.is_available():
@@ -263,6 +329,15 @@ class GFNetRunner(Runner):
 
 def _explained(error: Exception) -> Exception:
     """Return an error that says what to do, where torch's own does not."""
+    if isinstance(error, (ConnectionError, EOFError)):
+        # A data loading process has died. Torch says so a moment later, wherever that may be.
+        try:
+            time.sleep(1.0)
+        except RuntimeError as e:
+            error = e
+    lines = str(error).rstrip().splitlines()
+    if isinstance(error, DataError) and len(lines) > 1:  # with the traceback of another process
+        return DataError(lines[-1].partition('DataError: ')[2])
     if str(error).startswith('DataLoader worker'):
         return DataError(
             f'{error}: a process that loads data was killed, as a rule for want of memory: lower '

@@ -2,14 +2,16 @@
 
 import contextlib
 import fcntl
+import logging
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from mmengine.logging import print_log
 
-from .checkpoints import latest_checkpoint
+_SAVED = re.compile(r'(?:iter|epoch|best|interrupted)[_.]')
 
 
 class WorkDirError(OSError):
@@ -17,14 +19,14 @@ class WorkDirError(OSError):
 
 
 @contextlib.contextmanager
-def reserved(work_dir: str | Path, resume: bool) -> Iterator[None]:
+def reserved(work_dir: str | Path, resume: str | None) -> Iterator[None]:
     """Within it, no other training can use a work directory.
 
     Of several processes the first reserves it for all.
 
     Args:
         work_dir: The folder, made if need be.
-        resume: Whether the run continues one in that folder, or leads there from a checkpoint.
+        resume: The checkpoint that the run continues from, `'auto'` for one in that folder.
 
     Raises:
         WorkDirError: If the folder cannot be written to, is in use, or holds the checkpoints of a
@@ -53,12 +55,13 @@ def reserved(work_dir: str | Path, resume: bool) -> Iterator[None]:
                 f'{folder} is in use by {file.read().strip()}: choose another --work-dir'
             ) from None
         except OSError as e:  # some network file systems have no locks
-            print_log(f'{folder} cannot be reserved: {e}', logger='current', level='WARNING')
-        if not resume and (found := latest_checkpoint(folder)):
+            print_log(f'{folder} cannot be reserved: {e}', logger='current', level=logging.WARNING)
+        own = resume == 'auto' or (resume and Path(resume).absolute().parent == folder.absolute())
+        found = sorted(path.name for path in folder.glob('*.pth') if _SAVED.match(path.name))
+        if found and not own:
             raise WorkDirError(
-                f'{folder} holds the checkpoints of another run, the last of them {found.name}, '
-                'which this one would write over: continue with --resume, or choose another '
-                '--work-dir'
+                f'{folder} holds the checkpoints of another run, {found[0]} among them, which this '
+                'one would write over: continue with --resume, or choose another --work-dir'
             )
         file.truncate(0)
         file.write(f'process {os.getpid()} on {socket.gethostname()}')

@@ -1,5 +1,9 @@
+import json
 import os
+import pickle
 import resource
+import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -7,8 +11,8 @@ import torch
 from mmengine.runner import Runner
 from toy import toy_config
 
-from gfnet_dense.engine import WorkDirError, latest_checkpoint, train
-from gfnet_dense.serialization import CheckpointError, write_whole
+from gfnet_dense.engine import WorkDirError, evaluate, latest_checkpoint, train
+from gfnet_dense.serialization import CheckpointError, load_file, write_whole
 
 
 def write(path: Path, iterations: int) -> Path:
@@ -100,7 +104,7 @@ def test_a_work_dir_belongs_to_one_run(tmp_path):
         try:
             from gfnet_dense.engine.work_dir import reserved
 
-            with reserved(tmp_path, resume=True):
+            with reserved(tmp_path, resume='auto'):
                 (tmp_path / 'held').touch()
                 while not (tmp_path / 'enough').exists():
                     pass
@@ -114,6 +118,11 @@ def test_a_work_dir_belongs_to_one_run(tmp_path):
     finally:
         (tmp_path / 'enough').touch()
         os.wait()
+    other = tmp_path / 'other'
+    other.mkdir()
+    (other / 'best_mIoU_iter_3.pth').touch()
+    with pytest.raises(WorkDirError, match=r'another run, best_mIoU_iter_3\.pth among them'):
+        train(cfg, work_dir=str(other), resume=str(tmp_path / 'iter_12.pth'))
     with pytest.raises(WorkDirError, match='cannot be written to'):
         train(cfg, work_dir='/dev/null/run')
 
@@ -128,3 +137,64 @@ def test_training_starts_from_weights_that_fit(tmp_path):
     torch.save({'model': {'foo': torch.zeros(1)}}, cfg.load_from)
     with pytest.raises(CheckpointError, match=r'other\.pth lacks 4 of 4 weights.*init_cfg'):
         train(cfg)
+
+
+def test_a_work_dir_without_locks_is_used_with_a_warning(tmp_path, monkeypatch):
+    def lockf(*args):
+        raise OSError(37, 'No locks available')
+
+    monkeypatch.setattr('gfnet_dense.engine.work_dir.fcntl.lockf', lockf)
+    train(toy_config(tmp_path))
+
+
+def test_what_is_read_as_one_thing_is_not_executed_as_another(tmp_path):
+    """A safetensors file whose bytes are a pickle as well."""
+    executed, path = tmp_path / 'executed', tmp_path / 'both.pth'
+    code = f"cos\nmkdir\n(S'{executed}'\ntR.".encode()
+    entry = json.dumps(dict(dtype='U8', shape=[len(code)], data_offsets=[0, len(code)]))
+    head, tail = '{"__metadata__":{"a":"', f'"}},"p":{entry}}}'
+    # To pickle the length of the header is an opcode and a number without meaning, and most of the
+    # header a string that it skips.
+    skipped = '#' * (0x7E - len(tail))
+    length = 0x55 + 64 * 256
+    header = (
+        head + 'N' * (length - len(head) - len(tail) - 2 - len(skipped)) + 'U~' + skipped + tail
+    )
+    path.write_bytes(struct.pack('<Q', length) + header.encode() + code)
+    assert [*load_file(path)] == ['p']
+    pickle.loads(path.read_bytes())
+    executed.rmdir()  # what a pickle it is
+
+    cfg = toy_config(tmp_path / 'run')
+    cfg.test_dataloader, cfg.test_cfg = cfg.val_dataloader, dict(type='TestLoop')
+    cfg.test_evaluator = cfg.val_evaluator
+    with pytest.raises(RuntimeError, match='p'):
+        evaluate(cfg, path)
+    cfg.load_from = str(path)
+    with pytest.raises(CheckpointError):
+        train(cfg)
+    assert not executed.exists()
+
+
+def test_checkpoints_wait_for_gradients_that_accumulate(tmp_path):
+    cfg = toy_config(tmp_path)
+    cfg.optim_wrapper.accumulative_counts = 4
+    cfg.default_hooks.checkpoint.max_keep_ckpts = -1
+    train(cfg)
+    names = sorted(int(p.stem.split('_')[1]) for p in tmp_path.glob('*.pth'))
+    assert names == [4, 8, 12]  # due at 3, 6, 9 and 12
+
+
+def test_a_whole_checkpoint_that_is_not_noted_yet_is_found(tmp_path):
+    old = write(tmp_path / 'iter_90.pth', 90)
+    (tmp_path / 'last_checkpoint').write_text(str(old))
+    new = write(tmp_path / 'iter_100.pth', 100)
+    os.utime(new, (time.time() + 1,) * 2)  # clocks of files are coarse
+    assert latest_checkpoint(tmp_path) == new
+
+
+def test_checkpoints_may_go_to_another_folder(tmp_path):
+    cfg = toy_config(tmp_path / 'run')
+    cfg.default_hooks.checkpoint.out_dir = str(tmp_path / 'elsewhere')
+    train(cfg)
+    assert latest_checkpoint(tmp_path / 'run') == tmp_path / 'elsewhere/run/iter_12.pth'

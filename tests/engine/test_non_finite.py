@@ -52,3 +52,23 @@ def test_patience_is_an_option(tmp_path):
         cfg.custom_hooks[-1]['patience'] = 0
         cfg.work_dir = str(tmp_path / 'other')
         train(cfg)
+
+
+def test_running_statistics_stay_good(tmp_path):
+    """They change in the forward pass, before anybody knows of the loss."""
+    cfg = toy_config(tmp_path, broken=(5, 6))
+    cfg.model.norm = True
+    cfg.default_hooks.checkpoint.update(interval=1, max_keep_ckpts=-1)
+    train(cfg)
+    four, six, twelve = (state(tmp_path, n)['state_dict'] for n in (4, 6, 12))
+    assert torch.equal(four['norm.running_mean'], six['norm.running_mean'])
+    assert not torch.equal(six['norm.running_mean'], twelve['norm.running_mean'])
+    assert all(v.isfinite().all() for v in twelve.values())
+
+
+def test_good_batches_between_bad_ones_are_no_steps(tmp_path):
+    """Two are accumulated: every second is bad, so that no step is ever made."""
+    cfg = toy_config(tmp_path, broken=(2, 4, 6, 8, 10, 12))
+    cfg.optim_wrapper.accumulative_counts = 2
+    with pytest.raises(NonFiniteLossError, match='at iteration 10'):
+        train(cfg)

@@ -1,11 +1,12 @@
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from toy import LossesHook, losses, toy_config
+from toy import LossesHook, ToyMetric, losses, toy_config
 
 from gfnet_dense.data.errors import DataError
 from gfnet_dense.engine import latest_checkpoint, train
@@ -114,3 +115,79 @@ def test_the_death_of_a_data_loading_process_is_explained(tmp_path, then):
     log = next(tmp_path.glob('*/*.log')).read_text()
     assert 'DataError: DataLoader worker' in log
     assert f'The last checkpoint is {tmp_path}/iter_3.pth; --resume continues' in log
+
+
+def test_the_signal_of_a_launcher_reaches_data_loading_processes_too(tmp_path, then):
+    train(toy_config(tmp_path / 'whole'), seed=5)
+
+    def launcher():
+        if os.fork() == 0:  # another process than their parent
+            for child in [os.getppid(), *workers]:
+                os.kill(child, signal.SIGTERM)
+            os._exit(0)
+        time.sleep(0.5)
+
+    def note():
+        workers.extend(process.pid for process in multiprocessing.active_children())
+        launcher()
+
+    workers = []
+    then(5, note)
+    with pytest.raises(SystemExit):
+        train(toy_config(tmp_path / 'run', workers=2), seed=5)
+    then(None, None)
+    assert workers and latest_checkpoint(tmp_path / 'run').name == INTERRUPTED
+    train(toy_config(tmp_path / 'run', workers=2), resume='auto')
+    assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+
+
+def test_an_average_of_the_weights_survives_a_signal_in_validation(tmp_path, then, monkeypatch):
+    """EMAHook has exchanged the weights then."""
+
+    def config(name):
+        cfg = toy_config(tmp_path / name)
+        cfg.train_cfg.val_interval = 5  # where no checkpoint is due
+        cfg.custom_hooks.append(dict(type='EMAHook', momentum=0.1))
+        return cfg
+
+    train(config('whole'), seed=5)
+    process = ToyMetric.process
+    asked = []
+
+    def told(self, *args):
+        if not asked:
+            asked.append(os.kill(os.getpid(), signal.SIGTERM))
+        process(self, *args)
+
+    monkeypatch.setattr(ToyMetric, 'process', told)
+    with pytest.raises(SystemExit):
+        train(config('run'), seed=5)
+    train(config('run'), resume='auto')
+    assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+
+
+def test_an_interrupted_epoch_goes_on_with_other_batches(tmp_path, then):
+    """After 16 of 22 samples there are 6 left: one batch of 11, less one."""
+    then(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        train(toy_config(tmp_path, by_epoch=True))
+    then(None, None)
+    cfg = toy_config(tmp_path, by_epoch=True)
+    cfg.train_dataloader.batch_size = 11
+    train(cfg, resume='auto')
+    # One of two batches is left of this epoch, then two epochs of two.
+    assert max(losses(tmp_path)) == 5 + 1 + 4
+    assert latest_checkpoint(tmp_path).name == 'epoch_4.pth'
+
+
+def test_a_validation_that_was_cut_off_is_done_after_resuming(tmp_path, monkeypatch):
+    cfg = toy_config(tmp_path)
+    cfg.default_hooks.checkpoint.save_best = 'mean'
+    cfg.default_hooks.checkpoint.rule = 'greater'
+    with monkeypatch.context() as patch:
+        patch.setattr(ToyMetric, 'process', lambda *args: stop())
+        with pytest.raises(StopError):
+            train(cfg)
+    assert not [*tmp_path.glob('best*')]
+    train(cfg, resume='auto')
+    assert [path.name for path in tmp_path.glob('best*')] == ['best_mean_iter_12.pth']
