@@ -82,10 +82,10 @@ def _half(size, HALF: tl.constexpr, MIRRORED: tl.constexpr):
 
 
 @triton.jit
-def _places(i, in_i, stride_i, j, in_j, stride_j, c, shape):
+def _places(i, in_i, stride_i, j, in_j, stride_j, c, channels):
     """Return the offsets of a tile `(i, j, c)`, and what of it there is."""
     offsets = i[:, None, None] * stride_i + j[None, :, None] * stride_j + c[None, None, :]
-    return offsets, in_i[:, None, None] & in_j[None, :, None] & (c < shape[2])[None, None, :]
+    return offsets, in_i[:, None, None] & in_j[None, :, None] & (c < channels)[None, None, :]
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def _corner(
     """Return the places `(h, w, c)` of a quarter of a map."""
     h, in_h = _half(shape[0], HALF_H, BOTTOM)
     w, in_w = _half(shape[1], HALF_W, RIGHT)
-    return _places(h, in_h, shape[1] * shape[2], w, in_w, shape[2], c, shape)
+    return _places(h, in_h, shape[1] * shape[2], w, in_w, shape[2], c, shape[2])
 
 
 @triton.jit
@@ -280,39 +280,74 @@ def _sines(parts, inner_v):
 
 
 @triton.jit
-def _block(
-    shape,
-    first_u,
-    first_v,
-    first_c,
-    SLOTS_H: tl.constexpr,
-    SLOTS_W: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    """Return slots and channels of a block of the spectrum `((v c), u)`, and which there are."""
-    u = first_u + tl.arange(0, SLOTS_H)[None, :]
-    row = tl.arange(0, SLOTS_W * CHANNELS)[:, None]
-    v, c = first_v + row // CHANNELS, first_c + row % CHANNELS
-    there = (u < (shape[0] + 1) // 2) & (v < (shape[1] + 1) // 2) & (c < shape[2])
-    return u, v, c, there
+def _slots(first, size, SLOTS: tl.constexpr):
+    """Return some slots of an axis, which there are, and 0 for slot 0 or 1 for another."""
+    slot = first + tl.arange(0, SLOTS)
+    return slot, slot < (size + 1) // 2, tl.where(slot == 0, 0.0, 1.0)
 
 
 @triton.jit
-def _entries(weight_ptr, u, v, c, shape):
-    """Return pointers to the spectrum `(H, W // 2 + 1, C, 2)` at (u, v) and at (-u, v)."""
-    mirror = tl.where(u == 0, shape[0] // 2, shape[0] - u)
-    columns = shape[1] // 2 + 1
-    first = weight_ptr + ((u * columns + v) * shape[2] + c) * 2
-    return first, weight_ptr + ((mirror * columns + v) * shape[2] + c) * 2
+def _rows(x, CHANNELS: tl.constexpr):
+    """Repeat a value of every slot v for the rows `((v c), 1)`."""
+    x = tl.broadcast_to(x[:, None], (x.shape[0], CHANNELS))
+    return tl.reshape(x, (x.shape[0] * CHANNELS, 1))
 
 
 @triton.jit
-def _load_weight(weight_ptr, u, v, c, shape, there, sign):
+def _mirror(u, height):
+    """Return the rows of the spectrum for the frequencies -u: Nyquist for u = 0."""
+    return tl.where(u == 0, height // 2, height - u)
+
+
+@triton.jit
+def _frequency_places(u, in_u, v, in_v, first_c, shape, CHANNELS: tl.constexpr):
+    """Return places `(u, v, (c 2))` in a spectrum `(H, W // 2 + 1, C, 2)`."""
+    c, column = 2 * first_c + tl.arange(0, 2 * CHANNELS), 2 * shape[2]
+    row = (shape[1] // 2 + 1) * column
+    return _places(u, in_u, row, v, in_v, column, c, column)
+
+
+@triton.jit
+def _load_complex(ptr, places, CHANNELS: tl.constexpr):
+    """Load real and imaginary part, in the order of memory, as `((v c), u)`."""
+    x = _load(ptr, places)
+    x = tl.reshape(x, (x.shape[0], x.shape[1], CHANNELS, 2))
+    x = tl.permute(x, (1, 2, 0, 3))
+    return tl.split(tl.reshape(x, (x.shape[0] * CHANNELS, x.shape[2], 2)))
+
+
+@triton.jit
+def _store_complex(ptr, places, real, imag, CHANNELS: tl.constexpr):
+    """Store what :func:`_load_complex` loads."""
+    x = tl.join(real, imag)
+    x = tl.reshape(x, (x.shape[0] // CHANNELS, CHANNELS, x.shape[1], 2))
+    x = tl.permute(x, (2, 0, 1, 3))
+    offsets, there = places
+    tl.store(ptr + offsets, tl.reshape(x, offsets.shape), mask=there)
+
+
+@triton.jit
+def _load_weight(ptr, u, in_u, v, in_v, first_c, shape, sign, CHANNELS: tl.constexpr):
     """Return a spectrum, conjugate where `sign` is -1, as :func:`_respond` takes it."""
-    first, second = _entries(weight_ptr, u, v, c, shape)
-    re, im = tl.load(first, mask=there, other=0.0), tl.load(first + 1, mask=there, other=0.0)
-    re_2, im_2 = tl.load(second, mask=there, other=0.0), tl.load(second + 1, mask=there, other=0.0)
+    places = _frequency_places(u, in_u, v, in_v, first_c, shape, CHANNELS)
+    re, im = _load_complex(ptr, places, CHANNELS)
+    u = _mirror(u, shape[0])
+    places = _frequency_places(u, in_u, v, in_v, first_c, shape, CHANNELS)
+    re_2, im_2 = _load_complex(ptr, places, CHANNELS)
     return re, sign * im, re_2, sign * im_2
+
+
+@triton.jit
+def _repeat(x, SLOTS: tl.constexpr):
+    x = tl.broadcast_to(x[None, :, :], (SLOTS, x.shape[0], x.shape[1]))
+    return tl.reshape(x, (SLOTS * x.shape[1], x.shape[2]))
+
+
+@triton.jit
+def _spread(parts, SLOTS: tl.constexpr):
+    """Repeat `(c, u)` for every slot v, to `((v c), u)`."""
+    first, second = _repeat(parts[0], SLOTS), _repeat(parts[1], SLOTS)
+    return first, second, _repeat(parts[2], SLOTS), _repeat(parts[3], SLOTS)
 
 
 @triton.jit
@@ -334,18 +369,22 @@ def _filter_height(
     Some frequencies at a time, so that the spectrum takes few registers; what they add to the
     result is summed up in float32.
     """
+    v, in_v, inner_v = _slots(first_v, shape[1], SLOTS_W)
+    inner_v = _rows(inner_v, CHANNELS)
     none = tl.zeros((SLOTS_W * CHANNELS, HALF_H), tl.float32)
     y = none, none, none, none
     for first_u in range(0, HALF_H, SLOTS_H):
         x = _transform_height(parts, basis_ptr, first_u, HALF_H, SLOTS_H, False)
-        u, v, c, there = _block(shape, first_u, first_v, first_c, SLOTS_H, SLOTS_W, CHANNELS)
-        inner_u, inner_v = tl.where(u == 0, 0.0, 1.0), tl.where(v == 0, 0.0, 1.0)
         # Frequencies v > 0 stand for -v, too.
         x = _times(x, (1.0 + inner_v) / (shape[0] * shape[1] << _MARGIN))
-        k = _load_weight(weight_ptr, u, v, c, shape, there, sign)
+        u, in_u, inner_u = _slots(first_u, shape[0], SLOTS_H)
+        inner_u = inner_u[None, :]
+        k = _load_weight(weight_ptr, u, in_u, v, in_v, first_c, shape, sign, CHANNELS)
         cc, cs = _respond(_cosines(x, inner_v), inner_u, k)
-        nyquist = _load_weight(weight_ptr, u, shape[1] // 2, c, shape, there & (v == 0), sign)
-        k = _plus(_times(k, inner_v), nyquist)
+        column = tl.full((1,), 0, tl.int32)
+        nyquist, is_there = column + shape[1] // 2, column + first_v == 0
+        k_n = _load_weight(weight_ptr, u, in_u, nyquist, is_there, first_c, shape, sign, CHANNELS)
+        k = _plus(_times(k, inner_v), _times(_spread(k_n, SLOTS_W), 1.0 - inner_v))
         sc, ss = _respond(_sines(x, inner_v), inner_u, k)
 
         x = cc, cs, sc, ss
@@ -476,9 +515,9 @@ def transform_rows(
     in_h, row = h < height, width * channels
     x_ptr += image.to(tl.int64) * (height * row)
     w, in_w = _half(width, HALF_W, False)
-    left = 0.5 * _load(x_ptr, _places(h, in_h, row, w, in_w, channels, c, shape))
+    left = 0.5 * _load(x_ptr, _places(h, in_h, row, w, in_w, channels, c, channels))
     w, in_w = _half(width, HALF_W, True)
-    right = 0.5 * _load(x_ptr, _places(h, in_h, row, w, in_w, channels, c, shape))
+    right = 0.5 * _load(x_ptr, _places(h, in_h, row, w, in_w, channels, c, channels))
     even, odd = left + right, left - right
     shift = _headroom((even, even, odd, odd))
     scale = _power(shift)
@@ -490,7 +529,7 @@ def transform_rows(
     slots = (width + 1) // 2
     for slot in range(0, slots, SLOTS_W):
         v = slot + tl.arange(0, SLOTS_W)
-        places = _places(h, in_h, channels, v, v < slots, column, c, shape)
+        places = _places(h, in_h, channels, v, v < slots, column, c, channels)
         cosine, sine = _transform(even, odd, basis_w_ptr, slot, HALF_W, SLOTS_W, False)
         _store(z_ptr, places, cosine, CHANNELS)
         _store(z_ptr + sines, places, sine, CHANNELS)
@@ -523,10 +562,10 @@ def _load_columns(
     z_ptr += tl.cast(image, tl.int64) * stride
     v = first_v + tl.arange(0, SLOTS_W)
     in_v = v < (shape[1] + 1) // 2
-    places = _places(v, in_v, column, top, in_top, shape[2], c, shape)
+    places = _places(v, in_v, column, top, in_top, shape[2], c, shape[2])
     c_top = _align(_load(z_ptr, places), of_top, exponent)
     s_top = _align(_load(z_ptr + sines, places), of_top, exponent)
-    places = _places(v, in_v, column, bottom, in_bottom, shape[2], c, shape)
+    places = _places(v, in_v, column, bottom, in_bottom, shape[2], c, shape[2])
     c_bottom = _align(_load(z_ptr, places), of_bottom, exponent)
     s_bottom = _align(_load(z_ptr + sines, places), of_bottom, exponent)
     parts = c_top + c_bottom, c_top - c_bottom, s_top + s_bottom, s_top - s_bottom
@@ -583,11 +622,11 @@ def filter_columns(
     v = first_v + tl.arange(0, SLOTS_W)
     in_v = v < (width + 1) // 2
     h, in_h = _half(height, HALF_H, False)
-    places = _places(v, in_v, column, h, in_h, channels, c, shape)
+    places = _places(v, in_v, column, h, in_h, channels, c, channels)
     _store(z_ptr, places, ce + co, CHANNELS)
     _store(z_ptr + sines, places, se + so, CHANNELS)
     h, in_h = _half(height, HALF_H, True)
-    places = _places(v, in_v, column, h, in_h, channels, c, shape)
+    places = _places(v, in_v, column, h, in_h, channels, c, channels)
     _store(z_ptr, places, ce - co, CHANNELS)
     _store(z_ptr + sines, places, se - so, CHANNELS)
 
@@ -627,7 +666,7 @@ def restore_rows(
         v = slot + tl.arange(0, SLOTS_W)
         of_v = _exponents(exponents_ptr, image, v // COLUMNS, blocks)
         of_v = tl.load(of_v, mask=v < slots, other=_NONE)[None, :, None]
-        places = _places(h, in_h, channels, v, v < slots, column, c, shape)
+        places = _places(h, in_h, channels, v, v < slots, column, c, channels)
         cosine = _operand(_align(_load(z_ptr, places), of_v, exponent))
         sine = _operand(_align(_load(z_ptr + sines, places), of_v, exponent))
         more = _transform(cosine, sine, basis_w_ptr, slot, HALF_W, SLOTS_W, True)
@@ -635,10 +674,10 @@ def restore_rows(
 
     y_ptr += image.to(tl.int64) * (height * row)
     w, in_w = _half(width, HALF_W, False)
-    places = _places(h, in_h, row, w, in_w, channels, c, shape)
+    places = _places(h, in_h, row, w, in_w, channels, c, channels)
     _store(y_ptr, places, _scale(even + odd, exponent), CHANNELS)
     w, in_w = _half(width, HALF_W, True)
-    places = _places(h, in_h, row, w, in_w, channels, c, shape)
+    places = _places(h, in_h, row, w, in_w, channels, c, channels)
     _store(y_ptr, places, _scale(even - odd, exponent), CHANNELS)
 
 
@@ -656,7 +695,7 @@ def _share(batch):
 
 
 @triton.jit
-def _slots(HALF_H: tl.constexpr, SLOTS_H: tl.constexpr, SLOTS_W: tl.constexpr):
+def _first_slots(HALF_H: tl.constexpr, SLOTS_H: tl.constexpr, SLOTS_W: tl.constexpr):
     """Return the first slots of a program along H and W."""
     blocks: tl.constexpr = HALF_H // SLOTS_H
     return tl.program_id(1) % blocks * SLOTS_H, tl.program_id(1) // blocks * SLOTS_W
@@ -684,29 +723,41 @@ def _correlate_height(
 
 
 @triton.jit
-def _store_weight(weight_ptr, value, u, v, c, shape, there, mirrored):
-    """Store what :func:`_load_weight` loads."""
-    first, second = _entries(weight_ptr, u, v, c, shape)
-    tl.store(first, value[0], mask=there)
-    tl.store(first + 1, value[1], mask=there)
-    tl.store(second, value[2], mask=mirrored)
-    tl.store(second + 1, value[3], mask=mirrored)
+def _store_weight(ptr, value, u, in_u, v, in_v, first_c, shape, CHANNELS: tl.constexpr):
+    """Store what :func:`_load_weight` loads; a Nyquist frequency, where the size is even."""
+    places = _frequency_places(u, in_u, v, in_v, first_c, shape, CHANNELS)
+    _store_complex(ptr, places, value[0], value[1], CHANNELS)
+    in_u = in_u & ((u > 0) | (shape[0] % 2 == 0))
+    u = _mirror(u, shape[0])
+    places = _frequency_places(u, in_u, v, in_v, first_c, shape, CHANNELS)
+    _store_complex(ptr, places, value[2], value[3], CHANNELS)
 
 
 @triton.jit
-def _store_gradient(weight_ptr, cosines, sines, u, v, c, shape, there):
+def _store_gradient(
+    ptr,
+    cosines,
+    sines,
+    first_u,
+    first_v,
+    first_c,
+    shape,
+    SLOTS_H: tl.constexpr,
+    SLOTS_W: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     """Store the sum of a share in its own spectrum `(H, W // 2 + 1, C, 2)`."""
     height, width, channels = shape
-    weight_ptr += tl.program_id(2).to(tl.int64) * (height * (width // 2 + 1) * channels * 2)
-    inner_v = tl.where(v == 0, 0.0, 1.0)
+    ptr += tl.program_id(2).to(tl.int64) * (height * (width // 2 + 1) * channels * 2)
+    u, in_u, _ = _slots(first_u, height, SLOTS_H)
+    v, in_v, inner_v = _slots(first_v, width, SLOTS_W)
+    inner_v = _rows(inner_v, CHANNELS)
     norm = (1.0 + inner_v) / (height * width)
     cosines, sines = _times(cosines, norm), _times(sines, norm)
-    # A Nyquist frequency is there where the size is even.
-    mirrored = there & ((u > 0) | (height % 2 == 0))
     value = _plus(cosines, _times(sines, inner_v))
-    _store_weight(weight_ptr, value, u, v, c, shape, there, mirrored)
-    nyquist = (v == 0) & (width % 2 == 0)
-    _store_weight(weight_ptr, sines, u, width // 2, c, shape, there & nyquist, mirrored & nyquist)
+    _store_weight(ptr, value, u, in_u, v, in_v, first_c, shape, CHANNELS)
+    nyquist, is_zero = tl.full((SLOTS_W,), 0, tl.int32) + width // 2, (v == 0) & (width % 2 == 0)
+    _store_weight(ptr, sines, u, in_u, nyquist, is_zero, first_c, shape, CHANNELS)
 
 
 @triton.jit(do_not_specialize=['batch', 'height', 'width'])
@@ -729,18 +780,19 @@ def correlate_planes(
     """Sum up the gradient of the spectrum over maps that fit on the chip."""
     shape = height, width, channels
     first_c = tl.program_id(0) * CHANNELS
-    channel = first_c + tl.arange(0, CHANNELS)
-    first_u, first_v = _slots(HALF_H, SLOTS_H, SLOTS_W)
-    u, v, c, there = _block(shape, first_u, first_v, first_c, SLOTS_H, SLOTS_W, CHANNELS)
-    inner_u, inner_v = tl.where(u == 0, 0.0, 1.0), tl.where(v == 0, 0.0, 1.0)
+    c = first_c + tl.arange(0, CHANNELS)
+    first_u, first_v = _first_slots(HALF_H, SLOTS_H, SLOTS_W)
+    _, _, inner_u = _slots(first_u, height, SLOTS_H)
+    _, _, inner_v = _slots(first_v, width, SLOTS_W)
+    inner_u, inner_v = inner_u[None, :], _rows(inner_v, CHANNELS)
     none = tl.zeros((SLOTS_W * CHANNELS, SLOTS_H), tl.float32)
     cosines, sines = (none, none, none, none), (none, none, none, none)
     first, last = _share(batch)
     for image in range(first, last):
         offset = tl.cast(image, tl.int64) * (height * width * channels)
-        x, x_exponent = _load_plane(x_ptr + offset, shape, channel, HALF_H, HALF_W)
+        x, x_exponent = _load_plane(x_ptr + offset, shape, c, HALF_H, HALF_W)
         x = _transform_width(x, basis_w_ptr, first_v, HALF_W, SLOTS_W, False)
-        g, g_exponent = _load_plane(g_ptr + offset, shape, channel, HALF_H, HALF_W)
+        g, g_exponent = _load_plane(g_ptr + offset, shape, c, HALF_H, HALF_W)
         g = _transform_width(g, basis_w_ptr, first_v, HALF_W, SLOTS_W, False)
         more = _correlate_height(
             _turns(x, CHANNELS),
@@ -754,7 +806,18 @@ def correlate_planes(
             SLOTS_H,
         )
         cosines, sines = _plus(cosines, more[0]), _plus(sines, more[1])
-    _store_gradient(weight_ptr, cosines, sines, u, v, c, shape, there)
+    _store_gradient(
+        weight_ptr,
+        cosines,
+        sines,
+        first_u,
+        first_v,
+        first_c,
+        shape,
+        SLOTS_H,
+        SLOTS_W,
+        CHANNELS,
+    )
 
 
 @triton.jit(do_not_specialize=['batch', 'height', 'width'])
@@ -778,19 +841,20 @@ def correlate_columns(
     """Sum up the gradient of the spectrum over maps whose rows are transformed."""
     shape = height, width, channels
     first_c = tl.program_id(0) * CHANNELS
-    channel = first_c + tl.arange(0, CHANNELS)
-    first_u, first_v = _slots(HALF_H, SLOTS_H, SLOTS_W)
-    u, v, c, there = _block(shape, first_u, first_v, first_c, SLOTS_H, SLOTS_W, CHANNELS)
-    inner_u, inner_v = tl.where(u == 0, 0.0, 1.0), tl.where(v == 0, 0.0, 1.0)
+    c = first_c + tl.arange(0, CHANNELS)
+    first_u, first_v = _first_slots(HALF_H, SLOTS_H, SLOTS_W)
+    _, _, inner_u = _slots(first_u, height, SLOTS_H)
+    _, _, inner_v = _slots(first_v, width, SLOTS_W)
+    inner_u, inner_v = inner_u[None, :], _rows(inner_v, CHANNELS)
     none = tl.zeros((SLOTS_W * CHANNELS, SLOTS_H), tl.float32)
     cosines, sines = (none, none, none, none), (none, none, none, none)
     first, last = _share(batch)
     for image in range(first, last):
         x, x_exponent = _load_columns(
-            x_ptr, x_exponents_ptr, image, first_v, channel, shape, HALF_H, SLOTS_W, ROWS
+            x_ptr, x_exponents_ptr, image, first_v, c, shape, HALF_H, SLOTS_W, ROWS
         )
         g, g_exponent = _load_columns(
-            g_ptr, g_exponents_ptr, image, first_v, channel, shape, HALF_H, SLOTS_W, ROWS
+            g_ptr, g_exponents_ptr, image, first_v, c, shape, HALF_H, SLOTS_W, ROWS
         )
         more = _correlate_height(
             x,
@@ -804,4 +868,15 @@ def correlate_columns(
             SLOTS_H,
         )
         cosines, sines = _plus(cosines, more[0]), _plus(sines, more[1])
-    _store_gradient(weight_ptr, cosines, sines, u, v, c, shape, there)
+    _store_gradient(
+        weight_ptr,
+        cosines,
+        sines,
+        first_u,
+        first_v,
+        first_c,
+        shape,
+        SLOTS_H,
+        SLOTS_W,
+        CHANNELS,
+    )
