@@ -14,7 +14,7 @@ import sys
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, nn
 
 from gfnet_dense import spectral
 from gfnet_dense.models import GlobalFilter
@@ -283,13 +283,48 @@ def test_operators_are_what_torch_asks_for():
 
 
 @needs_kernels
-def test_compiles_to_one_graph_with_its_gradients():
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_compiles_to_one_graph_with_its_gradients(dynamic):
     torch.compiler.reset()
-    run = torch.compile(by_kernels, backend='aot_eager', fullgraph=True)
+    run = torch.compile(by_kernels, backend='aot_eager', fullgraph=True, dynamic=dynamic)
     inputs = case((4, 6), BFLOAT, batch=1)
     actual = result_and_gradients(run, *inputs)
     expected = result_and_gradients(by_kernels, *inputs)
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@needs_kernels
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')  # sizes become constants, as meant
+def test_exported_graphs_hold_operators_of_torch_alone():
+    layer = GlobalFilter(2, (4, 6), backend='fused').to(DEVICE)
+    x = torch.randn(1, 4, 6, 2, device=DEVICE, dtype=HALF)
+    traced = torch.jit.trace(layer, x, check_trace=False).inlined_graph
+    for graph in (traced, torch.export.export(layer, (x,)).graph):
+        assert 'bmm' in str(graph)
+        assert not re.search(r'gfnet_dense(::|\.)(filter|correlate)\b', str(graph))
+
+
+@needs_kernels
+def test_trains_under_ddp(tmp_path):
+    distributed.init_process_group(
+        'gloo', store=distributed.FileStore(str(tmp_path / 'store')), rank=0, world_size=1
+    )
+    try:
+        layer = GlobalFilter(2, (4, 3), backend='fused').to(DEVICE)
+        start = layer.complex_weight.detach().clone()
+        parallel = nn.parallel.DistributedDataParallel(layer)
+        optimizer = torch.optim.SGD(parallel.parameters(), lr=1.0)
+        weight = start.double().requires_grad_()
+        for x in torch.randn(2, 1, 4, 3, 2, device=DEVICE).to(HALF):
+            optimizer.zero_grad()
+            parallel(x).double().square().mean().backward()
+            optimizer.step()
+            (gradient,) = torch.autograd.grad(reference(x, weight).square().mean(), weight)
+            weight = (weight - gradient).detach().requires_grad_()
+        steps = [layer.complex_weight.detach() - start], [(weight - start).detach()]
+        assert_near(*steps, ERRORS[HALF])
+    finally:
+        distributed.destroy_process_group()
 
 
 @needs_kernels
