@@ -63,7 +63,13 @@ class GlobalFilter(nn.Module):
         self._forget()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Filter a map of shape `(B, H, W, C)`; shape and dtype stay the same."""
+        """Filter a map of shape `(B, H, W, C)`; shape and dtype stay the same.
+
+        Under autocast the backend 'fused' takes maps in autocast's dtype, as matrix products do:
+        normalisation in front of it returns float32.
+        """
+        if self.backend == 'fused' and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         return global_filter(x, self.spectrum(x.shape[1:3]), self.backend)
 
     def spectrum(self, size: tuple[int, int]) -> Tensor:

@@ -4,6 +4,8 @@ One function, :func:`global_filter`, and the ways to compute it (backends). Resi
 spectrum or a position embedding from one grid to another lives in :mod:`.resize`.
 """
 
+import functools
+import logging
 from collections.abc import Callable
 
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from .blockwise import is_capturing
 from .dense import dense_filter
 from .fft import fft_filter
+from .fused import fused_filter, obstacle
 from .resize import RESIZE_METHODS, Grid, hermitian_part, resize_position_embedding, resize_spectrum
 
 __all__ = [
@@ -38,13 +41,14 @@ __all__ = [
 #   128x128x96     0.5        0.5                97x97x96      2.4
 #
 # 16-bit maps are computed in float32 there. The border is one for all: a layer gives the same in
-# training as in evaluation. No GPU has been measured yet.
+# training as in evaluation. No GPU has been measured yet, so 'fused' is not among the choices.
 _DENSE_UP_TO = {'cpu': (72, 200)}
 _PRIMES_OF_FFT = (2, 3, 5, 7, 11, 13)
 
 _BACKENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     'fft': fft_filter,
     'dense': dense_filter,
+    'fused': fused_filter,
 }
 BACKENDS = ('auto', *_BACKENDS)
 
@@ -57,8 +61,8 @@ def global_filter(x: Tensor, weight: Tensor, backend: str = 'auto') -> Tensor:
     Hermitian part acts (:func:`hermitian_part`), on every device alike.
 
     The result is computed in float32 (float64 for float64 input), also under autocast; by 'dense'
-    on a GPU, 16-bit maps with factors rounded to float16 and sums in float32. It has derivatives
-    of any order, forward and backward.
+    on a GPU and by 'fused', 16-bit maps with factors rounded to float16 and sums in float32. It
+    has derivatives of any order, forward and backward; those of 'fused' are backward alone.
 
     Args:
         x: Map of shape `(B, H, W, C)`, any floating dtype, any strides.
@@ -69,6 +73,9 @@ def global_filter(x: Tensor, weight: Tensor, backend: str = 'auto') -> Tensor:
             - `'fft'`: `torch.fft`.
             - `'dense'`: products with real Fourier matrices; for small maps, and for compilers
               and exporters, which know no complex dtype.
+            - `'fused'`: Triton kernels that move less memory, for maps of 16 bits and up to 512
+              cells a side on NVIDIA GPUs. No GPU has measured them yet. Any other map is left to
+              `'auto'`, and the logger of this package says why, once, at debug level.
             - `'auto'`: the one that is faster for this map on this device; in a graph that is
               compiled, exported or traced `'dense'`.
 
@@ -100,7 +107,16 @@ def global_filter(x: Tensor, weight: Tensor, backend: str = 'auto') -> Tensor:
         raise ValueError(f'unknown backend {backend!r}, choose one of {", ".join(BACKENDS)}')
     if x.shape[0] == 0:  # FFT libraries refuse an empty batch
         return x + 0 * weight.sum().to(x.dtype)
+    if backend == 'fused' and (reason := obstacle(x)):
+        if not is_capturing():  # a graph holds no logging
+            _report(reason)
+        backend = 'auto'
     return _BACKENDS[_fastest(x) if backend == 'auto' else backend](x, weight)
+
+
+@functools.cache
+def _report(reason: str) -> None:
+    logging.getLogger(__name__).debug("'auto' takes over from 'fused': %s", reason)
 
 
 def _fastest(x: Tensor) -> str:

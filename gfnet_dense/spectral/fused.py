@@ -1,0 +1,337 @@
+"""The global filter in Triton kernels, for 16-bit maps on a GPU.
+
+A map of up to 64 cells a side is read once and written once: transforms, product and the way back
+happen on the chip, as products of matrices on tensor cores (:mod:`.fused_kernels`). Larger maps are
+transformed along their rows, filtered along their columns and restored along their rows, with
+float16 in between. The backward pass keeps the map and the spectrum, and nothing else.
+"""
+
+import functools
+import math
+import os
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The largest side, in cells, of maps that fit on the chip, and of maps that are taken at all.
+_PLANE = 64
+_LARGEST = 512
+
+# Channels and rows of a larger map that a program takes: 64 bytes in one piece, and 64 rows of a
+# matrix, which is what the tensor cores of a Hopper GPU multiply at once.
+_CHANNELS = 32
+_ROWS = 2
+
+# Bytes of larger maps that are filtered at a time, so that what lies between the kernels stays in
+# the L2 cache: 40 MB on an A100, 50 MB on an H100.
+_CHUNK = 2**24
+
+# Programs that share out the gradient of a spectrum: two for each multiprocessor of an H100, on
+# every device, so that the order of a sum is the same on all of them.
+_PROGRAMS = 264
+
+
+def _has_triton() -> bool:
+    try:
+        major, minor, *_ = version('triton').split('.')
+    except PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) >= (3, 4)
+
+
+_HAS_TRITON = _has_triton()
+
+# Triton's own switch: kernels run on the CPU, for tests.
+_IS_INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+
+
+def obstacle(x: Tensor) -> str | None:
+    """Say what keeps the kernels from taking a map `(B, H, W, C)`; None if nothing does."""
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f'it takes float16 and bfloat16, not {x.dtype}'
+    if max(x.shape[1:3]) > _LARGEST:
+        return f'it takes up to {_LARGEST} cells a side'
+    if math.prod(x.shape[1:]) >= 2**30:
+        return 'it takes less than 2**30 values an image'
+    if not _HAS_TRITON:
+        return 'it needs Triton 3.4 or newer'
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return 'exported graphs hold operators of torch alone'
+    if _IS_INTERPRETED:
+        return None
+    if not x.is_cuda or torch.version.hip:
+        return 'it needs an NVIDIA GPU'
+    if torch.cuda.get_device_properties(x.device).major < 8:
+        return 'it needs a GPU of compute capability 8.0 or more'
+    return None
+
+
+def fused_filter(x: Tensor, weight: Tensor) -> Tensor:
+    """See :func:`gfnet_dense.spectral.global_filter`; for maps without an :func:`obstacle`."""
+    return _filter(x, weight.float(), False)
+
+
+# Two operators that close under differentiation, as those of :mod:`.blockwise` do. Compilers take
+# them as they are.
+
+
+@torch.library.custom_op('gfnet_dense::filter', mutates_args=())
+def _filter(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
+    """Return `F^-1(weight . F x)`, or that of the conjugate spectrum."""
+    x, weight = x.contiguous(), weight.contiguous()
+    y = torch.empty_like(x)
+    run = _filter_planes if max(x.shape[1:3]) <= _PLANE else _filter_larger
+    with torch.cuda.device_of(x):
+        run(x, weight, y, -1.0 if conjugate else 1.0)
+    return y
+
+
+@torch.library.custom_op('gfnet_dense::correlate', mutates_args=())
+def _correlate(g: Tensor, x: Tensor) -> Tensor:
+    """Return the gradient of `<g, F^-1(weight . F x)>` with respect to the spectrum, in float32."""
+    g, x = g.contiguous(), x.contiguous()
+    run = _correlate_planes if max(x.shape[1:3]) <= _PLANE else _correlate_larger
+    with torch.cuda.device_of(x):
+        return run(g, x)
+
+
+@_filter.register_fake
+def _(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_correlate.register_fake
+def _(g: Tensor, x: Tensor) -> Tensor:
+    _, height, width, channels = x.shape
+    return x.new_empty((height, width // 2 + 1, channels, 2), dtype=torch.float32)
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    first, second, *ctx.conjugate = inputs
+    ctx.save_for_backward(first, second)
+
+
+def _filter_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    (x, weight), (conjugate,) = ctx.saved_tensors, ctx.conjugate
+    of_x, of_weight, _ = ctx.needs_input_grad
+    gx = _filter(g, weight, not conjugate) if of_x else None
+    pair = (x, g) if conjugate else (g, x)
+    return gx, _correlate(*pair) if of_weight else None, None
+
+
+def _correlate_backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
+    (g, x), (of_g, of_x) = ctx.saved_tensors, ctx.needs_input_grad
+    gg = _filter(x, weight, False) if of_g else None
+    return gg, _filter(g, weight, True) if of_x else None
+
+
+_filter.register_autograd(_filter_backward, setup_context=_save)
+_correlate.register_autograd(_correlate_backward, setup_context=_save)
+
+
+def _filter_planes(x: Tensor, weight: Tensor, y: Tensor, sign: float) -> None:
+    from .fused_kernels import filter_planes
+
+    batch, height, width, channels = x.shape
+    filter_planes[lambda meta: (_ceil(channels, meta['CHANNELS']), batch)](
+        x,
+        weight,
+        y,
+        _basis(height, x.device),
+        _basis(width, x.device),
+        height,
+        width,
+        channels,
+        sign,
+        HALF_H=_half(height),
+        HALF_W=_half(width),
+        SLOTS_H=min(_half(height), 16),
+    )
+
+
+def _correlate_planes(g: Tensor, x: Tensor) -> Tensor:
+    from .fused_kernels import correlate_planes
+
+    batch, height, width, channels = x.shape
+    half_h, half_w = _half(height), _half(width)
+    # As many registers as a multiprocessor has hold the parts of 8 channels of 64 x 64 cells.
+    area, slots = half_h * half_w, min(half_w, 16)
+    block = 8 if area >= 256 else 16
+    grid = _ceil(channels, block), half_w // slots
+    sums = _sums(x, grid)
+    correlate_planes[(*grid, len(sums))](
+        g,
+        x,
+        sums,
+        _basis(height, x.device),
+        _basis(width, x.device),
+        batch,
+        height,
+        width,
+        channels,
+        HALF_H=half_h,
+        HALF_W=half_w,
+        SLOTS_H=half_h,
+        SLOTS_W=slots,
+        CHANNELS=block,
+        num_warps=16 if area >= 1024 else 8,
+        num_stages=1,
+    )
+    return sums.sum(0)
+
+
+def _filter_larger(x: Tensor, weight: Tensor, y: Tensor, sign: float) -> None:
+    from .fused_kernels import filter_columns, restore_rows
+
+    _, height, width, channels = x.shape
+    half_h, half_w, columns = _half(height), _half(width), _columns(height)
+    for some_x, some_y in zip(_chunks(x), _chunks(y), strict=True):
+        z, exponents = _transform_rows(some_x)
+        images, rows, blocks = exponents.shape
+        y_exponents = exponents.new_empty(images, _ceil(z.shape[2], columns), blocks)
+        filter_columns[(blocks, images, y_exponents.shape[1])](
+            z,
+            exponents,
+            weight,
+            y_exponents,
+            _basis(height, x.device),
+            height,
+            width,
+            channels,
+            sign,
+            HALF_H=half_h,
+            SLOTS_H=min(half_h, 16),
+            SLOTS_W=columns,
+            ROWS=_ROWS,
+            CHANNELS=_CHANNELS,
+            num_warps=8,
+            num_stages=1,
+        )
+        restore_rows[(blocks, images, rows)](
+            z,
+            y_exponents,
+            some_y,
+            _basis(width, x.device),
+            height,
+            width,
+            channels,
+            HALF_W=half_w,
+            SLOTS_W=min(half_w, 32),
+            COLUMNS=columns,
+            ROWS=_ROWS,
+            CHANNELS=_CHANNELS,
+            num_warps=4 if half_w <= 64 else 8,
+            num_stages=1,
+        )
+
+
+def _correlate_larger(g: Tensor, x: Tensor) -> Tensor:
+    from .fused_kernels import correlate_columns
+
+    _, height, width, channels = x.shape
+    half, columns = _half(height), _columns(height)
+    slots = min(half, 32 if half <= 64 else 16)
+    total = x.new_zeros((height, width // 2 + 1, channels, 2), dtype=torch.float32)
+    for some_g, some_x in zip(_chunks(g), _chunks(x), strict=True):
+        g_z, g_exponents = _transform_rows(some_g)
+        x_z, x_exponents = _transform_rows(some_x)
+        grid = x_exponents.shape[2], half // slots * _ceil(x_z.shape[2], columns)
+        sums = _sums(some_x, grid)
+        correlate_columns[(*grid, len(sums))](
+            g_z,
+            g_exponents,
+            x_z,
+            x_exponents,
+            sums,
+            _basis(height, x.device),
+            len(some_x),
+            height,
+            width,
+            channels,
+            HALF_H=half,
+            SLOTS_H=slots,
+            SLOTS_W=columns,
+            ROWS=_ROWS,
+            CHANNELS=_CHANNELS,
+            num_warps=8,
+            num_stages=1,
+        )
+        total += sums.sum(0)
+    return total
+
+
+def _transform_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines along W, and the exponents of their blocks."""
+    from .fused_kernels import transform_rows
+
+    images, height, width, channels = x.shape
+    z = x.new_empty((images, 2, (width + 1) // 2, height, channels), dtype=torch.float16)
+    rows, blocks = _ceil(height, _ROWS), _ceil(channels, _CHANNELS)
+    exponents = x.new_empty((images, rows, blocks), dtype=torch.int32)
+    transform_rows[(blocks, images, rows)](
+        x,
+        z,
+        exponents,
+        _basis(width, x.device),
+        height,
+        width,
+        channels,
+        HALF_W=_half(width),
+        SLOTS_W=min(_half(width), 32),
+        ROWS=_ROWS,
+        CHANNELS=_CHANNELS,
+        num_warps=4 if _half(width) <= 64 else 8,
+        num_stages=1,
+    )
+    return z, exponents
+
+
+def _chunks(x: Tensor) -> tuple[Tensor, ...]:
+    return x.split(max(1, _CHUNK // (2 * math.prod(x.shape[1:]))))
+
+
+def _columns(height: int) -> int:
+    """Return how many slots along W a program filters: what the registers hold."""
+    return 2 if _half(height) <= 64 else 1
+
+
+def _sums(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return memory for gradients of the spectrum, one for each share of the images."""
+    batch, height, width, channels = x.shape
+    shares = min(batch, _ceil(_PROGRAMS, math.prod(grid)))
+    return x.new_empty((shares, height, width // 2 + 1, channels, 2), dtype=torch.float32)
+
+
+def _ceil(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _half(size: int) -> int:
+    """Return the size of tiles that hold half an axis: a power of two."""
+    return max(8, 1 << (_ceil(size, 2) - 1).bit_length())
+
+
+def _basis(size: int, device: torch.device) -> Tensor:
+    """Return cosines and sines of slot x cell, see :mod:`.fused_kernels`."""
+    # What is made while a CUDA graph is captured has its values when the graph is replayed.
+    capturing = device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
+    return (_make_basis if capturing else _kept_basis)(size, device)
+
+
+def _make_basis(size: int, device: torch.device) -> Tensor:
+    count = _ceil(size, 2)
+    slot = torch.arange(count, device=device)[:, None]
+    # Twice the distance from the centre; the remainder, exact in integers, keeps angles small.
+    place = 2 * torch.arange(count, device=device) - size + 1
+    nyquist = size // 2 if size % 2 == 0 else 0
+    basis = torch.zeros(2, _half(size), _half(size), dtype=torch.float64, device=device)
+    for part, wave, zero in ((basis[0], torch.cos, 0), (basis[1], torch.sin, nyquist)):
+        frequency = torch.where(slot == 0, zero, slot)
+        angle = (frequency * place).remainder(2 * size).double() * (math.pi / size)
+        part[:count, :count] = wave(angle)
+    return basis.half()
+
+
+_kept_basis = functools.lru_cache(maxsize=64)(torch.inference_mode(False)(_make_basis))

@@ -1,0 +1,410 @@
+"""The fused kernels: on a GPU, or on the CPU as Triton's interpreter runs them.
+
+Triton decides which when it is imported. So where there is no GPU, one test runs this file again in
+a process of its own, with the interpreter.
+"""
+
+import dataclasses
+import itertools
+import logging
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+
+from gfnet_dense import spectral
+from gfnet_dense.models import GlobalFilter
+from gfnet_dense.spectral import fused, global_filter, hermitian_part
+
+triton = pytest.importorskip('triton')
+
+INTERPRETED = triton.knobs.runtime.interpret
+DEVICE = 'cuda' if torch.cuda.is_available() and not INTERPRETED else 'cpu'
+ERRORS = {torch.float16: 3e-3, torch.bfloat16: 5e-3}
+needs_kernels = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(),
+    reason='needs a GPU; test_under_the_interpreter runs it without one',
+)
+needs_gpu = pytest.mark.skipif(
+    INTERPRETED or not torch.cuda.is_available(), reason='needs a GPU, not the interpreter'
+)
+dtypes = pytest.mark.parametrize('dtype', list(ERRORS), ids=str)
+
+# Tiles of 8, 16 and 32 values along either axis, filled and not, with a middle cell and without.
+# Of larger maps the interpreter takes few, in large blocks; see `larger_blocks`.
+HALF, BFLOAT = torch.float16, torch.bfloat16
+PLANES = [
+    ((1, 1), HALF),
+    ((2, 3), BFLOAT),
+    ((7, 7), HALF),
+    ((13, 9), BFLOAT),
+    ((14, 14), BFLOAT),
+    ((16, 16), HALF),
+    ((28, 20), BFLOAT),
+    ((5, 33), HALF),
+    ((64, 64), BFLOAT),
+]
+LARGER = [((100, 25), HALF), ((9, 130), BFLOAT)]
+if not INTERPRETED:
+    others = [(32, 32), (56, 56), (63, 17), (7, 64), (64, 14), (30, 15)]
+    PLANES += itertools.product(others, ERRORS)
+    others = [(65, 64), (128, 128), (100, 168), (200, 334), (334, 200), (7, 512), (512, 512)]
+    LARGER += itertools.product(others, ERRORS)
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch):
+    """Round to bfloat16 as GPUs do, where the interpreter cuts digits off, and poison memory."""
+    if INTERPRETED:
+        from triton.runtime import interpreter
+
+        convert = interpreter._convert_float
+
+        def round_to_nearest(values, source, target, mode):
+            if target != triton.language.bfloat16:
+                return convert(values, source, target, mode)
+            return torch.from_numpy(values.copy()).bfloat16().view(torch.uint16).numpy()
+
+        monkeypatch.setattr(interpreter, '_convert_float', round_to_nearest)
+        # A third of the time goes into checks that no index overflows, in maps as small as these.
+        quick = dataclasses.replace(
+            interpreter.interpreter_builder.options, sanitize_overflow=False
+        )
+        monkeypatch.setattr(interpreter.interpreter_builder, 'options', quick)
+    if INTERPRETED or torch.cuda.is_available():
+        # Fills what `empty` returns with NaN.
+        torch.use_deterministic_algorithms(True)
+        yield
+        torch.use_deterministic_algorithms(False)
+    else:
+        yield
+
+
+@pytest.fixture
+def larger_blocks(monkeypatch):
+    if INTERPRETED:
+        monkeypatch.setattr(fused, '_ROWS', 32)
+        monkeypatch.setattr(fused, '_columns', lambda height: 16)
+
+
+def case(size, dtype, batch: int = 2, channels: int = 3) -> list[Tensor]:
+    height, width = size
+    shapes = (batch, height, width, channels), (height, width // 2 + 1, channels, 2)
+    x, weight, g = (torch.randn(shape, device=DEVICE) for shape in (*shapes, shapes[0]))
+    return [x.to(dtype).requires_grad_(), weight.requires_grad_(), g.to(dtype)]
+
+
+def reference(x: Tensor, weight: Tensor) -> Tensor:
+    """Return the result in float64, differentiable to any order."""
+    x, weight = x.double(), weight.double()
+    kernel = torch.view_as_complex(hermitian_part(weight, x.shape[2]).contiguous())
+    return torch.fft.irfft2(torch.fft.rfft2(x, dim=(1, 2)) * kernel, s=x.shape[1:3], dim=(1, 2))
+
+
+def result_and_gradients(function, x: Tensor, weight: Tensor, g: Tensor) -> list[Tensor]:
+    y = function(x, weight)
+    return [y.detach(), *torch.autograd.grad(y, (x, weight), g)]
+
+
+def exact(*inputs: Tensor) -> list[Tensor]:
+    x, weight, g = (t.detach().double().requires_grad_() for t in inputs)
+    return result_and_gradients(reference, x, weight, g)
+
+
+def by_kernels(x: Tensor, weight: Tensor) -> Tensor:
+    assert fused.obstacle(x) is None
+    return global_filter(x, weight, 'fused')
+
+
+def assert_near(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape
+        assert (a.double() - e).abs().max() <= tolerance * e.abs().max()
+
+
+@pytest.mark.skipif(INTERPRETED, reason='the interpreter runs')
+def test_under_the_interpreter():
+    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__]
+    run = subprocess.run(
+        command, env={**os.environ, 'TRITON_INTERPRET': '1'}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert 'passed' in run.stdout
+
+
+# Of a multiprocessor in bytes, by compute capability (CUDA programming guide).
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+TYPES = {HALF: '*fp16', BFLOAT: '*bf16', torch.float32: '*fp32', torch.int32: '*i32'}
+
+
+class Compiler:
+    """Stands in for a kernel: launches compile it for a GPU that need not be there."""
+
+    def __init__(self, kernel, capability: int) -> None:
+        self.tuner = kernel if hasattr(kernel, 'configs') else None
+        self.kernel = kernel.fn if self.tuner else kernel
+        self.capability = capability
+        self.target = triton.backends.compiler.GPUTarget('cuda', capability, 32)
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *values, num_warps: int = 0, num_stages: int = 1, **constants) -> None:
+        if self.tuner:
+            for config in self.tuner.early_config_prune(self.tuner.configs, {}, **constants):
+                self.compile(values, {**constants, **config.kwargs}, config.num_warps)
+        else:
+            self.compile(values, constants, num_warps)
+
+    def compile(self, values, constants: dict, num_warps: int) -> None:
+        signature, attributes = dict.fromkeys(self.kernel.arg_names, 'constexpr'), {}
+        for i, (name, value) in enumerate(zip(self.kernel.arg_names, values, strict=False)):
+            if isinstance(value, Tensor):
+                signature[name] = TYPES[value.dtype]
+            else:
+                signature[name] = 'i32' if isinstance(value, int) else 'fp32'
+            if isinstance(value, Tensor) or (name == 'channels' and value % 16 == 0):
+                attributes[(i,)] = [['tt.divisibility', 16]]
+        source = triton.compiler.ASTSource(self.kernel, signature, constants, attributes)
+        options = {'num_warps': num_warps, 'num_stages': 1}
+        compiled = triton.compile(source, target=self.target, options=options)
+        assert compiled.asm['cubin']
+        assert compiled.metadata.shared <= SHARED_MEMORY[self.capability]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason='Triton compiles or interprets')
+@pytest.mark.parametrize(
+    ('size', 'capability'), [((16, 16), 80), ((64, 64), 90), ((128, 128), 90)], ids=str
+)
+def test_compiles_for_a_gpu_and_fits_its_memory(monkeypatch, size, capability):
+    from gfnet_dense.spectral import fused_kernels
+
+    for name, kernel in vars(fused_kernels).copy().items():
+        if not name.startswith('_') and isinstance(kernel, triton.KernelInterface):
+            monkeypatch.setattr(fused_kernels, name, Compiler(kernel, capability))
+    with torch.no_grad():
+        x, weight, g = (t.cpu() for t in case(size, BFLOAT, channels=32))
+        fused._filter(x, weight, False)
+        fused._correlate(g, x)
+
+
+@needs_kernels
+@pytest.mark.parametrize(('size', 'dtype'), PLANES, ids=str)
+def test_maps_on_the_chip(size, dtype):
+    inputs = case(size, dtype)
+    actual = result_and_gradients(by_kernels, *inputs)
+    assert [t.dtype for t in actual] == [dtype, dtype, torch.float32]
+    assert_near(actual, exact(*inputs), ERRORS[dtype])
+
+
+@needs_kernels
+@pytest.mark.parametrize(('size', 'dtype'), LARGER, ids=str)
+def test_larger_maps(larger_blocks, size, dtype):
+    inputs = case(size, dtype, batch=1)
+    actual = result_and_gradients(by_kernels, *inputs)
+    assert_near(actual, exact(*inputs), ERRORS[dtype])
+
+
+@needs_kernels
+def test_chunks_and_blocks_of_larger_maps(monkeypatch):
+    """Blocks as GPUs have them, several of each kind, on a map that is not large."""
+    monkeypatch.setattr(fused, '_PLANE', 0)
+    monkeypatch.setattr(fused, '_CHUNK', 3 * 6 * 33 * 2)
+    inputs = case((3, 6), HALF, batch=2, channels=33)
+    actual = result_and_gradients(by_kernels, *inputs)
+    assert_near(actual, exact(*inputs), ERRORS[HALF])
+
+
+@needs_kernels
+def test_shares_of_the_images(monkeypatch):
+    monkeypatch.setattr(fused, '_PROGRAMS', 2)
+    inputs = case((4, 3), HALF, batch=3, channels=1)
+    actual = result_and_gradients(by_kernels, *inputs)
+    assert_near(actual, exact(*inputs), ERRORS[HALF])
+
+
+@needs_kernels
+def test_the_same_every_time_and_from_any_strides():
+    x, weight, g = case((7, 6), BFLOAT, batch=1, channels=20)
+    first = result_and_gradients(by_kernels, x, weight, g)
+    x, g = (t.detach().movedim(-1, 1).contiguous().movedim(1, -1) for t in (x, g))
+    weight = weight.detach().repeat_interleave(2, dim=1)[:, ::2]
+    assert not (x.is_contiguous() or weight.is_contiguous() or g.is_contiguous())
+    inputs = x.requires_grad_(), weight.requires_grad_()
+    second = result_and_gradients(by_kernels, *inputs, g)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@needs_kernels
+@dtypes
+def test_the_whole_range_of_values(dtype):
+    """Sums beyond the range, neighbours a million times smaller, and results that fit again."""
+    largest, size = torch.finfo(dtype).max, (7, 12)
+    weight = torch.zeros(7, 7, 3, 2, device=DEVICE)
+    weight[..., 0] = 0.5
+    x = torch.rand(1, *size, 3, device=DEVICE) * 2 - 1
+    x[..., 1] = torch.tensor([1.0, -1.0], device=DEVICE).repeat(6)
+    x[..., 2] *= 1e-6
+    y = by_kernels((x * largest).to(dtype), weight)
+    expected = (x * largest).to(dtype).double() / 2
+    for channel in range(3):
+        assert_near([y[..., channel]], [expected[..., channel]], ERRORS[dtype])
+    if dtype == BFLOAT:
+        y = by_kernels((1e-30 * x).to(dtype), torch.full_like(weight, 3e38))
+        expected = reference((1e-30 * x).to(dtype), torch.full_like(weight, 3e38))
+        assert_near([y], [expected], ERRORS[dtype])
+    assert not by_kernels(torch.zeros_like(x, dtype=dtype), weight).any()
+
+
+@needs_kernels
+def test_gradients_of_gradients():
+    x, weight, _ = case((3, 4), HALF)
+
+    def second(function, x: Tensor, weight: Tensor) -> list[Tensor]:
+        y = function(x, weight).double()
+        first = torch.autograd.grad((y**2).sum(), (x, weight), create_graph=True)
+        return list(torch.autograd.grad(sum((t.double() ** 2).sum() for t in first), (x, weight)))
+
+    inputs = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    assert_near(second(by_kernels, x, weight), second(reference, *inputs), 3 * ERRORS[HALF])
+
+
+@needs_kernels
+def test_operators_are_what_torch_asks_for():
+    x, weight, g = case((4, 3), HALF, batch=1)
+    checks = ('test_schema', 'test_autograd_registration', 'test_faketensor')
+    torch.library.opcheck(fused._filter, (x, weight, True), test_utils=checks)
+    torch.library.opcheck(fused._correlate, (g.requires_grad_(), x), test_utils=checks)
+
+
+@needs_kernels
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_compiles_to_one_graph_with_its_gradients(dynamic):
+    torch.compiler.reset()
+    run = torch.compile(by_kernels, backend='aot_eager', fullgraph=True, dynamic=dynamic)
+    inputs = case((4, 6), BFLOAT, batch=1)
+    actual = result_and_gradients(run, *inputs)
+    expected = result_and_gradients(by_kernels, *inputs)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@needs_kernels
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')  # sizes become constants, as meant
+def test_exported_graphs_hold_operators_of_torch_alone():
+    layer = GlobalFilter(2, (4, 6), backend='fused').to(DEVICE)
+    x = torch.randn(1, 4, 6, 2, device=DEVICE, dtype=HALF)
+    traced = torch.jit.trace(layer, x, check_trace=False).inlined_graph
+    for graph in (traced, torch.export.export(layer, (x,)).graph):
+        assert 'bmm' in str(graph)
+        assert not re.search(r'gfnet_dense(::|\.)(filter|correlate)\b', str(graph))
+
+
+@needs_kernels
+def test_trains_under_ddp(tmp_path):
+    distributed.init_process_group(
+        'gloo', store=distributed.FileStore(str(tmp_path / 'store')), rank=0, world_size=1
+    )
+    try:
+        layer = GlobalFilter(2, (4, 3), backend='fused').to(DEVICE)
+        start = layer.complex_weight.detach().clone()
+        parallel = nn.parallel.DistributedDataParallel(layer)
+        optimizer = torch.optim.SGD(parallel.parameters(), lr=1.0)
+        weight = start.double().requires_grad_()
+        for x in torch.randn(2, 1, 4, 3, 2, device=DEVICE).to(HALF):
+            optimizer.zero_grad()
+            parallel(x).double().square().mean().backward()
+            optimizer.step()
+            (gradient,) = torch.autograd.grad(reference(x, weight).square().mean(), weight)
+            weight = (weight - gradient).detach().requires_grad_()
+        steps = [layer.complex_weight.detach() - start], [(weight - start).detach()]
+        assert_near(*steps, ERRORS[HALF])
+    finally:
+        distributed.destroy_process_group()
+
+
+@needs_kernels
+def test_gradients_only_where_they_are_asked_for(monkeypatch):
+    x, weight, g = case((3, 2), HALF, batch=1)
+    expected = result_and_gradients(by_kernels, x, weight, g)[1:]
+    for index, tensor in enumerate((x, weight)):
+        for t in (x, weight):
+            t.requires_grad_(t is tensor)
+        (gradient,) = torch.autograd.grad(by_kernels(x, weight), tensor, g)
+        assert torch.equal(gradient, expected[index])
+
+
+@needs_kernels
+def test_under_autocast_the_layer_works_in_16_bits():
+    layer = GlobalFilter(3, (4, 6), backend='fused').to(DEVICE)
+    x = torch.randn(1, 4, 6, 3, device=DEVICE, requires_grad=True)
+    saved = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+    with hooks, torch.autocast(DEVICE, torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert [t.dtype for t in saved if t.shape == x.shape] == [torch.bfloat16]
+    y.sum().backward()
+    assert x.grad.dtype == layer.complex_weight.grad.dtype == torch.float32
+    assert_near([y], [reference(x.bfloat16(), layer.complex_weight)], ERRORS[BFLOAT])
+
+
+@needs_kernels
+def test_no_images():
+    x, weight, g = case((4, 3), HALF, batch=0)
+    y, *gradients = result_and_gradients(by_kernels, x, weight, g)
+    assert y.shape == gradients[0].shape == x.shape
+    assert not gradients[1].any()
+
+
+@needs_gpu
+def test_cuda_graphs():
+    x, weight, g = case((16, 16), BFLOAT)
+    result_and_gradients(by_kernels, x, weight, g)  # compiles and tunes, which no graph holds
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = result_and_gradients(by_kernels, x, weight, g)
+    with torch.no_grad():
+        x.normal_()
+    graph.replay()
+    expected = result_and_gradients(by_kernels, x, weight, g)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@needs_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+def test_a_device_that_is_not_the_current_one():
+    inputs = case((16, 16), BFLOAT)
+    expected = result_and_gradients(by_kernels, *inputs)
+    others = [t.detach().to('cuda:1') for t in inputs]
+    actual = result_and_gradients(by_kernels, *(t.requires_grad_() for t in others))
+    assert all(torch.equal(a.cpu(), e.cpu()) for a, e in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ('shape', 'dtype', 'message'),
+    [
+        ((1, 4, 4, 1), torch.float32, 'not torch.float32'),
+        ((1, 513, 1, 1), torch.bfloat16, 'up to 512 cells'),
+        ((1, 512, 512, 4096), torch.bfloat16, r'2\*\*30 values'),
+        ((1, 4, 4, 1), torch.bfloat16, None if INTERPRETED else 'NVIDIA GPU'),
+    ],
+)
+def test_what_the_kernels_do_not_take(shape, dtype, message):
+    reason = fused.obstacle(torch.empty(1, dtype=dtype).expand(shape))
+    assert re.search(message, reason) if message else reason is None
+
+
+def test_falls_back_and_says_so_once(caplog):
+    spectral._report.cache_clear()
+    x, weight = torch.randn(2, 4, 6, 3), torch.randn(4, 4, 3, 2)
+    with caplog.at_level(logging.DEBUG, spectral.__name__):
+        y, _ = (global_filter(x, weight, 'fused') for _ in range(2))
+    assert torch.equal(y, global_filter(x, weight))
+    (record,) = caplog.records
+    assert record.levelno == logging.DEBUG
+    assert 'float32' in record.message
