@@ -78,7 +78,7 @@ def main(folder: Path) -> None:
     run, whole = folder / 'run', folder / 'whole'
     halves = 0
     for moment in range(MOMENTS):
-        killed(run, iterations=10_000, while_writing=moment % 2 == 1)
+        killed(run, iterations=500, while_writing=moment % 2 == 1)
         halves += len([*run.glob('*.partial')])
         done, found = max(losses(run)), latest_checkpoint(run)
         saved = int(found.stem.split('_')[1]) if found else 0
