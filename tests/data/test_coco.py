@@ -125,9 +125,9 @@ def test_classes_that_the_file_does_not_have(build):
     """mmdet gives no error: it numbers the categories that match, so that dog would be cat."""
     dataset = build(('cat', 'horse', 'dog'))
     assert len(dataset.cat_ids) == 2
-    with pytest.raises(DataError, match='1 of 3 classes .*: horse; it has cat, dog: .*metainfo'):
+    with pytest.raises(DataError, match=r'1 of 3 classes .*: horse; it has cat, dog: .*metainfo'):
         check_coco(dataset)
-    with pytest.raises(DataError, match='80 of 80|78 of 80'):
+    with pytest.raises(DataError, match='78 of 80 classes'):
         check_coco(build(CocoDataset.METAINFO['classes']))
 
 
@@ -146,7 +146,7 @@ def test_some_of_the_classes_are_enough(build):
 
 def test_a_single_name_without_its_comma(build):
     with pytest.raises(DataError, match=r"text 'dog'.*\('dog',\)"):
-        check_coco(build(('dog')))
+        check_coco(build('dog'))
 
 
 def test_category_ids_that_the_file_does_not_declare(build, content):

@@ -41,7 +41,9 @@ def config(kind: str, root: Path, work_dir: Path, annotations: str, images: str)
         cfg.model.neck.in_channels = [8, 64, 128, 256]
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         loader.update(batch_size=2, num_workers=0, persistent_workers=False)
-        loader.dataset.update(data_root=str(root), ann_file=annotations, data_prefix=dict(img=images))
+        loader.dataset.update(
+            data_root=str(root), ann_file=annotations, data_prefix=dict(img=images)
+        )
     for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
         evaluator.ann_file = str(root / annotations)
     cfg.train_cfg.update(max_epochs=1, val_interval=2)
