@@ -5,6 +5,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -165,6 +166,23 @@ def test_cascade_trains_at_many_scales():
 
 
 @pytest.mark.parametrize('name', COCO)
+def test_boxes_can_be_averaged_over_scales_and_flips_and_masks_cannot(name):
+    import mmdet.datasets.transforms  # noqa: F401
+    from mmengine.dataset import Compose
+
+    cfg = load(name)
+    assert ('tta_model' in cfg) == ('tta_pipeline' in cfg) == (kind(name) == 'retinanet')
+    if kind(name) != 'retinanet':
+        return
+    init_default_scope('mmdet')
+    image = dict(img=np.zeros((48, 64, 3), np.uint8), img_id=0, img_path='', ori_shape=(48, 64))
+    views = Compose(cfg.tta_pipeline[1:])(dict(image, img_shape=(48, 64)))
+    shapes = {(tuple(s.img_shape), s.flip) for s in views['data_samples']}
+    sizes = [(800, 1067), (400, 533), (1200, 1600)]
+    assert shapes == {(size, flip) for size in sizes for flip in (False, True)}
+
+
+@pytest.mark.parametrize('name', COCO)
 def test_classes_are_those_of_coco_and_of_the_heads(name):
     from mmdet.datasets import CocoDataset
 
@@ -283,3 +301,17 @@ def test_batches_of_any_size_in_one_run(name):
     with torch.no_grad():
         found = model.predict(torch.randn(1, 3, 64, 96), samples([(64, 96)], (64, 96), [0]))
     assert found[0].pred_instances.bboxes.shape[1] == 4
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_inference_needs_no_data_and_no_pretrained_weights(name, monkeypatch, tmp_path):
+    from mmdet.apis import inference_detector, init_detector
+
+    monkeypatch.chdir(tmp_path)
+    cfg = shrink(load(name))
+    cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='gfnet-h-s')
+    cfg.test_dataloader.dataset.pipeline[1].scale = (128, 96)
+    model = init_detector(cfg, device='cpu')
+    assert len(model.dataset_meta['classes']) == len(model.dataset_meta['palette']) == 80
+    found = inference_detector(model, np.zeros((48, 60, 3), np.uint8)).pred_instances
+    assert (found.bboxes <= torch.tensor([60, 48, 60, 48])).all()

@@ -148,6 +148,40 @@ def test_a_killed_run_resumes_from_its_latest_checkpoint(tmp_path, environment):
     assert steps == {saved + 2}
 
 
+def test_an_image_that_is_deleted_during_the_run_is_named(tmp_path, environment):
+    digits = write_digits(tmp_path / 'digits', num_training=8, num_validation=1)
+    command = [
+        sys.executable, ROOT / 'tools/train.py', CONFIG, '--work-dir', tmp_path / 'run',
+        '--cfg-options', *SHORT, 'train_cfg.val_interval=10000', 'train_cfg.max_iters=10000',
+        'train_dataloader.num_workers=1',
+    ]  # fmt: skip
+    with open(tmp_path / 'out', 'w') as out:
+        process = subprocess.Popen(
+            [*map(str, command)],
+            env={**environment, 'DIGITS_ROOT': str(digits)},
+            stdout=out,
+            stderr=out,
+        )
+    while not (tmp_path / 'run/iter_2.pth').exists() and process.poll() is None:
+        time.sleep(0.1)
+    (gone := sorted((digits / 'images/training').iterdir())[3]).unlink()
+    assert process.wait(timeout=100) != 0
+    output = (tmp_path / 'out').read_text()
+    last = output.strip().splitlines()[-1]
+    assert 'DataError' in last and f'{gone} cannot be loaded: FileNotFoundError' in last
+    assert 'The last checkpoint is' in output
+
+
+def test_an_unknown_head_is_named(tmp_path, environment):
+    result = subprocess.run(
+        [sys.executable, ROOT / 'tools/train.py', CONFIG, '--work-dir', tmp_path,
+         '--cfg-options', 'model.decode_head.type=FooHead'],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "KeyError: 'FooHead is not in the mmseg::model registry" in result.stderr
+
+
 def test_evaluation_predicts_draws_and_averages(trained, digits, environment, tmp_path):
     work_dir, trained_out = trained
     labels, pictures, dump = tmp_path / 'labels', tmp_path / 'pictures', tmp_path / 'all.pkl'

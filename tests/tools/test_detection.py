@@ -1,0 +1,238 @@
+"""Detection on the command line, and OpenMMLab's inference functions on what was trained here."""
+
+import json
+import os
+import pickle
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from PIL import Image
+
+from gfnet_dense.data import CLASSES, PALETTE, write_digits
+from gfnet_dense.engine import evaluate, train
+
+ROOT = Path(__file__).parents[2]
+DETECTOR = ROOT / 'configs' / 'mask_rcnn_gfnet_nano_digits.py'
+SEGMENTOR = ROOT / 'configs' / 'upernet_gfnet_nano_digits.py'
+# What mmengine says when it turns the safety of loading off.
+UNSAFE = 'safely load'
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp('data') / 'digits'
+    return write_digits(root, num_training=4, num_validation=3)
+
+
+@pytest.fixture(scope='module')
+def environment(digits) -> dict[str, str]:
+    return {
+        **os.environ,
+        'DIGITS_ROOT': str(digits),
+        'OMP_NUM_THREADS': '1',
+        'PYTHON': sys.executable,
+    }
+
+
+def run(*command, environment, cwd) -> str:
+    result = subprocess.run(
+        [str(c) for c in command],
+        env=environment,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout[-5000:]
+    return result.stdout
+
+
+def metrics(out: str) -> dict[str, float]:
+    return {key: float(value) for key, value in re.findall(r'(coco/\w+): (-?[\d.]+)', out)}
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory, digits) -> tuple[Path, str]:
+    """Train Mask R-CNN for two iterations; return checkpoint and log."""
+    work_dir = tmp_path_factory.mktemp('detector')
+    cfg = detector(digits)
+    cfg.train_cfg.update(max_epochs=1, val_interval=1)
+    cfg.train_dataloader.batch_size = 2
+    train(cfg, work_dir=str(work_dir), seed=0, auto_scale_lr=True)
+    (log,) = work_dir.glob('*/*.log')
+    return work_dir / 'epoch_1.pth', log.read_text()
+
+
+@pytest.fixture(scope='module')
+def evaluated(trained, digits, tmp_path_factory) -> tuple[list[dict], dict[str, float]]:
+    """Evaluate it in one process; return predictions and metrics."""
+    work_dir = tmp_path_factory.mktemp('evaluated')
+    found = evaluate(
+        detector(digits), trained[0], work_dir=str(work_dir), out=str(work_dir / 'all.pkl')
+    )
+    return pickle.loads((work_dir / 'all.pkl').read_bytes()), found
+
+
+def detector(digits: Path, truth: Path | None = None) -> Config:
+    cfg = on_digits(Config.fromfile(DETECTOR), digits)
+    truth = truth or digits / 'annotations/instances_validation.json'
+    for part in (cfg.val_evaluator, cfg.test_evaluator, cfg.test_dataloader.dataset):
+        part.ann_file = str(truth)
+    return cfg
+
+
+def on_digits(cfg: Config, digits: Path) -> Config:
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.update(batch_size=4, num_workers=0, persistent_workers=False)
+        loader.dataset.data_root = str(digits)
+    return cfg
+
+
+def test_training_says_what_it_does(trained, digits):
+    _, out = trained
+    for line in (
+        r'model +MaskRCNN of GFNetPyramid, FPN, RPNHead, StandardRoIHead; 3\.\d\dM parameters',
+        rf'training data +4 images, CocoDataset in {re.escape(str(digits))}',
+        rf'validation data +3 images, CocoDataset in {re.escape(str(digits))}',
+        r'total batch +2 ',
+        r'learning rate +0\.00025\n',  # made for 16 images at 0.002
+    ):
+        assert re.search(line, out), line
+    assert set(metrics(out)) >= {'coco/bbox_mAP', 'coco/segm_mAP', 'coco/bbox_mAP_50'}
+
+
+def test_evaluation_predicts_boxes_and_masks(trained, evaluated):
+    predictions, found = evaluated
+    # The evaluation during training saw the same weights and data.
+    assert found == pytest.approx(metrics(trained[1]))
+    assert [Path(p['img_path']).name for p in predictions] == [
+        f'ADE_val_0000000{i}.jpg' for i in (1, 2, 3)
+    ]
+    for prediction in predictions:
+        instances = prediction['pred_instances']
+        assert len(instances['bboxes']) == len(instances['masks']) > 0
+        assert all(mask['size'] == [64, 64] for mask in instances['masks'])
+
+
+def test_two_processes_evaluate_to_the_same(trained, evaluated, digits, environment, tmp_path):
+    """Three images on two processes: one of them is seen twice, and must count once.
+
+    The truth is made of predictions, so that there is a mAP to compare.
+    """
+    truth = tmp_path / 'truth.json'
+    truth.write_text(json.dumps(truth_of(evaluated[0])))
+    one = evaluate(
+        detector(digits, truth), trained[0], work_dir=str(tmp_path), out=str(tmp_path / '1.pkl')
+    )
+    with socket.socket() as server:
+        server.bind(('127.0.0.1', 0))
+        port = str(server.getsockname()[1])
+    out = run(
+        'bash', ROOT / 'tools/dist_test.sh', DETECTOR, trained[0], 2, '--out', '2.pkl',
+        '--show-dir', 'pictures', '--cfg-options', f'test_evaluator.ann_file={truth}',
+        f'test_dataloader.dataset.ann_file={truth}', 'test_dataloader.num_workers=0',
+        'test_dataloader.persistent_workers=False',
+        'default_hooks.visualization.score_thr=0.05',  # untrained scores are low
+        environment={**environment, 'MASTER_PORT': port}, cwd=tmp_path,
+    )  # fmt: skip
+    assert UNSAFE not in out
+    assert 0.1 < one['coco/bbox_mAP'] < 0.9
+    assert metrics(out) == pytest.approx(one)
+    dumps = [pickle.loads((tmp_path / f'{n}.pkl').read_bytes()) for n in (1, 2)]
+    for a, b in zip(*dumps, strict=True):
+        assert a['img_id'] == b['img_id']
+        torch.testing.assert_close(a['pred_instances']['bboxes'], b['pred_instances']['bboxes'])
+
+    pictures = list((tmp_path / 'pictures').rglob('*.png'))
+    assert len(pictures) == 2  # those of the first process
+    for picture in pictures:  # truth beside prediction, drawn alike and so different
+        left, right = np.split(np.asarray(Image.open(picture)), 2, axis=1)
+        assert left.shape == (64, 64, 3)
+        assert not np.array_equal(left, right)
+
+
+def truth_of(predictions: list[dict]) -> dict:
+    """Return annotations: of each image a few predictions, in the last image of another class."""
+    images, annotations = [], []
+    for prediction in predictions:
+        image = prediction['img_id']
+        images.append(
+            dict(id=image, file_name=Path(prediction['img_path']).name, width=64, height=64)
+        )
+        found = prediction['pred_instances']
+        for i in range(0, 12, 4):
+            left, top, right, bottom = found['bboxes'][i].tolist()
+            mask = found['masks'][i]
+            annotations.append(
+                dict(
+                    id=len(annotations) + 1,
+                    image_id=image,
+                    category_id=1 + (int(found['labels'][i]) + (image == 3)) % 10,
+                    bbox=[left, top, right - left, bottom - top],
+                    area=(right - left) * (bottom - top),
+                    segmentation=dict(size=mask['size'], counts=mask['counts'].decode()),
+                    iscrowd=0,
+                )
+            )
+    categories = [dict(id=i, name=name) for i, name in enumerate(CLASSES[1:], start=1)]
+    return dict(images=images, annotations=annotations, categories=categories)
+
+
+def infer(task: str, config: Path, checkpoint: Path, image: Path, environment, cwd) -> dict:
+    # Somewhere without data and without our package among what is imported at the start.
+    environment = {key: value for key, value in environment.items() if key != 'DIGITS_ROOT'}
+    script = Path(__file__).with_name('inference.py')
+    out = run(
+        sys.executable, script, task, config, checkpoint, image, environment=environment, cwd=cwd
+    )
+    assert UNSAFE not in out
+    return json.loads(out.splitlines()[-1])
+
+
+def test_mmdets_inference_functions(trained, evaluated, digits, environment, tmp_path):
+    image = digits / 'images/validation/ADE_val_00000002.jpg'
+    found = infer('detection', DETECTOR, trained[0], image, environment, tmp_path)
+    expected = evaluated[0][1]['pred_instances']
+    for key in ('bboxes', 'scores', 'labels'):
+        np.testing.assert_allclose(found['init_detector'][key], expected[key], rtol=1e-4, atol=1e-4)
+    assert len(found['masks']) == len(expected['masks'])
+    for name in ('DetInferencer', 'alone'):
+        np.testing.assert_allclose(
+            found[name]['bboxes'], expected['bboxes'], rtol=1e-4, atol=1e-4, err_msg=name
+        )
+    for meta in found['meta']:
+        assert tuple(meta['classes']) == CLASSES[1:]
+        assert tuple(map(tuple, meta['palette'])) == PALETTE[1:]
+
+
+@pytest.fixture(scope='module')
+def segmentor(digits, tmp_path_factory) -> tuple[Path, Path]:
+    """Train two iterations of UperNet; return the checkpoint and the labels it predicts."""
+    work_dir = tmp_path_factory.mktemp('segmentor')
+    cfg = on_digits(Config.fromfile(SEGMENTOR), digits)
+    cfg.train_cfg.update(max_iters=2, val_interval=1)
+    cfg.default_hooks.checkpoint.interval = 1
+    train(cfg, work_dir=str(work_dir), seed=0)
+    checkpoint, labels = work_dir / 'iter_2.pth', work_dir / 'labels'
+    evaluate(cfg, checkpoint, work_dir=str(work_dir), out=str(labels))
+    return checkpoint, labels
+
+
+def test_mmsegs_inference_functions(segmentor, digits, environment, tmp_path):
+    checkpoint, labels = segmentor
+    image = digits / 'images/validation/ADE_val_00000002.jpg'
+    found = infer('segmentation', SEGMENTOR, checkpoint, image, environment, tmp_path)
+    expected = np.asarray(Image.open(labels / 'ADE_val_00000002.png')).astype(int) - 1
+    for name in ('init_model', 'MMSegInferencer'):
+        np.testing.assert_array_equal(found[name], expected)
+    for meta in found['meta']:
+        assert tuple(meta['classes']) == CLASSES
+        assert tuple(map(tuple, meta['palette'])) == PALETTE
