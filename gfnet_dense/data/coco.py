@@ -1,8 +1,8 @@
 """What is wrong with a detection data set, said before the training that it would end or spoil.
 
-A built data set tells which images it will open and which labels it gives. That those labels are
-the classes of its config is not its concern: it numbers the categories as its annotation file
-lists them, and what it cannot use it drops. So the file is looked at once more.
+A built data set tells which images it will open and how it numbers the categories of its
+annotation file. Whether those are the classes of its config only the file tells, and what was
+dropped from it. So the file is read once more.
 """
 
 from collections import Counter
@@ -55,50 +55,47 @@ def _check_categories(dataset: Any) -> None:
             f'({classes!r},)'
         )
     content = fileio.load(file, backend_args=dataset.backend_args)
-    categories = content['categories']
-    labelled = [category['name'] for category in categories if category['name'] in classes]
-    absent = [name for name in classes if name not in labelled]
+    names = {category['id']: category['name'] for category in content['categories']}
+    absent = [name for name in classes if name not in names.values()]
     if absent:
         raise DataError(
             f'{len(absent)} of {len(classes)} classes are no category of {file}: {_first(absent)}; '
-            f'it has {_first([category["name"] for category in categories], 10)}: correct the '
-            'classes in the metainfo of the dataset'
+            f'it has {_first([*names.values()], 10)}: correct the classes in the metainfo of the '
+            'dataset'
         )
-    if labelled != list(classes):
+    labelled = tuple(names[i] for i in sorted(dataset.cat2label, key=dataset.cat2label.get))
+    if labelled != tuple(classes):
         raise DataError(
             f'{file} lists the classes in another order, and labels follow it: write them as '
-            f'{tuple(labelled)} in the metainfo of the dataset'
+            f'{labelled} in the metainfo of the dataset'
         )
-    known = {category['id'] for category in categories}
-    unknown = Counter(
-        annotation['category_id']
-        for annotation in content['annotations']
-        if annotation['category_id'] not in known
-    )
+    boxes = [annotation for annotation in content['annotations'] if 'bbox' in annotation]
+    unknown = Counter(box['category_id'] for box in boxes if box['category_id'] not in names)
     if unknown:
         raise DataError(
-            f'{unknown.total()} of {len(content["annotations"])} annotations in {file} have a '
-            f'category_id that its categories have not: {_first(sorted(unknown))}; they have '
-            f'{_first(sorted(known), 10)}'
+            f'{unknown.total()} of {len(boxes)} annotations in {file} have a category_id that its '
+            f'categories have not: {_first(sorted(unknown))}; they have '
+            f'{_first(sorted(names), 10)}: correct the file'
         )
     sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
-    unused = sum(not _has_area(annotation, sizes) for annotation in content['annotations'])
+    unused = sum(not _has_area(box, sizes) for box in boxes)
     if unused:
         print_log(
-            f'{unused} of {len(content["annotations"])} boxes in {file} have no area in their '
-            'image and are not used',
+            f'{unused} of {len(boxes)} boxes in {file} have no area in their image and are not '
+            'used',
             logger='current',
         )
 
 
-def _has_area(annotation: Mapping[str, Any], sizes: Mapping[Any, tuple[float, float]]) -> bool:
-    left, top, width, height = annotation['bbox']
-    image_width, image_height = sizes.get(annotation['image_id'], (0, 0))
+def _has_area(box: Mapping[str, Any], sizes: Mapping[Any, tuple[float, float]]) -> bool:
+    """Tell whether mmdet uses a box, by the rule of its `CocoDataset`."""
+    left, top, width, height = box['bbox']
+    image_width, image_height = sizes.get(box['image_id'], (0, 0))
     return (
         min(left + width, image_width) > max(left, 0)
         and min(top + height, image_height) > max(top, 0)
         and min(width, height) >= 1
-        and annotation['area'] > 0
+        and box['area'] > 0
     )
 
 
