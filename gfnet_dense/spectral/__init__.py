@@ -74,8 +74,8 @@ def global_filter(x: Tensor, weight: Tensor, backend: str = 'auto') -> Tensor:
             - `'dense'`: products with real Fourier matrices; for small maps, and for compilers
               and exporters, which know no complex dtype.
             - `'fused'`: Triton kernels that move less memory, for maps of 16 bits and up to 512
-              cells a side on NVIDIA GPUs. No GPU has measured them yet. Any other map is left to
-              `'auto'`, and the logger of this package says why, once, at debug level.
+              cells a side on NVIDIA GPUs. Their speed has not been measured yet. Any other map is
+              left to `'auto'`, and the logger of this package says why, once, at debug level.
             - `'auto'`: the one that is faster for this map on this device; in a graph that is
               compiled, exported or traced `'dense'`.
 

@@ -28,8 +28,8 @@ _ROWS = 2
 # the L2 cache: 40 MB on an A100, 50 MB on an H100.
 _CHUNK = 2**24
 
-# Programs that share out the gradient of a spectrum: two for each multiprocessor of an H100, on
-# every device, so that the order of a sum is the same on all of them.
+# Programs among which the gradient of a spectrum is shared out: two for each multiprocessor of an
+# H100. The same on every device, and so is the order in which images are summed up.
 _PROGRAMS = 264
 
 
@@ -156,7 +156,7 @@ def _correlate_planes(g: Tensor, x: Tensor) -> Tensor:
 
     batch, height, width, channels = x.shape
     half_h, half_w = _half(height), _half(width)
-    # As many registers as a multiprocessor has hold the parts of 8 channels of 64 x 64 cells.
+    # Of two maps of 64 x 64 cells 16 warps hold 8 channels, and the sums for 16 slots along W.
     area, slots = half_h * half_w, min(half_w, 16)
     block = 8 if area >= 256 else 16
     grid = _ceil(channels, block), half_w // slots

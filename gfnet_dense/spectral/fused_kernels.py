@@ -32,13 +32,14 @@ _NONE = tl.constexpr(-1000)  # the exponent of what there is none of
 
 @triton.jit
 def _power(exponent):
-    """Return 2 to an integer within [-126, 127]."""
+    """Return 2 to an integer; to the nearest one that float32 has, without subnormal ones."""
+    exponent = tl.minimum(tl.maximum(exponent, -126), 127)
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _scale(x, exponent):
-    """Multiply by 2 to an integer within [-252, 254]; in two steps, neither of which overflows."""
+    """Multiply by 2 to an integer, in two steps: a single factor could overflow."""
     first = exponent // 2
     return x * _power(first) * _power(exponent - first)
 
@@ -46,7 +47,7 @@ def _scale(x, exponent):
 @triton.jit
 def _align(x, exponent, largest):
     """Bring values of several exponents, none above `largest`, to that one."""
-    return x * _power(tl.maximum(exponent - largest, -126))
+    return x * _power(exponent - largest)
 
 
 @triton.jit
@@ -221,11 +222,14 @@ def _load_plane(ptr, shape, c, HALF_H: tl.constexpr, HALF_W: tl.constexpr):
     bottom_right = 0.25 * _load(ptr, _corner(shape, c, HALF_H, HALF_W, True, True))
     top_even, top_odd = top_left + top_right, top_left - top_right
     bottom_even, bottom_odd = bottom_left + bottom_right, bottom_left - bottom_right
-    even = top_even + bottom_even, top_even - bottom_even
-    odd = top_odd + bottom_odd, top_odd - bottom_odd
-    parts = even[0], even[1], odd[0], odd[1]
+    parts = (
+        top_even + bottom_even,
+        top_even - bottom_even,
+        top_odd + bottom_odd,
+        top_odd - bottom_odd,
+    )
     shift = _headroom(parts)
-    return _operands(_times(parts, _power(shift))), 2 - shift
+    return _operands(_times(parts, _power(shift))), 2 - shift  # 2**2 for the quarter
 
 
 # At slot (u, v) four coefficients stand for two complex values of the spectrum, at the frequencies
@@ -410,8 +414,9 @@ def _fitting(configs, arguments, HALF_H, HALF_W, **_):
     ]
 
 
-# Of few channels, which leave room for other programs that wait for memory less, or of many, which
-# read it in longer pieces. Nothing can be timed where kernels are interpreted.
+# Channels and warps. With few channels several programs share a multiprocessor, and one computes
+# while another waits for memory; with many, memory is read in longer pieces. Where kernels are
+# interpreted there is nothing to time.
 _BLOCKS = ((8, 4), (8, 8), (8, 16), (16, 4), (16, 8), (32, 4), (32, 8))
 
 

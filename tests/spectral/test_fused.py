@@ -77,7 +77,7 @@ def _as_on_a_gpu(monkeypatch):
         monkeypatch.setattr(interpreter.interpreter_builder, 'options', quick)
     if INTERPRETED or torch.cuda.is_available():
         # Fills what `empty` returns with NaN.
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True, warn_only=True)
         yield
         torch.use_deterministic_algorithms(False)
     else:
