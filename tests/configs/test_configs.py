@@ -11,7 +11,6 @@ from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
 from gfnet_dense.data import CLASSES
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
-README = Path(__file__).parents[2] / 'README.md'
 EXPECTED = {
     'fpn_gfnet_h_b_ade20k',
     'fpn_gfnet_h_s_ade20k',
@@ -80,7 +79,8 @@ def class_names(cfg: Config) -> tuple[str, ...]:
 def test_parameters_are_those_of_the_docs(name):
     model = build(load(name))
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(PARAMETERS[name], abs=5e3)
-    row = next(line for line in README.read_text().splitlines() if f'`{name}.py`' in line)
+    page = (CONFIGS / 'README.md').read_text()
+    row = next(line for line in page.splitlines() if f'({name}.py)' in line)
     assert f'{PARAMETERS[name] / 1e6:.2f}M' in row
 
 
