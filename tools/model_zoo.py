@@ -104,19 +104,19 @@ Stanford Cars.
 ## The embedded digits
 
 Very small networks that show that an installation works. They are no evidence about the data sets
-above. Write the data with `python tools/make_digits.py`, for classification with `--scans`, and train
-with `python tools/train.py CONFIG --seed 0`. Measured on held-out digits, the last checkpoint:
+above. Write the data with `python tools/make_digits.py`, for classification with `--scans`, and
+train with `python tools/train.py CONFIG --seed 0`. Measured on held-out digits, the last checkpoint:
 
 | config | metric | measured here | without training |
 |---|---|---|---|
-| [gfnet_nano_digits](gfnet_nano_digits.py) | top-1 | 94.5 | 10, of ten classes |
-| [upernet_gfnet_nano_digits](upernet_gfnet_nano_digits.py) | mIoU | 74.7 | 7.6, always background |
-| [mask_rcnn_gfnet_nano_digits](mask_rcnn_gfnet_nano_digits.py) | box AP / mask AP | 72.3 / 80.2 | 0.0 |
-| [retinanet_gfnet_nano_digits](retinanet_gfnet_nano_digits.py) | box AP | 21.4 | not measured |
+| [classifier](gfnet_nano_digits.py) | top-1 | 94.5 | 10, of ten classes |
+| [UperNet](upernet_gfnet_nano_digits.py) | mIoU | 74.7 | 7.6, always background |
+| [Mask R-CNN](mask_rcnn_gfnet_nano_digits.py) | box AP / mask AP | 72.3 / 80.2 | 0.0 |
+| [RetinaNet](retinanet_gfnet_nano_digits.py) | box AP | 21.4 | not measured |
 
-Two CPU cores took 2 minutes for the first; the detectors took 15 and 17 on cores that much other work
-shared, 8 and 7 of them computing. UperNet and the detectors were measured before random numbers were
-tied to the place in the run, so that repeating them gives other digits after the point.
+Two CPU cores took 2 minutes for the first; the detectors took 15 and 17 on cores that much other
+work shared, 8 and 7 of them computing. UperNet and the detectors were measured before random
+numbers were tied to the place in the run, so that repeating them gives slightly other figures.
 """
 
 
