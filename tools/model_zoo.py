@@ -105,7 +105,7 @@ Stanford Cars.
 
 Very small networks that show that an installation works. They are no evidence about the data sets
 above. Write the data with `python tools/make_digits.py`, for classification with `--scans`, and
-train with `python tools/train.py CONFIG --seed 0`. Measured on held-out digits, the last checkpoint:
+train with `python tools/train.py CONFIG --seed 0`. Held-out digits, the last checkpoint:
 
 | config | metric | measured here | without training |
 |---|---|---|---|
