@@ -103,7 +103,7 @@ def test_training_says_what_it_does(trained, digits):
         rf'training data +4 images, CocoDataset in {re.escape(str(digits))}',
         rf'validation data +3 images, CocoDataset in {re.escape(str(digits))}',
         r'total batch +2 ',
-        r'learning rate +0\.00025\n',  # made for 16 images at 0.002
+        r'learning rate +0\.00025, scaled to the total batch from that for 16\n',
     ):
         assert re.search(line, out), line
     assert set(metrics(out)) >= {'coco/bbox_mAP', 'coco/segm_mAP', 'coco/bbox_mAP_50'}
