@@ -13,15 +13,13 @@ of what a copy on the same device reaches; and the most memory that a run took b
 """
 
 import argparse
-import platform
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from gfnet_dense.benchmark import Times, machine, measure, milliseconds, plain_filter, speedup
 from gfnet_dense.models import GFNetPyramid, GlobalFilter
 from gfnet_dense.spectral import BACKENDS, fused, global_filter
 
@@ -39,14 +37,6 @@ GPU_SWEEP = ['7x7x768', '14x14x384', '25x42x384', '28x28x192', '50x84x192', '56x
 GPU_SWEEP += ['67x67x96', '100x168x96', '200x200x96', '200x334x96']
 
 
-def baseline(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute the operator by its definition, with the gradients that autograd finds for it."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    spectrum = torch.fft.rfft2(x.to(dtype), dim=(1, 2), norm='ortho')
-    spectrum = spectrum * torch.view_as_complex(weight)
-    return torch.fft.irfft2(spectrum, s=x.shape[1:3], dim=(1, 2), norm='ortho').to(x.dtype)
-
-
 def contenders(x: Tensor) -> dict[str, Operator]:
     """Return the operators by name, those that maps like `x` are for."""
 
@@ -54,7 +44,7 @@ def contenders(x: Tensor) -> dict[str, Operator]:
         return lambda x, weight: global_filter(x, weight, backend)
 
     names = [name for name in BACKENDS if name != 'fused' or fused.obstacle(x) is None]
-    return {'baseline': baseline, **{name: by(name) for name in names}}
+    return {'baseline': plain_filter, **{name: by(name) for name in names}}
 
 
 def task(operator: Operator, x: Tensor, weight: Tensor, backward: bool) -> Run:
@@ -75,7 +65,7 @@ def training_steps(names: list[str], device: str) -> dict[str, Run]:
     def step(name: str) -> None:
         for layer in layers:
             if name == 'baseline':
-                layer.forward = lambda x, layer=layer: baseline(x, layer.complex_weight)
+                layer.forward = lambda x, layer=layer: plain_filter(x, layer.complex_weight)
             else:
                 layer.__dict__.pop('forward', None)
                 layer.backend = name
@@ -102,37 +92,6 @@ def captured(run: Run) -> Run:
     return graph.replay
 
 
-def seconds(run: Run, count: int, device: str) -> float:
-    """Return the time of one run, the mean of `count` in a row."""
-    start = time.perf_counter()
-    for _ in range(count):
-        run()
-    if device.startswith('cuda'):
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) / count
-
-
-def measure(
-    tasks: dict[str, Run], repeats: int, least: float, device: str
-) -> dict[str, list[float]]:
-    """Time all tasks in `repeats` turns each, of `least` seconds or one run, what is longer."""
-    counts = {}
-    for name, run in tasks.items():
-        seconds(run, 1, device)  # plans, matrices, memory
-        counts[name] = max(1, round(least / seconds(run, 1, device)))
-    times: dict[str, list[float]] = {name: [] for name in tasks}
-    for _ in range(repeats):
-        for name, run in tasks.items():
-            times[name].append(seconds(run, counts[name], device))
-    return times
-
-
-def ratio(times: dict[str, list[float]], name: str) -> str:
-    ratios = [b / t for b, t in zip(times['baseline'], times[name], strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4, method='inclusive')
-    return f'{statistics.median(ratios):.2f} ({low:.2f}-{high:.2f})'
-
-
 def peak(run: Run, device: str) -> float:
     """Return the most memory that a run takes on a GPU beyond what is there, in MB."""
     run()  # what is kept from run to run
@@ -155,15 +114,6 @@ def copy_rate(device: str) -> float:
     target = torch.empty_like(source)
     times = measure({'copy': lambda: target.copy_(source)}, 9, 0.05, device)
     return 2 * source.nbytes / statistics.median(times['copy'])
-
-
-def machine(device: str) -> str:
-    if device.startswith('cuda'):
-        return f'{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}'
-    info = Path('/proc/cpuinfo')
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(':')[1].strip() for line in lines if line.startswith('model name')]
-    return f'{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads'
 
 
 def parse_size(text: str) -> Size:
@@ -201,11 +151,11 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def print_row(label: str, times: dict[str, list[float]], details: dict[str, str]) -> None:
-    cells = [ratio(times, name) + details.get(name, '') for name in times if name != 'baseline']
-    milliseconds = f'{1000 * statistics.median(times["baseline"]):.2f}'
-    milliseconds += details.get('baseline', '')
-    print(f'| {label} | {milliseconds} |', ' | '.join(cells), '|', flush=True)
+def print_row(label: str, times: Times, details: dict[str, str]) -> None:
+    first, *others = times
+    cells = [milliseconds(times, first), *(speedup(times, name, first) for name in others)]
+    cells = [cell + details.get(name, '') for cell, name in zip(cells, times, strict=True)]
+    print(f'| {label} |', ' | '.join(cells), '|', flush=True)
 
 
 def main() -> None:
@@ -213,7 +163,7 @@ def main() -> None:
     device, on_gpu = args.device, args.device.startswith('cuda')
     dtype = getattr(torch, args.dtype)
     operators = contenders(torch.empty(1, 1, 1, 1, device=device, dtype=dtype))
-    print(f'{machine(device)}; torch {torch.__version__}; {args.dtype}, batch {args.batch}')
+    print(f'{machine(device)}; {args.dtype}, batch {args.batch}')
     print('Times as fast as the baseline: median of the turns (quartiles)')
     if on_gpu:
         torch.cuda.set_device(device)

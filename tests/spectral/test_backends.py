@@ -4,6 +4,8 @@ import functools
 import re
 
 import hypothesis.strategies as st
+import onnx
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
@@ -246,6 +248,7 @@ def test_compiles_to_one_graph_with_its_gradients(backend, dynamic):
 
 
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')  # sizes become constants, as meant
+@pytest.mark.filterwarnings('ignore:.isinstance.treespec:FutureWarning')  # torch.export in itself
 @pytest.mark.parametrize('backend', ['auto', 'dense'])
 @pytest.mark.parametrize('size', [(6, 8), (7, 5)], ids=str)
 def test_graphs_without_complex_numbers(tmp_path, backend, size):
@@ -262,6 +265,13 @@ def test_graphs_without_complex_numbers(tmp_path, backend, size):
     for graph in (traced.inlined_graph, exported.graph):
         assert 'bmm' in str(graph)
         assert not re.search('fft|complex', str(graph), re.IGNORECASE)
+
+    torch.onnx.export(exported, dynamo=True, verbose=False).save(tmp_path / 'model.onnx')
+    operators = {node.op_type for node in onnx.load(tmp_path / 'model.onnx').graph.node}
+    assert 'MatMul' in operators and 'DFT' not in operators
+    session = onnxruntime.InferenceSession(tmp_path / 'model.onnx')
+    (actual,) = session.run(None, {'x': other.numpy()})
+    assert_near([torch.from_numpy(actual)], [model(other).double()], 1e-6)
 
 
 def test_tensors_without_values_leave_nothing_behind():
