@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
-# Values of a map in one block: 1 MB in float32. Half or twice as many are about as fast.
-_BLOCK = 2**18
+# Values of a map in one block: 4 MB in float32. Smaller blocks would fit the cache of
+# a core, but leave too little for several to share.
+_BLOCK = 2**20
 
 
 class Transform(ABC):
@@ -42,7 +43,7 @@ class Transform(ABC):
         self._unit = self.height * self.width if x.dtype == torch.bfloat16 else 1
 
     @abstractmethod
-    def kernel(self, weight: Tensor) -> Tensor:
+    def kernel(self, weight: Tensor, conjugate: bool = False) -> Tensor:
         """Bring a spectrum `(H, W // 2 + 1, C, 2)` to the layout and scale of a factor."""
 
     def spectrum(self, x: Tensor) -> Tensor:
@@ -54,10 +55,12 @@ class Transform(ABC):
     def multiply(self, spectrum: Tensor, kernel: Tensor) -> Tensor:
         """Multiply a spectrum by a factor from :meth:`kernel`."""
 
-    def map(self, spectrum: Tensor) -> Tensor:
-        """Transform a spectrum back to a map `(B, H, W, C)`."""
-        x = self._inverse(spectrum)
-        return x if self._unit == 1 else x * self._unit
+    def map(self, spectrum: Tensor, out: Tensor | None = None) -> Tensor:
+        """Transform a spectrum back to a map `(B, H, W, C)`; into `out`, of any float dtype."""
+        fits = out is not None and out.dtype == self.dtype and out.is_contiguous()
+        x = self._inverse(spectrum, out if fits and self._unit == 1 else None)
+        x = x if self._unit == 1 else x * self._unit
+        return x if out is None or x is out else out.copy_(x)
 
     @abstractmethod
     def correlate(self, g: Tensor, x: Tensor) -> Tensor:
@@ -65,19 +68,22 @@ class Transform(ABC):
 
     def gradient(self, correlation: Tensor) -> Tensor:
         """Bring what :meth:`correlate` gave to layout and scale of `(H, W // 2 + 1, C, 2)`."""
-        return self._gradient(correlation) * (self._unit * self._unit)
+        gradient = self._gradient(correlation)
+        return gradient if self._unit == 1 else gradient * (self._unit * self._unit)
 
     @abstractmethod
     def _forward(self, x: Tensor) -> Tensor: ...
 
     @abstractmethod
-    def _inverse(self, spectrum: Tensor) -> Tensor: ...
+    def _inverse(self, spectrum: Tensor, out: Tensor | None) -> Tensor:
+        """Return the map, which may be `out`: contiguous memory of its shape and dtype."""
 
     @abstractmethod
     def _gradient(self, correlation: Tensor) -> Tensor: ...
 
 
 Make = Callable[[Tensor], Transform]
+Tensors = tuple[Tensor, ...]
 
 
 def filter_map(make: Make, x: Tensor, weight: Tensor) -> Tensor:
@@ -87,7 +93,7 @@ def filter_map(make: Make, x: Tensor, weight: Tensor) -> Tensor:
         with _exact(x.device):
             spectrum = transform.multiply(transform.spectrum(x), transform.kernel(weight))
             return transform.map(spectrum).to(x.dtype)
-    return _Filter.apply(x, weight, make)
+    return _run(_Filter, x, weight, make)
 
 
 def is_capturing() -> bool:
@@ -115,16 +121,29 @@ def multiplicity(width: int, device: torch.device) -> Tensor:
 # Hermitian part, which alone acts.
 
 
+def _run(function: type[Function], *inputs: Any) -> Any:
+    """Apply a function, or only compute it where nobody could ask for derivatives.
+
+    `apply` alone takes as long as the filter of a small map.
+    """
+    observed = (
+        torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+    return function.apply(*inputs) if observed else function.forward(*inputs)
+
+
 class _Filter(Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, make: Make) -> Tensor:
         y, transform = x.new_empty(x.shape), make(x)
         with _exact(x.device):
-            for channels in _channel_blocks(x):
-                kernel = transform.kernel(weight[:, :, channels])
-                for block in _blocks(x, channels):
-                    spectrum = transform.multiply(transform.spectrum(x[block]), kernel)
-                    y[block] = transform.map(spectrum)
+            for (weight_part,), maps in _channel_blocks((weight,), (x, y)):
+                kernel = transform.kernel(weight_part)
+                for x_block, y_block in _blocks(maps):
+                    spectrum = transform.multiply(transform.spectrum(x_block), kernel)
+                    transform.map(spectrum, out=y_block)
         return y
 
     @staticmethod
@@ -138,8 +157,8 @@ class _Filter(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
-            return _Filter.apply(g, _conjugate(weight), ctx.make), None, None
-        return *_Adjoint.apply(g, x, weight, ctx.make), None
+            return _run(_Filter, g, _conjugate(weight), ctx.make), None, None
+        return *_run(_Adjoint, g, x, weight, ctx.make), None
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, _: None) -> Tensor:
@@ -161,14 +180,15 @@ class _Adjoint(Function):
         gx, gweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
         transform, transform_x = make(x), make(x)
         with _exact(x.device):
-            for channels in _channel_blocks(x):
-                kernel = transform.kernel(_conjugate(weight[:, :, channels]))
-                correlation = 0
-                for block in _blocks(x, channels):
-                    spectrum = transform.spectrum(g[block])
-                    correlation += transform.correlate(spectrum, transform_x.spectrum(x[block]))
-                    gx[block] = transform.map(transform.multiply(spectrum, kernel))
-                gweight[:, :, channels] = transform.gradient(correlation)
+            for spectra, maps in _channel_blocks((weight, gweight), (g, x, gx)):
+                kernel = transform.kernel(spectra[0], conjugate=True)
+                correlation = None
+                for g_block, x_block, gx_block in _blocks(maps):
+                    spectrum = transform.spectrum(g_block)
+                    term = transform.correlate(spectrum, transform_x.spectrum(x_block))
+                    correlation = term if correlation is None else correlation + term
+                    transform.map(transform.multiply(spectrum, kernel), out=gx_block)
+                spectra[1].copy_(transform.gradient(correlation))
         return gx, gweight
 
     @staticmethod
@@ -205,22 +225,25 @@ class _Adjoint(Function):
         return (gx.unflatten(3, (n, -1)), gweight.unflatten(2, (n, -1))), (3, 2)
 
 
-def _channel_blocks(x: Tensor) -> Iterator[slice]:
-    """Cut the channels of a map so that one image of each part fits a block."""
-    _, height, width, channels = x.shape
-    parts = math.ceil(height * width * channels / _BLOCK) if x.device.type == 'cpu' else 1
-    step = math.ceil(channels / parts)
-    for start in range(0, channels, step):
-        yield slice(start, start + step)
+def _channel_blocks(spectra: Tensors, maps: Tensors) -> Iterator[tuple[Tensors, Tensors]]:
+    """Cut the channels, so that one image of each part fits a block."""
+    parts = _parts(maps[0], math.prod(maps[0].shape[1:]))
+    return zip(_cut(spectra, parts, dim=2), _cut(maps, parts, dim=3), strict=True)
 
 
-def _blocks(x: Tensor, channels: slice) -> Iterator[tuple[slice, slice, slice, slice]]:
-    """Cut the batch, so that some channels of each part fit a block."""
-    batch, height, width, _ = x.shape
-    image = height * width * (channels.stop - channels.start)
-    step = max(1, _BLOCK // image) if x.device.type == 'cpu' else batch
-    for start in range(0, batch, step):
-        yield slice(start, start + step), slice(None), slice(None), channels
+def _blocks(maps: Tensors) -> Iterator[Tensors]:
+    """Cut the batch, so that each part fits a block unless one image does not."""
+    return _cut(maps, min(len(maps[0]), _parts(maps[0], maps[0].numel())), dim=0)
+
+
+def _parts(x: Tensor, values: int) -> int:
+    return math.ceil(values / _BLOCK) if x.device.type == 'cpu' else 1
+
+
+def _cut(tensors: Tensors, parts: int, dim: int) -> Iterator[Tensors]:
+    if parts == 1:  # on a small map, views of the whole are not for free
+        return iter([tensors])
+    return zip(*(tensor.chunk(parts, dim) for tensor in tensors), strict=True)
 
 
 def _conjugate(weight: Tensor) -> Tensor:

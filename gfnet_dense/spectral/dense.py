@@ -41,8 +41,9 @@ class _Dense(Transform):
         self._matrices = matrices(self.height, self.width, operands or self.dtype, x.device)
         self._scratches: dict[str, Tensor] | None = None if is_capturing() else {}
 
-    def kernel(self, weight: Tensor) -> Tensor:
-        return weight.to(self.dtype).permute(3, 0, 1, 2).contiguous().flatten(2)
+    def kernel(self, weight: Tensor, conjugate: bool = False) -> Tensor:
+        real, imag = weight.to(self.dtype).unbind(-1)
+        return torch.stack([real, -imag if conjugate else imag]).flatten(2)
 
     def _forward(self, x: Tensor) -> Tensor:
         along_width, along_height, _, _ = self._matrices
@@ -52,51 +53,59 @@ class _Dense(Transform):
         x = _multiply(along_width, x.flatten(0, 1), self._scratch('rows', x, rows))
         columns = batch, 2 * height, x.shape[1] // 2 * channels
         x = _multiply(along_height, x.view(columns), self._scratch('spectrum', x, columns))
-        return self._restore(x, unit).unflatten(1, (2, height))
+        return self._restore(x, unit).view(batch, 2, height, -1)
 
     def multiply(self, spectrum: Tensor, kernel: Tensor) -> Tensor:
-        (real, imag), (kernel_real, kernel_imag) = spectrum.unbind(1), kernel.unbind(0)
-        product = self._scratch('product', spectrum, spectrum.shape)
-        if product is None:
-            parts = real * kernel_real - imag * kernel_imag, real * kernel_imag + imag * kernel_real
-            return torch.stack(parts, dim=1)
-        torch.mul(spectrum, kernel_real, out=product)
-        product[:, 0].addcmul_(imag, kernel_imag, value=-1)
-        product[:, 1].addcmul_(real, kernel_imag)
-        return product
+        real, imag = kernel.unbind(0)
+        return self._product('product', spectrum, real, imag)
 
-    def _inverse(self, spectrum: Tensor) -> Tensor:
+    def _inverse(self, spectrum: Tensor, out: Tensor | None) -> Tensor:
         _, _, along_height, along_width = self._matrices
         batch, _, height, _ = spectrum.shape
         x, unit = self._round(spectrum.flatten(1, 2))
         x = _multiply(along_height, x, self._scratch('rows', x, x.shape))
         x = x.view(batch * height, along_width.shape[1], -1)
         rows = batch * height, self.width, x.shape[2]
+        if out is not None and unit is None:
+            _multiply(along_width, x, out.view(rows))
+            return out
         x = _multiply(along_width, x, self._scratch('map', x, rows))
-        return self._restore(x, unit).unflatten(0, (batch, height))
+        return self._restore(x, unit).view(batch, height, self.width, -1)
 
     def correlate(self, g: Tensor, x: Tensor) -> Tensor:
-        (g_real, g_imag), (real, imag) = g.unbind(1), x.unbind(1)
-        return torch.stack(
-            [
-                torch.addcmul(g_real * real, g_imag, imag).sum(0),
-                torch.addcmul(g_imag * real, g_real, imag, value=-1).sum(0),
-            ]
-        )
+        real, imag = x.unbind(1)
+        return self._product('correlation', g, real, imag, sign=-1).sum(0)
 
     def _gradient(self, correlation: Tensor) -> Tensor:
-        columns = multiplicity(self.width, correlation.device).to(self.dtype)
-        gradient = correlation.unflatten(2, (columns.shape[0], -1)).permute(1, 2, 3, 0)
-        return gradient * (columns * self.height * self.width)[:, None, None]
+        # The first row of the way back along W: how often each column stands in the spectrum.
+        columns = self._matrices[3][0, : self.width // 2 + 1, None, None].to(self.dtype)
+        gradient = correlation.view(2, self.height, len(columns), -1).permute(1, 2, 3, 0)
+        return gradient * (columns * (self.height * self.width))
+
+    def _product(self, name: str, x: Tensor, real: Tensor, imag: Tensor, sign: int = 1) -> Tensor:
+        """Multiply a spectrum by `real + sign * i * imag`."""
+        x_real, x_imag = x.unbind(1)
+        product = self._scratch(name, x, x.shape)
+        if product is None:
+            imag = sign * imag
+            parts = x_real * real - x_imag * imag, x_imag * real + x_real * imag
+            return torch.stack(parts, dim=1)
+        torch.mul(x, real.unsqueeze(-3), out=product)
+        product_real, product_imag = product.unbind(1)
+        product_real.addcmul_(x_imag, imag, value=-sign)
+        product_imag.addcmul_(x_real, imag, value=sign)
+        return product
 
     def _scratch(self, name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor | None:
         """Return memory for a result, the same for every block, so cached; None in a graph."""
         if self._scratches is None:
             return None
         scratch = self._scratches.get(name)
-        if scratch is None or scratch.numel() != math.prod(shape):
-            scratch = self._scratches[name] = like.new_empty(math.prod(shape))
-        return scratch.view(shape)
+        if scratch is None or scratch.shape != shape:
+            kept = scratch is not None and scratch.numel() == math.prod(shape)
+            scratch = scratch.view(shape) if kept else like.new_empty(shape)
+            self._scratches[name] = scratch
+        return scratch
 
     def _round(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Round to the operands' dtype, in units that keep the results within its range too."""

@@ -19,9 +19,10 @@ class _Fft(Transform):
     multiplying in that layout, too, saves walking two layouts at once.
     """
 
-    def kernel(self, weight: Tensor) -> Tensor:
+    def kernel(self, weight: Tensor, conjugate: bool = False) -> Tensor:
         weight = hermitian_part(weight.to(self.dtype), self.width) / (self.height * self.width)
-        return torch.view_as_complex(weight.contiguous()).permute(2, 0, 1).contiguous()
+        kernel = torch.view_as_complex(weight.contiguous()).permute(2, 0, 1).contiguous()
+        return kernel.conj_physical() if conjugate else kernel
 
     def _forward(self, x: Tensor) -> Tensor:
         return torch.fft.rfft2(x.permute(0, 3, 1, 2))
@@ -29,7 +30,7 @@ class _Fft(Transform):
     def multiply(self, spectrum: Tensor, kernel: Tensor) -> Tensor:
         return spectrum * kernel
 
-    def _inverse(self, spectrum: Tensor) -> Tensor:
+    def _inverse(self, spectrum: Tensor, out: Tensor | None) -> Tensor:
         x = torch.fft.irfft2(spectrum, s=(self.height, self.width), norm='forward')
         return x.permute(0, 2, 3, 1)
 
