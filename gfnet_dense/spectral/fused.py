@@ -148,6 +148,7 @@ def _filter_planes(x: Tensor, weight: Tensor, y: Tensor, sign: float) -> None:
         HALF_H=_half(height),
         HALF_W=_half(width),
         SLOTS_H=min(_half(height), 16),
+        SLOTS_W=min(_half(width), 16),
     )
 
 

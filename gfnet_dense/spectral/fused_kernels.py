@@ -51,6 +51,12 @@ def _align(x, exponent, largest):
 
 
 @triton.jit
+def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    none = tl.zeros((ROWS, COLUMNS), tl.float32)
+    return none, none, none, none
+
+
+@triton.jit
 def _times(parts, factor):
     return parts[0] * factor, parts[1] * factor, parts[2] * factor, parts[3] * factor
 
@@ -148,6 +154,7 @@ def _turns(parts, CHANNELS: tl.constexpr):
 def _transform(
     first,
     second,
+    sums,
     basis_ptr,
     slot,
     HALF: tl.constexpr,
@@ -156,8 +163,9 @@ def _transform(
 ):
     """Turn even and odd part `(rows, HALF)` into cosine and sine coefficients `(rows, SLOTS)`.
 
-    They are those from `slot` on; the inverse returns what they add to the two parts. The basis
-    `(2, HALF, HALF)` holds cosines and sines of slot x cell. Where `HALF < 16`, `SLOTS == HALF`.
+    They are those from `slot` on; the inverse returns what they add to the two parts. Either is
+    added to `sums`. The basis `(2, HALF, HALF)` holds cosines and sines of slot x cell. Where
+    `HALF < 16`, `SLOTS == HALF`.
     """
     INNER: tl.constexpr = SLOTS if INVERSE else HALF
     OUTER: tl.constexpr = HALF if INVERSE else SLOTS
@@ -168,7 +176,7 @@ def _transform(
         else:
             entries = basis_ptr + (slot + outer) * HALF + inner
         cosines, sines = tl.load(entries), tl.load(entries + HALF * HALF)
-        return tl.dot(first, cosines), tl.dot(second, sines)
+        return tl.dot(first, cosines, sums[0]), tl.dot(second, sines, sums[1])
     # Tensor cores sum up 16 products or more: here those of both parts, interleaved, with a matrix
     # that keeps them apart.
     inner, outer = tl.arange(0, 2 * INNER)[:, None], tl.arange(0, 2 * OUTER)[None, :]
@@ -179,36 +187,41 @@ def _transform(
     alike = inner % 2 == outer % 2
     matrix = tl.load(entries + inner % 2 * HALF * HALF, mask=alike, other=0.0)
     both = tl.dot(tl.interleave(first, second), matrix)
-    return tl.split(tl.reshape(both, (both.shape[0], OUTER, 2)))
+    both = tl.split(tl.reshape(both, (both.shape[0], OUTER, 2)))
+    return sums[0] + both[0], sums[1] + both[1]
 
 
 @triton.jit
 def _transform_width(
     parts,
+    sums,
     basis_ptr,
     slot,
     HALF_W: tl.constexpr,
     SLOTS_W: tl.constexpr,
     INVERSE: tl.constexpr,
 ):
-    """Transform the parts along W, whose letter stands first."""
-    first, third = _transform(parts[0], parts[2], basis_ptr, slot, HALF_W, SLOTS_W, INVERSE)
-    second, fourth = _transform(parts[1], parts[3], basis_ptr, slot, HALF_W, SLOTS_W, INVERSE)
+    """Transform the parts along W, whose letter stands first, and add them to `sums`."""
+    one, two = (sums[0], sums[2]), (sums[1], sums[3])
+    first, third = _transform(parts[0], parts[2], one, basis_ptr, slot, HALF_W, SLOTS_W, INVERSE)
+    second, fourth = _transform(parts[1], parts[3], two, basis_ptr, slot, HALF_W, SLOTS_W, INVERSE)
     return first, second, third, fourth
 
 
 @triton.jit
 def _transform_height(
     parts,
+    sums,
     basis_ptr,
     slot,
     HALF_H: tl.constexpr,
     SLOTS_H: tl.constexpr,
     INVERSE: tl.constexpr,
 ):
-    """Transform the parts along H, whose letter stands second."""
-    first, second = _transform(parts[0], parts[1], basis_ptr, slot, HALF_H, SLOTS_H, INVERSE)
-    third, fourth = _transform(parts[2], parts[3], basis_ptr, slot, HALF_H, SLOTS_H, INVERSE)
+    """Transform the parts along H, whose letter stands second, and add them to `sums`."""
+    one, two = (sums[0], sums[1]), (sums[2], sums[3])
+    first, second = _transform(parts[0], parts[1], one, basis_ptr, slot, HALF_H, SLOTS_H, INVERSE)
+    third, fourth = _transform(parts[2], parts[3], two, basis_ptr, slot, HALF_H, SLOTS_H, INVERSE)
     return first, second, third, fourth
 
 
@@ -370,15 +383,15 @@ def _filter_height(
 ):
     """Transform `((v c), h)` along H, multiply by the spectrum over 2**_MARGIN, transform back.
 
-    Some frequencies at a time, so that the spectrum takes few registers; what they add to the
-    result is summed up in float32.
+    Some frequencies at a time, so that the spectrum takes few registers. What they give is added to
+    the sums in place, which is why the exponent, returned with them, is the same for all.
     """
     v, in_v, inner_v = _slots(first_v, shape[1], SLOTS_W)
     inner_v = _rows(inner_v, CHANNELS)
-    none = tl.zeros((SLOTS_W * CHANNELS, HALF_H), tl.float32)
-    y = none, none, none, none
-    for first_u in range(0, HALF_H, SLOTS_H):
-        x = _transform_height(parts, basis_ptr, first_u, HALF_H, SLOTS_H, False)
+    sums, exponent = _zeros(SLOTS_W * CHANNELS, HALF_H), tl.full((), _NONE, tl.int32)
+    for first_u in tl.range(0, HALF_H, SLOTS_H, disable_licm=True):
+        none = _zeros(SLOTS_W * CHANNELS, SLOTS_H)
+        x = _transform_height(parts, none, basis_ptr, first_u, HALF_H, SLOTS_H, False)
         # Frequencies v > 0 stand for -v, too.
         x = _times(x, (1.0 + inner_v) / (shape[0] * shape[1] << _MARGIN))
         u, in_u, inner_u = _slots(first_u, shape[0], SLOTS_H)
@@ -390,14 +403,14 @@ def _filter_height(
         k_n = _load_weight(weight_ptr, u, in_u, nyquist, is_there, first_c, shape, sign, CHANNELS)
         k = _plus(_times(k, inner_v), _times(_spread(k_n, SLOTS_W), 1.0 - inner_v))
         sc, ss = _respond(_sines(x, inner_v), inner_u, k)
-
         x = cc, cs, sc, ss
-        shift = _headroom(x)
-        x = _times(x, _power(shift))
+        common = tl.maximum(exponent, -_headroom(x))
+        x = _times(x, _power(-common))
         x = x[0].to(tl.float16), x[1].to(tl.float16), x[2].to(tl.float16), x[3].to(tl.float16)
-        more = _transform_height(x, basis_ptr, first_u, HALF_H, SLOTS_H, True)
-        y = _plus(y, _times(more, _power(-shift)))
-    return y
+        sums = _times(sums, _power(exponent - common))
+        sums = _transform_height(x, sums, basis_ptr, first_u, HALF_H, SLOTS_H, True)
+        exponent = common
+    return sums, exponent + _MARGIN
 
 
 def _fitting(configs, arguments, HALF_H, HALF_W, **_):
@@ -442,6 +455,7 @@ def filter_planes(
     HALF_H: tl.constexpr,
     HALF_W: tl.constexpr,
     SLOTS_H: tl.constexpr,
+    SLOTS_W: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     """Filter maps that fit on the chip; grid `(blocks of channels, images)`."""
@@ -450,25 +464,33 @@ def filter_planes(
     c = first_c + tl.arange(0, CHANNELS)
     image = tl.program_id(1).to(tl.int64) * (height * width * channels)
     x_ptr, y_ptr = x_ptr + image, y_ptr + image
-    x, exponent = _load_plane(x_ptr, shape, c, HALF_H, HALF_W)
-    x = _turns(_transform_width(x, basis_w_ptr, 0, HALF_W, HALF_W, False), CHANNELS)
-    y = _filter_height(
-        x,
-        weight_ptr,
-        basis_h_ptr,
-        shape,
-        sign,
-        0,
-        first_c,
-        HALF_H,
-        SLOTS_H,
-        HALF_W,
-        CHANNELS,
-    )
-    shift = _headroom(y)
-    y = _turns(_times(y, _power(shift)), CHANNELS)
-    ee, eo, oe, oo = _transform_width(y, basis_w_ptr, 0, HALF_W, HALF_W, True)
-    exponent += _MARGIN - shift
+    x, x_exponent = _load_plane(x_ptr, shape, c, HALF_H, HALF_W)
+    filtered, exponents = (), (tl.full((), _NONE, tl.int32),)
+    for first_v in tl.static_range(0, HALF_W, SLOTS_W):
+        none = _zeros(HALF_H * CHANNELS, SLOTS_W)
+        some = _transform_width(x, none, basis_w_ptr, first_v, HALF_W, SLOTS_W, False)
+        y, exponent = _filter_height(
+            _turns(some, CHANNELS),
+            weight_ptr,
+            basis_h_ptr,
+            shape,
+            sign,
+            first_v,
+            first_c,
+            HALF_H,
+            SLOTS_H,
+            SLOTS_W,
+            CHANNELS,
+        )
+        common = tl.maximum(exponents[-1], exponent - _headroom(y))
+        filtered += (_turns(_times(y, _power(exponent - common)), CHANNELS),)
+        exponents += (common,)
+    y = _zeros(HALF_H * CHANNELS, HALF_W)
+    for i in tl.static_range(HALF_W // SLOTS_W):
+        y = _times(y, _power(exponents[i] - exponents[i + 1]))
+        y = _transform_width(filtered[i], y, basis_w_ptr, i * SLOTS_W, HALF_W, SLOTS_W, True)
+    ee, eo, oe, oo = y
+    exponent = x_exponent + exponents[-1]
     corner = _corner(shape, c, HALF_H, HALF_W, False, False)
     _store(y_ptr, corner, _scale(ee + eo + oe + oo, exponent), CHANNELS)
     corner = _corner(shape, c, HALF_H, HALF_W, False, True)
@@ -531,11 +553,14 @@ def transform_rows(
 
     stride, sines, column = _strides(shape)
     z_ptr += image.to(tl.int64) * stride
+    none = tl.zeros((ROWS * CHANNELS, SLOTS_W), tl.float32)
     slots = (width + 1) // 2
     for slot in range(0, slots, SLOTS_W):
         v = slot + tl.arange(0, SLOTS_W)
         places = _places(h, in_h, channels, v, v < slots, column, c, channels)
-        cosine, sine = _transform(even, odd, basis_w_ptr, slot, HALF_W, SLOTS_W, False)
+        cosine, sine = _transform(
+            even, odd, (none, none), basis_w_ptr, slot, HALF_W, SLOTS_W, False
+        )
         _store(z_ptr, places, cosine, CHANNELS)
         _store(z_ptr + sines, places, sine, CHANNELS)
 
@@ -604,7 +629,7 @@ def filter_columns(
     x, exponent = _load_columns(
         z_ptr, exponents_ptr, image, first_v, c, shape, HALF_H, SLOTS_W, ROWS
     )
-    y = _filter_height(
+    y, own = _filter_height(
         x,
         weight_ptr,
         basis_h_ptr,
@@ -619,7 +644,7 @@ def filter_columns(
     )
     shift = _headroom(y)
     pointer = _exponents(y_exponents_ptr, image, block, tl.num_programs(2))
-    tl.store(pointer, exponent + _MARGIN - shift)
+    tl.store(pointer, exponent + own - shift)
     ce, co, se, so = _times(y, _power(shift))
 
     stride, sines, column = _strides(shape)
@@ -665,8 +690,8 @@ def restore_rows(
 
     stride, sines, column = _strides(shape)
     z_ptr += image.to(tl.int64) * stride
-    even = tl.zeros((ROWS * CHANNELS, HALF_W), tl.float32)
-    odd = tl.zeros((ROWS * CHANNELS, HALF_W), tl.float32)
+    none = tl.zeros((ROWS * CHANNELS, HALF_W), tl.float32)
+    even, odd = none, none
     for slot in range(0, slots, SLOTS_W):
         v = slot + tl.arange(0, SLOTS_W)
         of_v = _exponents(exponents_ptr, image, v // COLUMNS, blocks)
@@ -674,8 +699,9 @@ def restore_rows(
         places = _places(h, in_h, channels, v, v < slots, column, c, channels)
         cosine = _operand(_align(_load(z_ptr, places), of_v, exponent))
         sine = _operand(_align(_load(z_ptr + sines, places), of_v, exponent))
-        more = _transform(cosine, sine, basis_w_ptr, slot, HALF_W, SLOTS_W, True)
-        even, odd = even + more[0], odd + more[1]
+        even, odd = _transform(
+            cosine, sine, (even, odd), basis_w_ptr, slot, HALF_W, SLOTS_W, True
+        )
 
     y_ptr += image.to(tl.int64) * (height * row)
     w, in_w = _half(width, HALF_W, False)
@@ -718,13 +744,34 @@ def _correlate_height(
     HALF_H: tl.constexpr,
     SLOTS_H: tl.constexpr,
 ):
-    """Return what an image adds to the gradient, from its cosines and from its sines along W."""
-    x = _transform_height(x, basis_ptr, slot, HALF_H, SLOTS_H, False)
-    g = _transform_height(g, basis_ptr, slot, HALF_H, SLOTS_H, False)
+    """Return what an image adds to the gradient.
+
+    In the slots v = 0 the spectrum is that of real values, and what holds at -u follows from u. The
+    first two of the four values stand for frequency zero there, the others for Nyquist, at -u. At
+    u = 0 all is real, and the imaginary parts' places hold what belongs to the Nyquist frequency of
+    H, or of the others to zero.
+    """
+    none = _zeros(x[0].shape[0], SLOTS_H)
+    x = _transform_height(x, none, basis_ptr, slot, HALF_H, SLOTS_H, False)
+    g = _transform_height(g, none, basis_ptr, slot, HALF_H, SLOTS_H, False)
     first = exponent // 2
     x, g = _times(x, _power(first)), _times(g, _power(exponent - first))
     cosines = _correlate(_cosines(x, inner_v), inner_u, g[0], g[1])
-    return cosines, _correlate(_sines(x, inner_v), inner_u, g[2], g[3])
+    sines = _correlate(_sines(x, inner_v), inner_u, g[2], g[3])
+    corner = (1.0 - inner_u) * (1.0 - inner_v)
+    return (
+        cosines[0] + inner_v * sines[0],
+        cosines[1] + inner_v * sines[1] + corner * cosines[2],
+        sines[2] + inner_v * cosines[2],
+        sines[3] + inner_v * cosines[3] + corner * sines[0],
+    )
+
+
+@triton.jit
+def _real_column(first, second, inner_u):
+    """Return the gradient at u and -u from one of the pairs of :func:`_correlate_height`."""
+    imag = inner_u * second
+    return first, imag, inner_u * first + (1.0 - inner_u) * second, -imag
 
 
 @triton.jit
@@ -741,8 +788,7 @@ def _store_weight(ptr, value, u, in_u, v, in_v, first_c, shape, CHANNELS: tl.con
 @triton.jit
 def _store_gradient(
     ptr,
-    cosines,
-    sines,
+    sums,
     first_u,
     first_v,
     first_c,
@@ -754,15 +800,17 @@ def _store_gradient(
     """Store the sum of a share in its own spectrum `(H, W // 2 + 1, C, 2)`."""
     height, width, channels = shape
     ptr += tl.program_id(2).to(tl.int64) * (height * (width // 2 + 1) * channels * 2)
-    u, in_u, _ = _slots(first_u, height, SLOTS_H)
+    u, in_u, inner_u = _slots(first_u, height, SLOTS_H)
     v, in_v, inner_v = _slots(first_v, width, SLOTS_W)
-    inner_v = _rows(inner_v, CHANNELS)
-    norm = (1.0 + inner_v) / (height * width)
-    cosines, sines = _times(cosines, norm), _times(sines, norm)
-    value = _plus(cosines, _times(sines, inner_v))
+    inner_u, inner_v = inner_u[None, :], _rows(inner_v, CHANNELS)
+    sums = _times(sums, (1.0 + inner_v) / (height * width))
+    zero = _real_column(sums[0], sums[1], inner_u)
+    value = _plus(_times(sums, inner_v), _times(zero, 1.0 - inner_v))
     _store_weight(ptr, value, u, in_u, v, in_v, first_c, shape, CHANNELS)
+    re_2, im_2, re, im = _real_column(sums[2], sums[3], inner_u)
     nyquist, is_zero = tl.full((SLOTS_W,), 0, tl.int32) + width // 2, (v == 0) & (width % 2 == 0)
-    _store_weight(ptr, sines, u, in_u, nyquist, is_zero, first_c, shape, CHANNELS)
+    value = re, im, re_2, im_2
+    _store_weight(ptr, value, u, in_u, nyquist, is_zero, first_c, shape, CHANNELS)
 
 
 @triton.jit(do_not_specialize=['batch', 'height', 'width'])
@@ -790,15 +838,15 @@ def correlate_planes(
     _, _, inner_u = _slots(first_u, height, SLOTS_H)
     _, _, inner_v = _slots(first_v, width, SLOTS_W)
     inner_u, inner_v = inner_u[None, :], _rows(inner_v, CHANNELS)
-    none = tl.zeros((SLOTS_W * CHANNELS, SLOTS_H), tl.float32)
-    cosines, sines = (none, none, none, none), (none, none, none, none)
+    sums = _zeros(SLOTS_W * CHANNELS, SLOTS_H)
     first, last = _share(batch)
-    for image in range(first, last):
+    for image in tl.range(first, last, disable_licm=True):
+        none = _zeros(HALF_H * CHANNELS, SLOTS_W)
         offset = tl.cast(image, tl.int64) * (height * width * channels)
         x, x_exponent = _load_plane(x_ptr + offset, shape, c, HALF_H, HALF_W)
-        x = _transform_width(x, basis_w_ptr, first_v, HALF_W, SLOTS_W, False)
+        x = _transform_width(x, none, basis_w_ptr, first_v, HALF_W, SLOTS_W, False)
         g, g_exponent = _load_plane(g_ptr + offset, shape, c, HALF_H, HALF_W)
-        g = _transform_width(g, basis_w_ptr, first_v, HALF_W, SLOTS_W, False)
+        g = _transform_width(g, none, basis_w_ptr, first_v, HALF_W, SLOTS_W, False)
         more = _correlate_height(
             _turns(x, CHANNELS),
             _turns(g, CHANNELS),
@@ -810,11 +858,10 @@ def correlate_planes(
             HALF_H,
             SLOTS_H,
         )
-        cosines, sines = _plus(cosines, more[0]), _plus(sines, more[1])
+        sums = _plus(sums, more)
     _store_gradient(
         weight_ptr,
-        cosines,
-        sines,
+        sums,
         first_u,
         first_v,
         first_c,
@@ -851,10 +898,9 @@ def correlate_columns(
     _, _, inner_u = _slots(first_u, height, SLOTS_H)
     _, _, inner_v = _slots(first_v, width, SLOTS_W)
     inner_u, inner_v = inner_u[None, :], _rows(inner_v, CHANNELS)
-    none = tl.zeros((SLOTS_W * CHANNELS, SLOTS_H), tl.float32)
-    cosines, sines = (none, none, none, none), (none, none, none, none)
+    sums = _zeros(SLOTS_W * CHANNELS, SLOTS_H)
     first, last = _share(batch)
-    for image in range(first, last):
+    for image in tl.range(first, last, disable_licm=True):
         x, x_exponent = _load_columns(
             x_ptr, x_exponents_ptr, image, first_v, c, shape, HALF_H, SLOTS_W, ROWS
         )
@@ -872,11 +918,10 @@ def correlate_columns(
             HALF_H,
             SLOTS_H,
         )
-        cosines, sines = _plus(cosines, more[0]), _plus(sines, more[1])
+        sums = _plus(sums, more)
     _store_gradient(
         weight_ptr,
-        cosines,
-        sines,
+        sums,
         first_u,
         first_v,
         first_c,
