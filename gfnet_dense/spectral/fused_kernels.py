@@ -104,10 +104,10 @@ def _corner(
     BOTTOM: tl.constexpr,
     RIGHT: tl.constexpr,
 ):
-    """Return the places `(h, w, c)` of a quarter of a map."""
+    """Return the places `(w, h, c)` of a quarter of a map."""
     h, in_h = _half(shape[0], HALF_H, BOTTOM)
     w, in_w = _half(shape[1], HALF_W, RIGHT)
-    return _places(h, in_h, shape[1] * shape[2], w, in_w, shape[2], c, shape[2])
+    return _places(w, in_w, shape[2], h, in_h, shape[1] * shape[2], c, shape[2])
 
 
 @triton.jit
@@ -118,16 +118,16 @@ def _load(ptr, places):
 
 @triton.jit
 def _store(ptr, places, x, CHANNELS: tl.constexpr):
-    """Store `((i c), j)` in the places of a tile `(i, j, c)`."""
+    """Store `((i c), j)` in the places of a tile `(j, i, c)`."""
     offsets, there = places
     x = tl.reshape(x.to(ptr.dtype.element_ty), (x.shape[0] // CHANNELS, CHANNELS, x.shape[1]))
-    tl.store(ptr + offsets, tl.permute(x, (0, 2, 1)), mask=there)
+    tl.store(ptr + offsets, tl.permute(x, (2, 0, 1)), mask=there)
 
 
 @triton.jit
 def _operand(tile):
-    """Round a tile `(i, j, c)` to an operand `((i c), j)`."""
-    tile = tl.permute(tile.to(tl.float16), (0, 2, 1))
+    """Round a tile `(j, i, c)` to an operand `((i c), j)`."""
+    tile = tl.permute(tile.to(tl.float16), (1, 2, 0))
     return tl.reshape(tile, (tile.shape[0] * tile.shape[1], tile.shape[2]))
 
 
@@ -542,9 +542,9 @@ def transform_rows(
     in_h, row = h < height, width * channels
     x_ptr += image.to(tl.int64) * (height * row)
     w, in_w = _half(width, HALF_W, False)
-    left = 0.5 * _load(x_ptr, _places(h, in_h, row, w, in_w, channels, c, channels))
+    left = 0.5 * _load(x_ptr, _places(w, in_w, channels, h, in_h, row, c, channels))
     w, in_w = _half(width, HALF_W, True)
-    right = 0.5 * _load(x_ptr, _places(h, in_h, row, w, in_w, channels, c, channels))
+    right = 0.5 * _load(x_ptr, _places(w, in_w, channels, h, in_h, row, c, channels))
     even, odd = left + right, left - right
     shift = _headroom((even, even, odd, odd))
     scale = _power(shift)
@@ -557,7 +557,7 @@ def transform_rows(
     slots = (width + 1) // 2
     for slot in range(0, slots, SLOTS_W):
         v = slot + tl.arange(0, SLOTS_W)
-        places = _places(h, in_h, channels, v, v < slots, column, c, channels)
+        places = _places(v, v < slots, column, h, in_h, channels, c, channels)
         cosine, sine = _transform(
             even, odd, (none, none), basis_w_ptr, slot, HALF_W, SLOTS_W, False
         )
@@ -586,16 +586,16 @@ def _load_columns(
     of_bottom = _exponents(exponents_ptr, image, bottom // ROWS, blocks)
     of_bottom = tl.load(of_bottom, mask=in_bottom, other=_NONE)
     exponent = tl.maximum(tl.max(of_top), tl.max(of_bottom))
-    of_top, of_bottom = of_top[None, :, None], of_bottom[None, :, None]
+    of_top, of_bottom = of_top[:, None, None], of_bottom[:, None, None]
 
     stride, sines, column = _strides(shape)
     z_ptr += tl.cast(image, tl.int64) * stride
     v = first_v + tl.arange(0, SLOTS_W)
     in_v = v < (shape[1] + 1) // 2
-    places = _places(v, in_v, column, top, in_top, shape[2], c, shape[2])
+    places = _places(top, in_top, shape[2], v, in_v, column, c, shape[2])
     c_top = _align(_load(z_ptr, places), of_top, exponent)
     s_top = _align(_load(z_ptr + sines, places), of_top, exponent)
-    places = _places(v, in_v, column, bottom, in_bottom, shape[2], c, shape[2])
+    places = _places(bottom, in_bottom, shape[2], v, in_v, column, c, shape[2])
     c_bottom = _align(_load(z_ptr, places), of_bottom, exponent)
     s_bottom = _align(_load(z_ptr + sines, places), of_bottom, exponent)
     parts = c_top + c_bottom, c_top - c_bottom, s_top + s_bottom, s_top - s_bottom
@@ -652,11 +652,11 @@ def filter_columns(
     v = first_v + tl.arange(0, SLOTS_W)
     in_v = v < (width + 1) // 2
     h, in_h = _half(height, HALF_H, False)
-    places = _places(v, in_v, column, h, in_h, channels, c, channels)
+    places = _places(h, in_h, channels, v, in_v, column, c, channels)
     _store(z_ptr, places, ce + co, CHANNELS)
     _store(z_ptr + sines, places, se + so, CHANNELS)
     h, in_h = _half(height, HALF_H, True)
-    places = _places(v, in_v, column, h, in_h, channels, c, channels)
+    places = _places(h, in_h, channels, v, in_v, column, c, channels)
     _store(z_ptr, places, ce - co, CHANNELS)
     _store(z_ptr + sines, places, se - so, CHANNELS)
 
@@ -695,8 +695,8 @@ def restore_rows(
     for slot in range(0, slots, SLOTS_W):
         v = slot + tl.arange(0, SLOTS_W)
         of_v = _exponents(exponents_ptr, image, v // COLUMNS, blocks)
-        of_v = tl.load(of_v, mask=v < slots, other=_NONE)[None, :, None]
-        places = _places(h, in_h, channels, v, v < slots, column, c, channels)
+        of_v = tl.load(of_v, mask=v < slots, other=_NONE)[:, None, None]
+        places = _places(v, v < slots, column, h, in_h, channels, c, channels)
         cosine = _operand(_align(_load(z_ptr, places), of_v, exponent))
         sine = _operand(_align(_load(z_ptr + sines, places), of_v, exponent))
         even, odd = _transform(
@@ -705,10 +705,10 @@ def restore_rows(
 
     y_ptr += image.to(tl.int64) * (height * row)
     w, in_w = _half(width, HALF_W, False)
-    places = _places(h, in_h, row, w, in_w, channels, c, channels)
+    places = _places(w, in_w, channels, h, in_h, row, c, channels)
     _store(y_ptr, places, _scale(even + odd, exponent), CHANNELS)
     w, in_w = _half(width, HALF_W, True)
-    places = _places(h, in_h, row, w, in_w, channels, c, channels)
+    places = _places(w, in_w, channels, h, in_h, row, c, channels)
     _store(y_ptr, places, _scale(even - odd, exponent), CHANNELS)
 
 
@@ -845,10 +845,11 @@ def correlate_planes(
         offset = tl.cast(image, tl.int64) * (height * width * channels)
         x, x_exponent = _load_plane(x_ptr + offset, shape, c, HALF_H, HALF_W)
         x = _transform_width(x, none, basis_w_ptr, first_v, HALF_W, SLOTS_W, False)
+        x = _turns(x, CHANNELS)
         g, g_exponent = _load_plane(g_ptr + offset, shape, c, HALF_H, HALF_W)
         g = _transform_width(g, none, basis_w_ptr, first_v, HALF_W, SLOTS_W, False)
         more = _correlate_height(
-            _turns(x, CHANNELS),
+            x,
             _turns(g, CHANNELS),
             x_exponent + g_exponent,
             basis_h_ptr,
