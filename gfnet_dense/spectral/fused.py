@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+
+from .blockwise import is_capturing, to_channels
 
 # The largest side, in cells, of maps that fit on the chip, and of maps that are taken at all.
 _PLANE = 64
@@ -70,11 +73,11 @@ def obstacle(x: Tensor) -> str | None:
 
 def fused_filter(x: Tensor, weight: Tensor) -> Tensor:
     """See :func:`gfnet_dense.spectral.global_filter`; for maps without an :func:`obstacle`."""
-    return _filter(x, weight.float(), False)
+    run = _filter if is_capturing() else _Filter.apply
+    return run(x, weight.float(), False)
 
 
-# Two operators that close under differentiation, as those of :mod:`.blockwise` do. Compilers take
-# them as they are.
+# Two operators, which compilers take as they are.
 
 
 @torch.library.custom_op('gfnet_dense::filter', mutates_args=())
@@ -108,27 +111,77 @@ def _(g: Tensor, x: Tensor) -> Tensor:
     return x.new_empty((height, width // 2 + 1, channels, 2), dtype=torch.float32)
 
 
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    first, second, *ctx.conjugate = inputs
-    ctx.save_for_backward(first, second)
+# Both are bilinear, and they close under differentiation as those of :mod:`.blockwise` do. An
+# operator has no forward derivatives and no place among the transforms of torch.func; a Function
+# has, but not in a graph.
 
 
-def _filter_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    (x, weight), (conjugate,) = ctx.saved_tensors, ctx.conjugate
-    of_x, of_weight, _ = ctx.needs_input_grad
-    gx = _filter(g, weight, not conjugate) if of_x else None
-    pair = (x, g) if conjugate else (g, x)
-    return gx, _correlate(*pair) if of_weight else None, None
+class _Filter(Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
+        return _filter(x, weight, conjugate)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        *tensors, ctx.conjugate = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, _ = ctx.needs_input_grad
+        pair = (x, g) if ctx.conjugate else (g, x)
+        gx = _Filter.apply(g, weight, not ctx.conjugate) if of_x else None
+        return gx, _Correlate.apply(*pair) if of_weight else None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, _: None) -> Tensor:
+        x, weight = ctx.saved_tensors
+        terms = [] if dx is None else [_Filter.apply(dx, weight, ctx.conjugate)]
+        terms += [] if dweight is None else [_Filter.apply(x, dweight, ctx.conjugate)]
+        return sum(terms)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, x: Tensor, weight: Tensor, conjugate: bool) -> tuple:
+        n = info.batch_size
+        x, weight = to_channels(x, in_dims[0], n, 3), to_channels(weight, in_dims[1], n, 2)
+        return _Filter.apply(x, weight, conjugate).unflatten(3, (n, -1)), 3
 
 
-def _correlate_backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
-    (g, x), (of_g, of_x) = ctx.saved_tensors, ctx.needs_input_grad
-    gg = _filter(x, weight, False) if of_g else None
-    return gg, _filter(g, weight, True) if of_x else None
+class _Correlate(Function):
+    @staticmethod
+    def forward(g: Tensor, x: Tensor) -> Tensor:
+        return _correlate(g, x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
+        (g, x), (of_g, of_x) = ctx.saved_tensors, ctx.needs_input_grad
+        gg = _Filter.apply(x, weight, False) if of_g else None
+        return gg, _Filter.apply(g, weight, True) if of_x else None
+
+    @staticmethod
+    def jvp(ctx: Any, dg: Tensor | None, dx: Tensor | None) -> Tensor:
+        g, x = ctx.saved_tensors
+        terms = [] if dg is None else [_Correlate.apply(dg, x)]
+        terms += [] if dx is None else [_Correlate.apply(g, dx)]
+        return sum(terms)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, g: Tensor, x: Tensor) -> tuple:
+        n = info.batch_size
+        g, x = to_channels(g, in_dims[0], n, 3), to_channels(x, in_dims[1], n, 3)
+        return _Correlate.apply(g, x).unflatten(2, (n, -1)), 2
 
 
-_filter.register_autograd(_filter_backward, setup_context=_save)
-_correlate.register_autograd(_correlate_backward, setup_context=_save)
+for _operator, _function in ((_filter, _Filter), (_correlate, _Correlate)):
+    _operator.register_autograd(_function.backward, setup_context=_function.setup_context)
+    _operator.register_vmap(_function.vmap)
 
 
 def _filter_planes(x: Tensor, weight: Tensor, y: Tensor, sign: float) -> None:

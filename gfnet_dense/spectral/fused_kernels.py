@@ -699,9 +699,7 @@ def restore_rows(
         places = _places(v, v < slots, column, h, in_h, channels, c, channels)
         cosine = _operand(_align(_load(z_ptr, places), of_v, exponent))
         sine = _operand(_align(_load(z_ptr + sines, places), of_v, exponent))
-        even, odd = _transform(
-            cosine, sine, (even, odd), basis_w_ptr, slot, HALF_W, SLOTS_W, True
-        )
+        even, odd = _transform(cosine, sine, (even, odd), basis_w_ptr, slot, HALF_W, SLOTS_W, True)
 
     y_ptr += image.to(tl.int64) * (height * row)
     w, in_w = _half(width, HALF_W, False)

@@ -275,6 +275,54 @@ def test_gradients_of_gradients():
 
 
 @needs_kernels
+def test_forward_derivatives():
+    x, weight, _ = (t.detach() for t in case((3, 4), HALF))
+    dx, dweight, _ = (t.detach() for t in case((3, 4), HALF))
+
+    def derivatives(function, x: Tensor, weight: Tensor, *tangents: Tensor) -> list[Tensor]:
+        def gradient(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.func.grad(lambda *at: (function(*at).double() ** 2).sum(), (0, 1))(
+                x, weight
+            )
+
+        _, first = torch.func.jvp(function, (x, weight), tangents)
+        return [first, *torch.func.jvp(gradient, (x, weight), tangents)[1]]
+
+    actual = derivatives(by_kernels, x, weight, dx, dweight)
+    expected = derivatives(reference, *(t.double() for t in (x, weight, dx, dweight)))
+    assert_near(actual, expected, 3 * ERRORS[HALF])
+
+
+@needs_kernels
+def test_vmap_over_either_and_gradients_of_each_image():
+    xs, weights, _ = (
+        torch.stack(t).detach() for t in zip(*(case((3, 4), HALF) for _ in 'ab'), strict=True)
+    )
+    for dims in ((0, 0), (0, None), (None, 0)):
+        inputs = [t if dim == 0 else t[0] for t, dim in zip((xs, weights), dims, strict=True)]
+        actual = torch.func.vmap(by_kernels, dims)(*inputs)
+        expected = torch.func.vmap(reference, dims)(*inputs)
+        assert_near([actual], [expected], ERRORS[HALF])
+
+    def loss(function):
+        return lambda weight, image: (function(image[None], weight).double() ** 2).sum()
+
+    actual, expected = (
+        torch.func.vmap(torch.func.grad(loss(function)), (None, 0))(weights[0], xs[0])
+        for function in (by_kernels, reference)
+    )
+    assert_near([actual], [expected], 2 * ERRORS[HALF])
+
+
+@needs_kernels
+def test_jacobians():
+    x, weight, _ = (t.detach() for t in case((3, 2), HALF, batch=1, channels=1))
+    expected = torch.func.jacrev(reference)(x.double(), weight)
+    assert_near([torch.func.jacrev(by_kernels)(x, weight)], [expected], ERRORS[HALF])
+    assert_near([torch.func.jacfwd(by_kernels)(x, weight)], [expected], ERRORS[HALF])
+
+
+@needs_kernels
 def test_operators_are_what_torch_asks_for():
     x, weight, g = case((4, 3), HALF, batch=1)
     checks = ('test_schema', 'test_autograd_registration', 'test_faketensor')
