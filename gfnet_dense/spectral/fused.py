@@ -210,10 +210,9 @@ def _correlate_planes(g: Tensor, x: Tensor) -> Tensor:
 
     batch, height, width, channels = x.shape
     half_h, half_w = _half(height), _half(width)
-    # Of two maps of 64 x 64 cells 16 warps hold 8 channels, and the sums for 16 slots along W.
     area, slots = half_h * half_w, min(half_w, 16)
-    block = 8 if area >= 256 else 16
-    grid = _ceil(channels, block), half_w // slots
+    block = 16 if area < 256 else 8 if area < 1024 else _channels_of_two_planes(x.device)
+    grid = _ceil(channels, block), _ceil(_ceil(width, 2), slots)
     sums = _sums(x, grid)
     correlate_planes[(*grid, len(sums))](
         g,
@@ -230,10 +229,21 @@ def _correlate_planes(g: Tensor, x: Tensor) -> Tensor:
         SLOTS_H=half_h,
         SLOTS_W=slots,
         CHANNELS=block,
-        num_warps=16 if area >= 1024 else 8,
+        num_warps=16 if block * area >= 8192 else 8,
         num_stages=1,
     )
     return sums.sum(0)
+
+
+def _channels_of_two_planes(device: torch.device) -> int:
+    """Return how many channels of two maps of 64 x 64 cells fit in shared memory.
+
+    Eight take 102 KB. GPUs of data centres have 163 KB or more for a program, others 99 KB.
+    """
+    if device.type == 'cpu':
+        return 8
+    properties = torch.cuda.get_device_properties(device)
+    return 8 if properties.shared_memory_per_block_optin >= 2**17 else 4
 
 
 def _filter_larger(x: Tensor, weight: Tensor, y: Tensor, sign: float) -> None:
@@ -291,7 +301,8 @@ def _correlate_larger(g: Tensor, x: Tensor) -> Tensor:
     for some_g, some_x in zip(_chunks(g), _chunks(x), strict=True):
         g_z, g_exponents = _transform_rows(some_g)
         x_z, x_exponents = _transform_rows(some_x)
-        grid = x_exponents.shape[2], half // slots * _ceil(x_z.shape[2], columns)
+        blocks = _ceil(_ceil(height, 2), slots) * _ceil(x_z.shape[2], columns)
+        grid = x_exponents.shape[2], blocks
         sums = _sums(some_x, grid)
         correlate_columns[(*grid, len(sums))](
             g_z,

@@ -389,7 +389,9 @@ def _filter_height(
     v, in_v, inner_v = _slots(first_v, shape[1], SLOTS_W)
     inner_v = _rows(inner_v, CHANNELS)
     sums, exponent = _zeros(SLOTS_W * CHANNELS, HALF_H), tl.full((), _NONE, tl.int32)
-    for first_u in tl.range(0, HALF_H, SLOTS_H, disable_licm=True):
+    # Where one round is all there is, compilers shall know.
+    slots = HALF_H if HALF_H == SLOTS_H else (shape[0] + 1) // 2
+    for first_u in tl.range(0, slots, SLOTS_H, disable_licm=True):
         none = _zeros(SLOTS_W * CHANNELS, SLOTS_H)
         x = _transform_height(parts, none, basis_ptr, first_u, HALF_H, SLOTS_H, False)
         # Frequencies v > 0 stand for -v, too.
@@ -413,13 +415,12 @@ def _filter_height(
     return sums, exponent + _MARGIN
 
 
-def _fitting(configs, arguments, HALF_H, HALF_W, **_):
-    """Keep the blocks of which every thread holds 32 or 64 values.
+def _fitting(configs, arguments, HALF_H, SLOTS_W, **_):
+    """Keep the blocks of which every thread holds 32 or 64 values of `SLOTS_W` columns.
 
-    Four parts of them in float32 leave room for the spectrum among the 128 registers of each of 16
-    warps, or the 255 of fewer.
+    Four parts of them in float32 and the spectrum fit in its 255 registers.
     """
-    area = 4 * HALF_H * HALF_W
+    area = 4 * HALF_H * SLOTS_W
     return [
         config
         for config in configs
@@ -430,7 +431,7 @@ def _fitting(configs, arguments, HALF_H, HALF_W, **_):
 # Channels and warps. With few channels several programs share a multiprocessor, and one computes
 # while another waits for memory; with many, memory is read in longer pieces. Where kernels are
 # interpreted there is nothing to time.
-_BLOCKS = ((8, 4), (8, 8), (8, 16), (16, 4), (16, 8), (32, 4), (32, 8))
+_BLOCKS = ((8, 4), (8, 8), (16, 4), (16, 8), (32, 4), (32, 8))
 
 
 @triton.autotune(
@@ -724,9 +725,9 @@ def _share(batch):
 
 
 @triton.jit
-def _first_slots(HALF_H: tl.constexpr, SLOTS_H: tl.constexpr, SLOTS_W: tl.constexpr):
+def _first_slots(height, SLOTS_H: tl.constexpr, SLOTS_W: tl.constexpr):
     """Return the first slots of a program along H and W."""
-    blocks: tl.constexpr = HALF_H // SLOTS_H
+    blocks = tl.cdiv((height + 1) // 2, SLOTS_H)
     return tl.program_id(1) % blocks * SLOTS_H, tl.program_id(1) // blocks * SLOTS_W
 
 
@@ -832,7 +833,7 @@ def correlate_planes(
     shape = height, width, channels
     first_c = tl.program_id(0) * CHANNELS
     c = first_c + tl.arange(0, CHANNELS)
-    first_u, first_v = _first_slots(HALF_H, SLOTS_H, SLOTS_W)
+    first_u, first_v = _first_slots(height, SLOTS_H, SLOTS_W)
     _, _, inner_u = _slots(first_u, height, SLOTS_H)
     _, _, inner_v = _slots(first_v, width, SLOTS_W)
     inner_u, inner_v = inner_u[None, :], _rows(inner_v, CHANNELS)
@@ -893,7 +894,7 @@ def correlate_columns(
     shape = height, width, channels
     first_c = tl.program_id(0) * CHANNELS
     c = first_c + tl.arange(0, CHANNELS)
-    first_u, first_v = _first_slots(HALF_H, SLOTS_H, SLOTS_W)
+    first_u, first_v = _first_slots(height, SLOTS_H, SLOTS_W)
     _, _, inner_u = _slots(first_u, height, SLOTS_H)
     _, _, inner_v = _slots(first_v, width, SLOTS_W)
     inner_u, inner_v = inner_u[None, :], _rows(inner_v, CHANNELS)
