@@ -245,55 +245,68 @@ def _load_plane(ptr, shape, c, HALF_H: tl.constexpr, HALF_W: tl.constexpr):
     return _operands(_times(parts, _power(shift))), 2 - shift  # 2**2 for the quarter
 
 
-# At slot (u, v) four coefficients stand for two complex values of the spectrum, at the frequencies
-# (u, v) and (-u, v). `inner_u` is 0 in the slots u = 0 and 1 elsewhere. In the former the second
-# value belongs to the Nyquist frequency; it is off by a factor that the way back takes out.
+# At slot (u, v) four coefficients stand for two complex values of the spectrum, those at (u, v) and
+# (-u, v). Slots 0 hold frequency zero and the Nyquist frequency instead. In the slots u = 0 the
+# second value is that of the Nyquist frequency of H. In the slots v = 0 the first value belongs to
+# frequency zero of W and the second to Nyquist, both at u: columns of the spectrum of real maps,
+# in which -u follows from u. In the corner, u = v = 0, all four are real, real and imaginary part
+# those of zero and Nyquist of H. `inner_u` and `inner_v` are 0 in slots 0 and 1 elsewhere.
 
 
 @triton.jit
-def _frequencies(parts, inner_u):
-    """Return real and imaginary part at (u, v) and at (-u, v)."""
+def _frequencies(parts, inner_u, inner_v):
+    """Return the two values, real and imaginary part, from the four coefficients."""
     cc, cs, sc, ss = parts
-    return cc - inner_u * ss, -sc - inner_u * cs, inner_u * cc + ss, cs - inner_u * sc
+    inner, outer_v = inner_u * inner_v, 1.0 - inner_v
+    return (
+        cc - inner * ss,
+        -(inner + outer_v) * cs - inner_v * sc,
+        inner * cc + outer_v * sc + inner_v * ss,
+        inner_v * cs - inner * sc - outer_v * ss,
+    )
 
 
 @triton.jit
-def _respond(parts, inner_u, weight):
-    """Multiply by a spectrum, given at (u, v) and (-u, v), and return `cc, cs` of the product.
-
-    Its `sc, ss` are what this returns for `sc, ss, -cc, -cs`: the sines along W are the cosines of
-    the spectrum times i.
-    """
-    re, im, re_2, im_2 = _frequencies(parts, inner_u)
-    k_re, k_im, k_re_2, k_im_2 = weight
-    y_re, y_im = k_re * re - k_im * im, k_re * im + k_im * re
-    y_re_2, y_im_2 = k_re_2 * re_2 - k_im_2 * im_2, k_re_2 * im_2 + k_im_2 * re_2
-    return y_re + inner_u * y_re_2, y_im_2 - inner_u * y_im
-
-
-@triton.jit
-def _correlate(parts, inner_u, g_c, g_s):
-    """Return the gradient of :func:`_respond` with respect to the weight, of which g comes back."""
-    re, im, re_2, im_2 = _frequencies(parts, inner_u)
-    inner_c, inner_s = inner_u * g_c, inner_u * g_s
-    first = re * g_c - im * inner_s, -im * g_c - re * inner_s
-    return first[0], first[1], re_2 * inner_c + im_2 * g_s, re_2 * g_s - im_2 * inner_c
+def _coefficients(values, inner_u, inner_v):
+    """Return the transpose of :func:`_frequencies`."""
+    re, im, re_2, im_2 = values
+    inner, outer_v = inner_u * inner_v, 1.0 - inner_v
+    return (
+        re + inner * re_2,
+        inner_v * im_2 - (inner + outer_v) * im,
+        outer_v * re_2 - inner_v * im - inner * im_2,
+        inner_v * re_2 - outer_v * im_2 - inner * re,
+    )
 
 
 @triton.jit
-def _cosines(parts, inner_v):
-    """Return what :func:`_respond` takes for `cc, cs`.
-
-    In the slots v = 0 cosines and sines are separate frequencies, zero and Nyquist; `inner_v` is 0
-    there and 1 elsewhere.
-    """
-    return parts[0], parts[1], inner_v * parts[2], inner_v * parts[3]
+def _product(re, im, k_re, k_im, corner):
+    """Multiply, in the corner part by part."""
+    cross = tl.where(corner, 0.0, k_im)
+    return k_re * re - cross * im, tl.where(corner, k_im, k_re) * im + cross * re
 
 
 @triton.jit
-def _sines(parts, inner_v):
-    """Return what :func:`_respond` takes for `sc, ss`."""
-    return parts[2], parts[3], -inner_v * parts[0], -inner_v * parts[1]
+def _conjugate_product(re, im, g_re, g_im, corner):
+    """Multiply by the conjugate of the first factor, in the corner part by part."""
+    both = im * g_im
+    return re * g_re + tl.where(corner, 0.0, both), tl.where(corner, both, re * g_im - im * g_re)
+
+
+@triton.jit
+def _hermitian(k, inner_u):
+    """Return what acts of a spectrum, given at u and -u, in a column of real maps."""
+    re, im, re_2, im_2 = k
+    is_zero = inner_u == 0
+    first = tl.where(is_zero, re, 0.5 * re + 0.5 * re_2)
+    return first, tl.where(is_zero, re_2, 0.5 * im - 0.5 * im_2)
+
+
+@triton.jit
+def _hermitian_gradient(re, im, inner_u):
+    """Return the gradient at u and -u from that of :func:`_hermitian`."""
+    half = 0.5 * inner_u
+    return (1.0 - half) * re, half * im, half * re + (1.0 - inner_u) * im, -half * im
 
 
 @triton.jit
@@ -355,16 +368,10 @@ def _load_weight(ptr, u, in_u, v, in_v, first_c, shape, sign, CHANNELS: tl.const
 
 
 @triton.jit
-def _repeat(x, SLOTS: tl.constexpr):
+def _spread(x, SLOTS: tl.constexpr):
+    """Repeat `(c, u)` for every slot v, to `((v c), u)`."""
     x = tl.broadcast_to(x[None, :, :], (SLOTS, x.shape[0], x.shape[1]))
     return tl.reshape(x, (SLOTS * x.shape[1], x.shape[2]))
-
-
-@triton.jit
-def _spread(parts, SLOTS: tl.constexpr):
-    """Repeat `(c, u)` for every slot v, to `((v c), u)`."""
-    first, second = _repeat(parts[0], SLOTS), _repeat(parts[1], SLOTS)
-    return first, second, _repeat(parts[2], SLOTS), _repeat(parts[3], SLOTS)
 
 
 @triton.jit
@@ -389,23 +396,29 @@ def _filter_height(
     v, in_v, inner_v = _slots(first_v, shape[1], SLOTS_W)
     inner_v = _rows(inner_v, CHANNELS)
     sums, exponent = _zeros(SLOTS_W * CHANNELS, HALF_H), tl.full((), _NONE, tl.int32)
-    # Where one round is all there is, compilers shall know.
-    slots = HALF_H if HALF_H == SLOTS_H else (shape[0] + 1) // 2
+    # Compilers shall know how many rounds there are, unless a size may leave some out.
+    slots = HALF_H if HALF_H <= 2 * SLOTS_H else (shape[0] + 1) // 2
     for first_u in tl.range(0, slots, SLOTS_H, disable_licm=True):
         none = _zeros(SLOTS_W * CHANNELS, SLOTS_H)
         x = _transform_height(parts, none, basis_ptr, first_u, HALF_H, SLOTS_H, False)
-        # Frequencies v > 0 stand for -v, too.
-        x = _times(x, (1.0 + inner_v) / (shape[0] * shape[1] << _MARGIN))
         u, in_u, inner_u = _slots(first_u, shape[0], SLOTS_H)
         inner_u = inner_u[None, :]
+        corner = inner_u + inner_v == 0
+        # Outside the corner a value stands for its conjugate, too.
+        norm = tl.where(corner, 1.0, 2.0) / (shape[0] * shape[1] << _MARGIN)
+        x = _frequencies(_times(x, norm), inner_u, inner_v)
         k = _load_weight(weight_ptr, u, in_u, v, in_v, first_c, shape, sign, CHANNELS)
-        cc, cs = _respond(_cosines(x, inner_v), inner_u, k)
+        re, im = _hermitian(k, inner_u)
+        re, im = tl.where(inner_v == 0, re, k[0]), tl.where(inner_v == 0, im, k[1])
+        re, im = _product(x[0], x[1], re, im, corner)
         column = tl.full((1,), 0, tl.int32)
         nyquist, is_there = column + shape[1] // 2, column + first_v == 0
-        k_n = _load_weight(weight_ptr, u, in_u, nyquist, is_there, first_c, shape, sign, CHANNELS)
-        k = _plus(_times(k, inner_v), _times(_spread(k_n, SLOTS_W), 1.0 - inner_v))
-        sc, ss = _respond(_sines(x, inner_v), inner_u, k)
-        x = cc, cs, sc, ss
+        n = _load_weight(weight_ptr, u, in_u, nyquist, is_there, first_c, shape, sign, CHANNELS)
+        n_re, n_im = _hermitian(n, inner_u)
+        re_2 = tl.where(inner_v == 0, _spread(n_re, SLOTS_W), k[2])
+        im_2 = tl.where(inner_v == 0, _spread(n_im, SLOTS_W), k[3])
+        re_2, im_2 = _product(x[2], x[3], re_2, im_2, corner)
+        x = _coefficients((re, im, re_2, im_2), inner_u, inner_v)
         common = tl.maximum(exponent, -_headroom(x))
         x = _times(x, _power(-common))
         x = x[0].to(tl.float16), x[1].to(tl.float16), x[2].to(tl.float16), x[3].to(tl.float16)
@@ -732,45 +745,15 @@ def _first_slots(height, SLOTS_H: tl.constexpr, SLOTS_W: tl.constexpr):
 
 
 @triton.jit
-def _correlate_height(
-    x,
-    g,
-    exponent,
-    basis_ptr,
-    slot,
-    inner_u,
-    inner_v,
-    HALF_H: tl.constexpr,
-    SLOTS_H: tl.constexpr,
-):
-    """Return what an image adds to the gradient.
-
-    In the slots v = 0 the spectrum is that of real values, and what holds at -u follows from u. The
-    first two of the four values stand for frequency zero there, the others for Nyquist, at -u. At
-    u = 0 all is real, and the imaginary parts' places hold what belongs to the Nyquist frequency of
-    H, or of the others to zero.
-    """
-    none = _zeros(x[0].shape[0], SLOTS_H)
-    x = _transform_height(x, none, basis_ptr, slot, HALF_H, SLOTS_H, False)
-    g = _transform_height(g, none, basis_ptr, slot, HALF_H, SLOTS_H, False)
+def _correlate(x, g, exponent, inner_u, inner_v):
+    """Return what an image adds to the gradient, from coefficients."""
     first = exponent // 2
-    x, g = _times(x, _power(first)), _times(g, _power(exponent - first))
-    cosines = _correlate(_cosines(x, inner_v), inner_u, g[0], g[1])
-    sines = _correlate(_sines(x, inner_v), inner_u, g[2], g[3])
-    corner = (1.0 - inner_u) * (1.0 - inner_v)
-    return (
-        cosines[0] + inner_v * sines[0],
-        cosines[1] + inner_v * sines[1] + corner * cosines[2],
-        sines[2] + inner_v * cosines[2],
-        sines[3] + inner_v * cosines[3] + corner * sines[0],
-    )
-
-
-@triton.jit
-def _real_column(first, second, inner_u):
-    """Return the gradient at u and -u from one of the pairs of :func:`_correlate_height`."""
-    imag = inner_u * second
-    return first, imag, inner_u * first + (1.0 - inner_u) * second, -imag
+    x = _frequencies(_times(x, _power(first)), inner_u, inner_v)
+    g = _frequencies(_times(g, _power(exponent - first)), inner_u, inner_v)
+    corner = inner_u + inner_v == 0
+    re, im = _conjugate_product(x[0], x[1], g[0], g[1], corner)
+    re_2, im_2 = _conjugate_product(x[2], x[3], g[2], g[3], corner)
+    return re, im, re_2, im_2
 
 
 @triton.jit
@@ -802,13 +785,12 @@ def _store_gradient(
     u, in_u, inner_u = _slots(first_u, height, SLOTS_H)
     v, in_v, inner_v = _slots(first_v, width, SLOTS_W)
     inner_u, inner_v = inner_u[None, :], _rows(inner_v, CHANNELS)
-    sums = _times(sums, (1.0 + inner_v) / (height * width))
-    zero = _real_column(sums[0], sums[1], inner_u)
+    sums = _times(sums, tl.where(inner_u + inner_v == 0, 1.0, 2.0) / (height * width))
+    zero = _hermitian_gradient(sums[0], sums[1], inner_u)
     value = _plus(_times(sums, inner_v), _times(zero, 1.0 - inner_v))
     _store_weight(ptr, value, u, in_u, v, in_v, first_c, shape, CHANNELS)
-    re_2, im_2, re, im = _real_column(sums[2], sums[3], inner_u)
+    value = _hermitian_gradient(sums[2], sums[3], inner_u)
     nyquist, is_zero = tl.full((SLOTS_W,), 0, tl.int32) + width // 2, (v == 0) & (width % 2 == 0)
-    value = re, im, re_2, im_2
     _store_weight(ptr, value, u, in_u, nyquist, is_zero, first_c, shape, CHANNELS)
 
 
@@ -847,17 +829,11 @@ def correlate_planes(
         x = _turns(x, CHANNELS)
         g, g_exponent = _load_plane(g_ptr + offset, shape, c, HALF_H, HALF_W)
         g = _transform_width(g, none, basis_w_ptr, first_v, HALF_W, SLOTS_W, False)
-        more = _correlate_height(
-            x,
-            _turns(g, CHANNELS),
-            x_exponent + g_exponent,
-            basis_h_ptr,
-            first_u,
-            inner_u,
-            inner_v,
-            HALF_H,
-            SLOTS_H,
-        )
+        g = _turns(g, CHANNELS)
+        none = _zeros(SLOTS_W * CHANNELS, SLOTS_H)
+        x = _transform_height(x, none, basis_h_ptr, first_u, HALF_H, SLOTS_H, False)
+        g = _transform_height(g, none, basis_h_ptr, first_u, HALF_H, SLOTS_H, False)
+        more = _correlate(x, g, x_exponent + g_exponent, inner_u, inner_v)
         sums = _plus(sums, more)
     _store_gradient(
         weight_ptr,
@@ -904,20 +880,13 @@ def correlate_columns(
         x, x_exponent = _load_columns(
             x_ptr, x_exponents_ptr, image, first_v, c, shape, HALF_H, SLOTS_W, ROWS
         )
+        none = _zeros(SLOTS_W * CHANNELS, SLOTS_H)
+        x = _transform_height(x, none, basis_h_ptr, first_u, HALF_H, SLOTS_H, False)
         g, g_exponent = _load_columns(
             g_ptr, g_exponents_ptr, image, first_v, c, shape, HALF_H, SLOTS_W, ROWS
         )
-        more = _correlate_height(
-            x,
-            g,
-            x_exponent + g_exponent,
-            basis_h_ptr,
-            first_u,
-            inner_u,
-            inner_v,
-            HALF_H,
-            SLOTS_H,
-        )
+        g = _transform_height(g, none, basis_h_ptr, first_u, HALF_H, SLOTS_H, False)
+        more = _correlate(x, g, x_exponent + g_exponent, inner_u, inner_v)
         sums = _plus(sums, more)
     _store_gradient(
         weight_ptr,
