@@ -211,7 +211,8 @@ def _correlate_planes(g: Tensor, x: Tensor) -> Tensor:
     batch, height, width, channels = x.shape
     half_h, half_w = _half(height), _half(width)
     area, slots = half_h * half_w, min(half_w, 16)
-    block = 16 if area < 256 else 8 if area < 1024 else _channels_of_two_planes(x.device)
+    # Of 64 x 64 cells 8 channels of two maps take 102 KB.
+    block = 16 if area < 256 else 8 if area < 1024 or _shared_memory(x.device) >= 2**17 else 4
     grid = _ceil(channels, block), _ceil(_ceil(width, 2), slots)
     sums = _sums(x, grid)
     correlate_planes[(*grid, len(sums))](
@@ -229,21 +230,17 @@ def _correlate_planes(g: Tensor, x: Tensor) -> Tensor:
         SLOTS_H=half_h,
         SLOTS_W=slots,
         CHANNELS=block,
-        num_warps=16 if block * area >= 8192 else 8,
+        num_warps=8,
         num_stages=1,
     )
     return sums.sum(0)
 
 
-def _channels_of_two_planes(device: torch.device) -> int:
-    """Return how many channels of two maps of 64 x 64 cells fit in shared memory.
-
-    Eight take 102 KB. GPUs of data centres have 163 KB or more for a program, others 99 KB.
-    """
+def _shared_memory(device: torch.device) -> int:
+    """Return the bytes that a program can have; the interpreter knows no limit."""
     if device.type == 'cpu':
-        return 8
-    properties = torch.cuda.get_device_properties(device)
-    return 8 if properties.shared_memory_per_block_optin >= 2**17 else 4
+        return 2**20
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _filter_larger(x: Tensor, weight: Tensor, y: Tensor, sign: float) -> None:
@@ -266,7 +263,7 @@ def _filter_larger(x: Tensor, weight: Tensor, y: Tensor, sign: float) -> None:
             channels,
             sign,
             HALF_H=half_h,
-            SLOTS_H=min(half_h, 16),
+            SLOTS_H=min(half_h, 32 if half_h <= 128 else 16),
             SLOTS_W=columns,
             ROWS=_ROWS,
             CHANNELS=_CHANNELS,

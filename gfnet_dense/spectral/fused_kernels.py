@@ -228,11 +228,14 @@ def _transform_height(
 @triton.jit
 def _load_plane(ptr, shape, c, HALF_H: tl.constexpr, HALF_W: tl.constexpr):
     """Return the parts of a map as operands `((h c), w)`, and their exponent."""
-    # A quarter of each, so that a sum of four of the largest values of bfloat16 stays finite.
-    top_left = 0.25 * _load(ptr, _corner(shape, c, HALF_H, HALF_W, False, False))
-    top_right = 0.25 * _load(ptr, _corner(shape, c, HALF_H, HALF_W, False, True))
-    bottom_left = 0.25 * _load(ptr, _corner(shape, c, HALF_H, HALF_W, True, False))
-    bottom_right = 0.25 * _load(ptr, _corner(shape, c, HALF_H, HALF_W, True, True))
+    corners = (
+        _load(ptr, _corner(shape, c, HALF_H, HALF_W, False, False)),
+        _load(ptr, _corner(shape, c, HALF_H, HALF_W, False, True)),
+        _load(ptr, _corner(shape, c, HALF_H, HALF_W, True, False)),
+        _load(ptr, _corner(shape, c, HALF_H, HALF_W, True, True)),
+    )
+    shift = _headroom(corners) - 2  # for sums of four
+    top_left, top_right, bottom_left, bottom_right = _times(corners, _power(shift))
     top_even, top_odd = top_left + top_right, top_left - top_right
     bottom_even, bottom_odd = bottom_left + bottom_right, bottom_left - bottom_right
     parts = (
@@ -241,8 +244,7 @@ def _load_plane(ptr, shape, c, HALF_H: tl.constexpr, HALF_W: tl.constexpr):
         top_odd + bottom_odd,
         top_odd - bottom_odd,
     )
-    shift = _headroom(parts)
-    return _operands(_times(parts, _power(shift))), 2 - shift  # 2**2 for the quarter
+    return _operands(parts), -shift
 
 
 # At slot (u, v) four coefficients stand for two complex values of the spectrum, those at (u, v) and
@@ -358,7 +360,7 @@ def _store_complex(ptr, places, real, imag, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _load_weight(ptr, u, in_u, v, in_v, first_c, shape, sign, CHANNELS: tl.constexpr):
-    """Return a spectrum, conjugate where `sign` is -1, as :func:`_respond` takes it."""
+    """Return a spectrum at u and -u, conjugate where `sign` is -1."""
     places = _frequency_places(u, in_u, v, in_v, first_c, shape, CHANNELS)
     re, im = _load_complex(ptr, places, CHANNELS)
     u = _mirror(u, shape[0])
@@ -398,7 +400,7 @@ def _filter_height(
     sums, exponent = _zeros(SLOTS_W * CHANNELS, HALF_H), tl.full((), _NONE, tl.int32)
     # Compilers shall know how many rounds there are, unless a size may leave some out.
     slots = HALF_H if HALF_H <= 2 * SLOTS_H else (shape[0] + 1) // 2
-    for first_u in tl.range(0, slots, SLOTS_H, disable_licm=True):
+    for first_u in range(0, slots, SLOTS_H):
         none = _zeros(SLOTS_W * CHANNELS, SLOTS_H)
         x = _transform_height(parts, none, basis_ptr, first_u, HALF_H, SLOTS_H, False)
         u, in_u, inner_u = _slots(first_u, shape[0], SLOTS_H)
@@ -479,7 +481,8 @@ def filter_planes(
     image = tl.program_id(1).to(tl.int64) * (height * width * channels)
     x_ptr, y_ptr = x_ptr + image, y_ptr + image
     x, x_exponent = _load_plane(x_ptr, shape, c, HALF_H, HALF_W)
-    filtered, exponents = (), (tl.full((), _NONE, tl.int32),)
+    common = tl.full((), _NONE, tl.int32)
+    filtered, exponents = (), ()
     for first_v in tl.static_range(0, HALF_W, SLOTS_W):
         none = _zeros(HALF_H * CHANNELS, SLOTS_W)
         some = _transform_width(x, none, basis_w_ptr, first_v, HALF_W, SLOTS_W, False)
@@ -496,15 +499,16 @@ def filter_planes(
             SLOTS_W,
             CHANNELS,
         )
-        common = tl.maximum(exponents[-1], exponent - _headroom(y))
+        common = tl.maximum(common, exponent - _headroom(y))
         filtered += (_turns(_times(y, _power(exponent - common)), CHANNELS),)
         exponents += (common,)
-    y = _zeros(HALF_H * CHANNELS, HALF_W)
-    for i in tl.static_range(HALF_W // SLOTS_W):
-        y = _times(y, _power(exponents[i] - exponents[i + 1]))
+    none = _zeros(HALF_H * CHANNELS, HALF_W)
+    y = _transform_width(filtered[0], none, basis_w_ptr, 0, HALF_W, SLOTS_W, True)
+    for i in tl.static_range(1, HALF_W // SLOTS_W):
+        y = _times(y, _power(exponents[i - 1] - exponents[i]))
         y = _transform_width(filtered[i], y, basis_w_ptr, i * SLOTS_W, HALF_W, SLOTS_W, True)
     ee, eo, oe, oo = y
-    exponent = x_exponent + exponents[-1]
+    exponent = x_exponent + common
     corner = _corner(shape, c, HALF_H, HALF_W, False, False)
     _store(y_ptr, corner, _scale(ee + eo + oe + oo, exponent), CHANNELS)
     corner = _corner(shape, c, HALF_H, HALF_W, False, True)
@@ -556,14 +560,13 @@ def transform_rows(
     in_h, row = h < height, width * channels
     x_ptr += image.to(tl.int64) * (height * row)
     w, in_w = _half(width, HALF_W, False)
-    left = 0.5 * _load(x_ptr, _places(w, in_w, channels, h, in_h, row, c, channels))
+    left = _load(x_ptr, _places(w, in_w, channels, h, in_h, row, c, channels))
     w, in_w = _half(width, HALF_W, True)
-    right = 0.5 * _load(x_ptr, _places(w, in_w, channels, h, in_h, row, c, channels))
-    even, odd = left + right, left - right
-    shift = _headroom((even, even, odd, odd))
-    scale = _power(shift)
-    even, odd = _operand(scale * even), _operand(scale * odd)
-    tl.store(_exponents(exponents_ptr, image, block, tl.num_programs(2)), 1 - shift)
+    right = _load(x_ptr, _places(w, in_w, channels, h, in_h, row, c, channels))
+    shift = _headroom((left, left, right, right)) - 1  # for sums of two
+    left, right = left * _power(shift), right * _power(shift)
+    even, odd = _operand(left + right), _operand(left - right)
+    tl.store(_exponents(exponents_ptr, image, block, tl.num_programs(2)), -shift)
 
     stride, sines, column = _strides(shape)
     z_ptr += image.to(tl.int64) * stride
@@ -821,7 +824,7 @@ def correlate_planes(
     inner_u, inner_v = inner_u[None, :], _rows(inner_v, CHANNELS)
     sums = _zeros(SLOTS_W * CHANNELS, SLOTS_H)
     first, last = _share(batch)
-    for image in tl.range(first, last, disable_licm=True):
+    for image in range(first, last):
         none = _zeros(HALF_H * CHANNELS, SLOTS_W)
         offset = tl.cast(image, tl.int64) * (height * width * channels)
         x, x_exponent = _load_plane(x_ptr + offset, shape, c, HALF_H, HALF_W)
@@ -876,7 +879,7 @@ def correlate_columns(
     inner_u, inner_v = inner_u[None, :], _rows(inner_v, CHANNELS)
     sums = _zeros(SLOTS_W * CHANNELS, SLOTS_H)
     first, last = _share(batch)
-    for image in tl.range(first, last, disable_licm=True):
+    for image in range(first, last):
         x, x_exponent = _load_columns(
             x_ptr, x_exponents_ptr, image, first_v, c, shape, HALF_H, SLOTS_W, ROWS
         )

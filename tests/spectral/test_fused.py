@@ -136,8 +136,8 @@ def test_under_the_interpreter():
     assert 'passed' in run.stdout
 
 
-# Of a multiprocessor in bytes, by compute capability (CUDA programming guide).
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+# Of a program in bytes, by compute capability (CUDA programming guide).
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
 TYPES = {HALF: '*fp16', BFLOAT: '*bf16', torch.float32: '*fp32', torch.int32: '*i32'}
 
 
@@ -179,11 +179,14 @@ class Compiler:
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason='Triton compiles or interprets')
 @pytest.mark.parametrize(
-    ('size', 'capability'), [((16, 16), 80), ((64, 64), 90), ((128, 128), 90)], ids=str
+    ('size', 'capability'),
+    [((16, 16), 80), ((64, 64), 90), ((128, 128), 90), ((64, 64), 86), ((512, 9), 86)],
+    ids=str,
 )
 def test_compiles_for_a_gpu_and_fits_its_memory(monkeypatch, size, capability):
     from gfnet_dense.spectral import fused_kernels
 
+    monkeypatch.setattr(fused, '_shared_memory', lambda device: SHARED_MEMORY[capability])
     for name, kernel in vars(fused_kernels).copy().items():
         if not name.startswith('_') and isinstance(kernel, triton.KernelInterface):
             monkeypatch.setattr(fused_kernels, name, Compiler(kernel, capability))
