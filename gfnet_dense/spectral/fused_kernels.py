@@ -14,8 +14,9 @@ see a tile as `((i c), j)`: rows run over one axis and the channels, columns ove
 transformed.
 
 Factors of products are rounded to float16. Parts are scaled by a power of two, which is exact, so
-that the largest value lies within [2**6, 2**7): sums over 256 slots stay within the range, and
-values a million times smaller keep their precision. What is true is `stored * 2**exponent`.
+that the largest value comes close to 2**7 and none reaches it: sums over 256 slots stay within the
+range, and values a million times smaller keep their precision. What is true is `stored *
+2**exponent`.
 
 `shape` is `(H, W, C)` everywhere, `c` the channels of a block; constants in capitals are powers of
 two. `HALF_H` and `HALF_W` are sizes of the tiles that hold half an axis, `SLOTS_H` and `SLOTS_W` of
