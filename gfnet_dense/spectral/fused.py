@@ -62,6 +62,8 @@ def obstacle(x: Tensor) -> str | None:
         return 'it needs Triton 3.4 or newer'
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         return 'exported graphs hold operators of torch alone'
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return 'compiled graphs hold it outside the transforms of torch.func alone'
     if _IS_INTERPRETED:
         return None
     if not x.is_cuda or torch.version.hip:
@@ -181,7 +183,6 @@ class _Correlate(Function):
 
 for _operator, _function in ((_filter, _Filter), (_correlate, _Correlate)):
     _operator.register_autograd(_function.backward, setup_context=_function.setup_context)
-    _operator.register_vmap(_function.vmap)
 
 
 def _filter_planes(x: Tensor, weight: Tensor, y: Tensor, sign: float) -> None:

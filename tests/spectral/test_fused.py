@@ -297,6 +297,21 @@ def test_forward_derivatives():
 
 
 @needs_kernels
+def test_forward_derivatives_in_a_graph():
+    x, weight, dx = (t.detach() for t in case((3, 4), HALF, batch=1))
+    torch.compiler.reset()
+
+    def derivative(x: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
+        return torch.func.jvp(lambda x: by_fused(x, weight), (x,), (dx,))[1]
+
+    def by_fused(x: Tensor, weight: Tensor) -> Tensor:
+        return global_filter(x, weight, 'fused')
+
+    run = torch.compile(derivative, backend='aot_eager', fullgraph=True)
+    assert_near([run(x, weight, dx)], [reference(dx, weight)], ERRORS[HALF])
+
+
+@needs_kernels
 def test_vmap_over_either_and_gradients_of_each_image():
     xs, weights, _ = (
         torch.stack(t).detach() for t in zip(*(case((3, 4), HALF) for _ in 'ab'), strict=True)
