@@ -110,6 +110,12 @@ def multiplicity(width: int, device: torch.device) -> Tensor:
     return torch.where((column == 0) | (2 * column == width), 1.0, 2.0).double()
 
 
+def to_channels(tensor: Tensor, dim: int | None, n: int, channel: int) -> Tensor:
+    """Turn `n` problems of :func:`torch.func.vmap` into one with `n` times as many channels."""
+    tensor = tensor.expand(n, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return tensor.movedim(0, channel).flatten(channel, channel + 1)
+
+
 # The filter is bilinear, so its derivatives are filters again, and one more operator that is
 # bilinear too: its adjoint. The two close under differentiation, to any order.
 #
@@ -170,7 +176,7 @@ class _Filter(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, x: Tensor, weight: Tensor, make: Make) -> tuple:
         n = info.batch_size
-        x, weight = _to_channels(x, in_dims[0], n, 3), _to_channels(weight, in_dims[1], n, 2)
+        x, weight = to_channels(x, in_dims[0], n, 3), to_channels(weight, in_dims[1], n, 2)
         return _Filter.apply(x, weight, make).unflatten(3, (n, -1)), 3
 
 
@@ -218,7 +224,7 @@ class _Adjoint(Function):
     def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
         n, (*tensors, make) = info.batch_size, inputs
         g, x, weight = (
-            _to_channels(tensor, dim, n, channel)
+            to_channels(tensor, dim, n, channel)
             for tensor, dim, channel in zip(tensors, in_dims, (3, 3, 2), strict=False)
         )
         gx, gweight = _Adjoint.apply(g, x, weight, make)
@@ -248,12 +254,6 @@ def _cut(tensors: Tensors, parts: int, dim: int) -> Iterator[Tensors]:
 
 def _conjugate(weight: Tensor) -> Tensor:
     return weight * weight.new_tensor([1, -1])
-
-
-def _to_channels(tensor: Tensor, dim: int | None, n: int, channel: int) -> Tensor:
-    """Turn `n` problems of :func:`torch.func.vmap` into one with `n` times as many channels."""
-    tensor = tensor.expand(n, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return tensor.movedim(0, channel).flatten(channel, channel + 1)
 
 
 @contextmanager

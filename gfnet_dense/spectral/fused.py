@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+
+from .blockwise import is_capturing, to_channels
 
 # The largest side, in cells, of maps that fit on the chip, and of maps that are taken at all.
 _PLANE = 64
@@ -59,6 +62,8 @@ def obstacle(x: Tensor) -> str | None:
         return 'it needs Triton 3.4 or newer'
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         return 'exported graphs hold operators of torch alone'
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return 'compiled graphs hold it outside the transforms of torch.func alone'
     if _IS_INTERPRETED:
         return None
     if not x.is_cuda or torch.version.hip:
@@ -70,11 +75,11 @@ def obstacle(x: Tensor) -> str | None:
 
 def fused_filter(x: Tensor, weight: Tensor) -> Tensor:
     """See :func:`gfnet_dense.spectral.global_filter`; for maps without an :func:`obstacle`."""
-    return _filter(x, weight.float(), False)
+    run = _filter if is_capturing() else _Filter.apply
+    return run(x, weight.float(), False)
 
 
-# Two operators that close under differentiation, as those of :mod:`.blockwise` do. Compilers take
-# them as they are.
+# Two operators, which compilers take as they are.
 
 
 @torch.library.custom_op('gfnet_dense::filter', mutates_args=())
@@ -108,27 +113,76 @@ def _(g: Tensor, x: Tensor) -> Tensor:
     return x.new_empty((height, width // 2 + 1, channels, 2), dtype=torch.float32)
 
 
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    first, second, *ctx.conjugate = inputs
-    ctx.save_for_backward(first, second)
+# Both are bilinear, and they close under differentiation as those of :mod:`.blockwise` do. An
+# operator has no forward derivatives and no place among the transforms of torch.func; a Function
+# has, but not in a graph.
 
 
-def _filter_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    (x, weight), (conjugate,) = ctx.saved_tensors, ctx.conjugate
-    of_x, of_weight, _ = ctx.needs_input_grad
-    gx = _filter(g, weight, not conjugate) if of_x else None
-    pair = (x, g) if conjugate else (g, x)
-    return gx, _correlate(*pair) if of_weight else None, None
+class _Filter(Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
+        return _filter(x, weight, conjugate)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        *tensors, ctx.conjugate = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, _ = ctx.needs_input_grad
+        pair = (x, g) if ctx.conjugate else (g, x)
+        gx = _Filter.apply(g, weight, not ctx.conjugate) if of_x else None
+        return gx, _Correlate.apply(*pair) if of_weight else None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, _: None) -> Tensor:
+        x, weight = ctx.saved_tensors
+        terms = [] if dx is None else [_Filter.apply(dx, weight, ctx.conjugate)]
+        terms += [] if dweight is None else [_Filter.apply(x, dweight, ctx.conjugate)]
+        return sum(terms)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, x: Tensor, weight: Tensor, conjugate: bool) -> tuple:
+        n = info.batch_size
+        x, weight = to_channels(x, in_dims[0], n, 3), to_channels(weight, in_dims[1], n, 2)
+        return _Filter.apply(x, weight, conjugate).unflatten(3, (n, -1)), 3
 
 
-def _correlate_backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
-    (g, x), (of_g, of_x) = ctx.saved_tensors, ctx.needs_input_grad
-    gg = _filter(x, weight, False) if of_g else None
-    return gg, _filter(g, weight, True) if of_x else None
+class _Correlate(Function):
+    @staticmethod
+    def forward(g: Tensor, x: Tensor) -> Tensor:
+        return _correlate(g, x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
+        (g, x), (of_g, of_x) = ctx.saved_tensors, ctx.needs_input_grad
+        gg = _Filter.apply(x, weight, False) if of_g else None
+        return gg, _Filter.apply(g, weight, True) if of_x else None
+
+    @staticmethod
+    def jvp(ctx: Any, dg: Tensor | None, dx: Tensor | None) -> Tensor:
+        g, x = ctx.saved_tensors
+        terms = [] if dg is None else [_Correlate.apply(dg, x)]
+        terms += [] if dx is None else [_Correlate.apply(g, dx)]
+        return sum(terms)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, g: Tensor, x: Tensor) -> tuple:
+        n = info.batch_size
+        g, x = to_channels(g, in_dims[0], n, 3), to_channels(x, in_dims[1], n, 3)
+        return _Correlate.apply(g, x).unflatten(2, (n, -1)), 2
 
 
-_filter.register_autograd(_filter_backward, setup_context=_save)
-_correlate.register_autograd(_correlate_backward, setup_context=_save)
+for _operator, _function in ((_filter, _Filter), (_correlate, _Correlate)):
+    _operator.register_autograd(_function.backward, setup_context=_function.setup_context)
 
 
 def _filter_planes(x: Tensor, weight: Tensor, y: Tensor, sign: float) -> None:
@@ -148,6 +202,7 @@ def _filter_planes(x: Tensor, weight: Tensor, y: Tensor, sign: float) -> None:
         HALF_H=_half(height),
         HALF_W=_half(width),
         SLOTS_H=min(_half(height), 16),
+        SLOTS_W=min(_half(width), 16),
     )
 
 
@@ -156,10 +211,10 @@ def _correlate_planes(g: Tensor, x: Tensor) -> Tensor:
 
     batch, height, width, channels = x.shape
     half_h, half_w = _half(height), _half(width)
-    # Of two maps of 64 x 64 cells 16 warps hold 8 channels, and the sums for 16 slots along W.
     area, slots = half_h * half_w, min(half_w, 16)
-    block = 8 if area >= 256 else 16
-    grid = _ceil(channels, block), half_w // slots
+    # Of 64 x 64 cells 8 channels of two maps take 102 KB.
+    block = 16 if area < 256 else 8 if area < 1024 or _shared_memory(x.device) >= 2**17 else 4
+    grid = _ceil(channels, block), _ceil(_ceil(width, 2), slots)
     sums = _sums(x, grid)
     correlate_planes[(*grid, len(sums))](
         g,
@@ -176,10 +231,17 @@ def _correlate_planes(g: Tensor, x: Tensor) -> Tensor:
         SLOTS_H=half_h,
         SLOTS_W=slots,
         CHANNELS=block,
-        num_warps=16 if area >= 1024 else 8,
+        num_warps=8,
         num_stages=1,
     )
     return sums.sum(0)
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Return the bytes that a program can have; the interpreter knows no limit."""
+    if device.type == 'cpu':
+        return 2**20
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _filter_larger(x: Tensor, weight: Tensor, y: Tensor, sign: float) -> None:
@@ -202,7 +264,7 @@ def _filter_larger(x: Tensor, weight: Tensor, y: Tensor, sign: float) -> None:
             channels,
             sign,
             HALF_H=half_h,
-            SLOTS_H=min(half_h, 16),
+            SLOTS_H=min(half_h, 32 if half_h <= 128 else 16),
             SLOTS_W=columns,
             ROWS=_ROWS,
             CHANNELS=_CHANNELS,
@@ -237,7 +299,8 @@ def _correlate_larger(g: Tensor, x: Tensor) -> Tensor:
     for some_g, some_x in zip(_chunks(g), _chunks(x), strict=True):
         g_z, g_exponents = _transform_rows(some_g)
         x_z, x_exponents = _transform_rows(some_x)
-        grid = x_exponents.shape[2], half // slots * _ceil(x_z.shape[2], columns)
+        blocks = _ceil(_ceil(height, 2), slots) * _ceil(x_z.shape[2], columns)
+        grid = x_exponents.shape[2], blocks
         sums = _sums(some_x, grid)
         correlate_columns[(*grid, len(sums))](
             g_z,

@@ -14,8 +14,9 @@ see a tile as `((i c), j)`: rows run over one axis and the channels, columns ove
 transformed.
 
 Factors of products are rounded to float16. Parts are scaled by a power of two, which is exact, so
-that the largest value lies within [2**6, 2**7): sums over 256 slots stay within the range, and
-values a million times smaller keep their precision. What is true is `stored * 2**exponent`.
+that the largest value comes close to 2**7 and none reaches it: sums over 256 slots stay within the
+range, and values a million times smaller keep their precision. What is true is `stored *
+2**exponent`.
 
 `shape` is `(H, W, C)` everywhere, `c` the channels of a block; constants in capitals are powers of
 two. `HALF_H` and `HALF_W` are sizes of the tiles that hold half an axis, `SLOTS_H` and `SLOTS_W` of
@@ -48,6 +49,12 @@ def _scale(x, exponent):
 def _align(x, exponent, largest):
     """Bring values of several exponents, none above `largest`, to that one."""
     return x * _power(exponent - largest)
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    none = tl.zeros((ROWS, COLUMNS), tl.float32)
+    return none, none, none, none
 
 
 @triton.jit
@@ -98,10 +105,10 @@ def _corner(
     BOTTOM: tl.constexpr,
     RIGHT: tl.constexpr,
 ):
-    """Return the places `(h, w, c)` of a quarter of a map."""
+    """Return the places `(w, h, c)` of a quarter of a map."""
     h, in_h = _half(shape[0], HALF_H, BOTTOM)
     w, in_w = _half(shape[1], HALF_W, RIGHT)
-    return _places(h, in_h, shape[1] * shape[2], w, in_w, shape[2], c, shape[2])
+    return _places(w, in_w, shape[2], h, in_h, shape[1] * shape[2], c, shape[2])
 
 
 @triton.jit
@@ -112,16 +119,16 @@ def _load(ptr, places):
 
 @triton.jit
 def _store(ptr, places, x, CHANNELS: tl.constexpr):
-    """Store `((i c), j)` in the places of a tile `(i, j, c)`."""
+    """Store `((i c), j)` in the places of a tile `(j, i, c)`."""
     offsets, there = places
     x = tl.reshape(x.to(ptr.dtype.element_ty), (x.shape[0] // CHANNELS, CHANNELS, x.shape[1]))
-    tl.store(ptr + offsets, tl.permute(x, (0, 2, 1)), mask=there)
+    tl.store(ptr + offsets, tl.permute(x, (2, 0, 1)), mask=there)
 
 
 @triton.jit
 def _operand(tile):
-    """Round a tile `(i, j, c)` to an operand `((i c), j)`."""
-    tile = tl.permute(tile.to(tl.float16), (0, 2, 1))
+    """Round a tile `(j, i, c)` to an operand `((i c), j)`."""
+    tile = tl.permute(tile.to(tl.float16), (1, 2, 0))
     return tl.reshape(tile, (tile.shape[0] * tile.shape[1], tile.shape[2]))
 
 
@@ -148,6 +155,7 @@ def _turns(parts, CHANNELS: tl.constexpr):
 def _transform(
     first,
     second,
+    sums,
     basis_ptr,
     slot,
     HALF: tl.constexpr,
@@ -156,8 +164,9 @@ def _transform(
 ):
     """Turn even and odd part `(rows, HALF)` into cosine and sine coefficients `(rows, SLOTS)`.
 
-    They are those from `slot` on; the inverse returns what they add to the two parts. The basis
-    `(2, HALF, HALF)` holds cosines and sines of slot x cell. Where `HALF < 16`, `SLOTS == HALF`.
+    They are those from `slot` on; the inverse returns what they add to the two parts. Either is
+    added to `sums`. The basis `(2, HALF, HALF)` holds cosines and sines of slot x cell. Where
+    `HALF < 16`, `SLOTS == HALF`.
     """
     INNER: tl.constexpr = SLOTS if INVERSE else HALF
     OUTER: tl.constexpr = HALF if INVERSE else SLOTS
@@ -168,7 +177,7 @@ def _transform(
         else:
             entries = basis_ptr + (slot + outer) * HALF + inner
         cosines, sines = tl.load(entries), tl.load(entries + HALF * HALF)
-        return tl.dot(first, cosines), tl.dot(second, sines)
+        return tl.dot(first, cosines, sums[0]), tl.dot(second, sines, sums[1])
     # Tensor cores sum up 16 products or more: here those of both parts, interleaved, with a matrix
     # that keeps them apart.
     inner, outer = tl.arange(0, 2 * INNER)[:, None], tl.arange(0, 2 * OUTER)[None, :]
@@ -179,47 +188,55 @@ def _transform(
     alike = inner % 2 == outer % 2
     matrix = tl.load(entries + inner % 2 * HALF * HALF, mask=alike, other=0.0)
     both = tl.dot(tl.interleave(first, second), matrix)
-    return tl.split(tl.reshape(both, (both.shape[0], OUTER, 2)))
+    both = tl.split(tl.reshape(both, (both.shape[0], OUTER, 2)))
+    return sums[0] + both[0], sums[1] + both[1]
 
 
 @triton.jit
 def _transform_width(
     parts,
+    sums,
     basis_ptr,
     slot,
     HALF_W: tl.constexpr,
     SLOTS_W: tl.constexpr,
     INVERSE: tl.constexpr,
 ):
-    """Transform the parts along W, whose letter stands first."""
-    first, third = _transform(parts[0], parts[2], basis_ptr, slot, HALF_W, SLOTS_W, INVERSE)
-    second, fourth = _transform(parts[1], parts[3], basis_ptr, slot, HALF_W, SLOTS_W, INVERSE)
+    """Transform the parts along W, whose letter stands first, and add them to `sums`."""
+    one, two = (sums[0], sums[2]), (sums[1], sums[3])
+    first, third = _transform(parts[0], parts[2], one, basis_ptr, slot, HALF_W, SLOTS_W, INVERSE)
+    second, fourth = _transform(parts[1], parts[3], two, basis_ptr, slot, HALF_W, SLOTS_W, INVERSE)
     return first, second, third, fourth
 
 
 @triton.jit
 def _transform_height(
     parts,
+    sums,
     basis_ptr,
     slot,
     HALF_H: tl.constexpr,
     SLOTS_H: tl.constexpr,
     INVERSE: tl.constexpr,
 ):
-    """Transform the parts along H, whose letter stands second."""
-    first, second = _transform(parts[0], parts[1], basis_ptr, slot, HALF_H, SLOTS_H, INVERSE)
-    third, fourth = _transform(parts[2], parts[3], basis_ptr, slot, HALF_H, SLOTS_H, INVERSE)
+    """Transform the parts along H, whose letter stands second, and add them to `sums`."""
+    one, two = (sums[0], sums[1]), (sums[2], sums[3])
+    first, second = _transform(parts[0], parts[1], one, basis_ptr, slot, HALF_H, SLOTS_H, INVERSE)
+    third, fourth = _transform(parts[2], parts[3], two, basis_ptr, slot, HALF_H, SLOTS_H, INVERSE)
     return first, second, third, fourth
 
 
 @triton.jit
 def _load_plane(ptr, shape, c, HALF_H: tl.constexpr, HALF_W: tl.constexpr):
     """Return the parts of a map as operands `((h c), w)`, and their exponent."""
-    # A quarter of each, so that a sum of four of the largest values of bfloat16 stays finite.
-    top_left = 0.25 * _load(ptr, _corner(shape, c, HALF_H, HALF_W, False, False))
-    top_right = 0.25 * _load(ptr, _corner(shape, c, HALF_H, HALF_W, False, True))
-    bottom_left = 0.25 * _load(ptr, _corner(shape, c, HALF_H, HALF_W, True, False))
-    bottom_right = 0.25 * _load(ptr, _corner(shape, c, HALF_H, HALF_W, True, True))
+    corners = (
+        _load(ptr, _corner(shape, c, HALF_H, HALF_W, False, False)),
+        _load(ptr, _corner(shape, c, HALF_H, HALF_W, False, True)),
+        _load(ptr, _corner(shape, c, HALF_H, HALF_W, True, False)),
+        _load(ptr, _corner(shape, c, HALF_H, HALF_W, True, True)),
+    )
+    shift = _headroom(corners) - 2  # for sums of four
+    top_left, top_right, bottom_left, bottom_right = _times(corners, _power(shift))
     top_even, top_odd = top_left + top_right, top_left - top_right
     bottom_even, bottom_odd = bottom_left + bottom_right, bottom_left - bottom_right
     parts = (
@@ -228,59 +245,71 @@ def _load_plane(ptr, shape, c, HALF_H: tl.constexpr, HALF_W: tl.constexpr):
         top_odd + bottom_odd,
         top_odd - bottom_odd,
     )
-    shift = _headroom(parts)
-    return _operands(_times(parts, _power(shift))), 2 - shift  # 2**2 for the quarter
+    return _operands(parts), -shift
 
 
-# At slot (u, v) four coefficients stand for two complex values of the spectrum, at the frequencies
-# (u, v) and (-u, v). `inner_u` is 0 in the slots u = 0 and 1 elsewhere. In the former the second
-# value belongs to the Nyquist frequency; it is off by a factor that the way back takes out.
+# At slot (u, v) four coefficients stand for two complex values of the spectrum, those at (u, v) and
+# (-u, v). Slots 0 hold frequency zero and the Nyquist frequency instead. In the slots u = 0 the
+# second value is that of the Nyquist frequency of H. In the slots v = 0 the first value belongs to
+# frequency zero of W and the second to Nyquist, both at u: columns of the spectrum of real maps,
+# in which -u follows from u. In the corner, u = v = 0, all four are real, real and imaginary part
+# those of zero and Nyquist of H. `inner_u` and `inner_v` are 0 in slots 0 and 1 elsewhere.
 
 
 @triton.jit
-def _frequencies(parts, inner_u):
-    """Return real and imaginary part at (u, v) and at (-u, v)."""
+def _frequencies(parts, inner_u, inner_v):
+    """Return the two values, real and imaginary part, from the four coefficients."""
     cc, cs, sc, ss = parts
-    return cc - inner_u * ss, -sc - inner_u * cs, inner_u * cc + ss, cs - inner_u * sc
+    inner, outer_v = inner_u * inner_v, 1.0 - inner_v
+    return (
+        cc - inner * ss,
+        -(inner + outer_v) * cs - inner_v * sc,
+        inner * cc + outer_v * sc + inner_v * ss,
+        inner_v * cs - inner * sc - outer_v * ss,
+    )
 
 
 @triton.jit
-def _respond(parts, inner_u, weight):
-    """Multiply by a spectrum, given at (u, v) and (-u, v), and return `cc, cs` of the product.
-
-    Its `sc, ss` are what this returns for `sc, ss, -cc, -cs`: the sines along W are the cosines of
-    the spectrum times i.
-    """
-    re, im, re_2, im_2 = _frequencies(parts, inner_u)
-    k_re, k_im, k_re_2, k_im_2 = weight
-    y_re, y_im = k_re * re - k_im * im, k_re * im + k_im * re
-    y_re_2, y_im_2 = k_re_2 * re_2 - k_im_2 * im_2, k_re_2 * im_2 + k_im_2 * re_2
-    return y_re + inner_u * y_re_2, y_im_2 - inner_u * y_im
-
-
-@triton.jit
-def _correlate(parts, inner_u, g_c, g_s):
-    """Return the gradient of :func:`_respond` with respect to the weight, of which g comes back."""
-    re, im, re_2, im_2 = _frequencies(parts, inner_u)
-    inner_c, inner_s = inner_u * g_c, inner_u * g_s
-    first = re * g_c - im * inner_s, -im * g_c - re * inner_s
-    return first[0], first[1], re_2 * inner_c + im_2 * g_s, re_2 * g_s - im_2 * inner_c
+def _coefficients(values, inner_u, inner_v):
+    """Return the transpose of :func:`_frequencies`."""
+    re, im, re_2, im_2 = values
+    inner, outer_v = inner_u * inner_v, 1.0 - inner_v
+    return (
+        re + inner * re_2,
+        inner_v * im_2 - (inner + outer_v) * im,
+        outer_v * re_2 - inner_v * im - inner * im_2,
+        inner_v * re_2 - outer_v * im_2 - inner * re,
+    )
 
 
 @triton.jit
-def _cosines(parts, inner_v):
-    """Return what :func:`_respond` takes for `cc, cs`.
-
-    In the slots v = 0 cosines and sines are separate frequencies, zero and Nyquist; `inner_v` is 0
-    there and 1 elsewhere.
-    """
-    return parts[0], parts[1], inner_v * parts[2], inner_v * parts[3]
+def _product(re, im, k_re, k_im, corner):
+    """Multiply, in the corner part by part."""
+    cross = tl.where(corner, 0.0, k_im)
+    return k_re * re - cross * im, tl.where(corner, k_im, k_re) * im + cross * re
 
 
 @triton.jit
-def _sines(parts, inner_v):
-    """Return what :func:`_respond` takes for `sc, ss`."""
-    return parts[2], parts[3], -inner_v * parts[0], -inner_v * parts[1]
+def _conjugate_product(re, im, g_re, g_im, corner):
+    """Multiply by the conjugate of the first factor, in the corner part by part."""
+    both = im * g_im
+    return re * g_re + tl.where(corner, 0.0, both), tl.where(corner, both, re * g_im - im * g_re)
+
+
+@triton.jit
+def _hermitian(k, inner_u):
+    """Return what acts of a spectrum, given at u and -u, in a column of real maps."""
+    re, im, re_2, im_2 = k
+    is_zero = inner_u == 0
+    first = tl.where(is_zero, re, 0.5 * re + 0.5 * re_2)
+    return first, tl.where(is_zero, re_2, 0.5 * im - 0.5 * im_2)
+
+
+@triton.jit
+def _hermitian_gradient(re, im, inner_u):
+    """Return the gradient at u and -u from that of :func:`_hermitian`."""
+    half = 0.5 * inner_u
+    return (1.0 - half) * re, half * im, half * re + (1.0 - inner_u) * im, -half * im
 
 
 @triton.jit
@@ -332,7 +361,7 @@ def _store_complex(ptr, places, real, imag, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _load_weight(ptr, u, in_u, v, in_v, first_c, shape, sign, CHANNELS: tl.constexpr):
-    """Return a spectrum, conjugate where `sign` is -1, as :func:`_respond` takes it."""
+    """Return a spectrum at u and -u, conjugate where `sign` is -1."""
     places = _frequency_places(u, in_u, v, in_v, first_c, shape, CHANNELS)
     re, im = _load_complex(ptr, places, CHANNELS)
     u = _mirror(u, shape[0])
@@ -342,16 +371,10 @@ def _load_weight(ptr, u, in_u, v, in_v, first_c, shape, sign, CHANNELS: tl.const
 
 
 @triton.jit
-def _repeat(x, SLOTS: tl.constexpr):
+def _spread(x, SLOTS: tl.constexpr):
+    """Repeat `(c, u)` for every slot v, to `((v c), u)`."""
     x = tl.broadcast_to(x[None, :, :], (SLOTS, x.shape[0], x.shape[1]))
     return tl.reshape(x, (SLOTS * x.shape[1], x.shape[2]))
-
-
-@triton.jit
-def _spread(parts, SLOTS: tl.constexpr):
-    """Repeat `(c, u)` for every slot v, to `((v c), u)`."""
-    first, second = _repeat(parts[0], SLOTS), _repeat(parts[1], SLOTS)
-    return first, second, _repeat(parts[2], SLOTS), _repeat(parts[3], SLOTS)
 
 
 @triton.jit
@@ -370,43 +393,50 @@ def _filter_height(
 ):
     """Transform `((v c), h)` along H, multiply by the spectrum over 2**_MARGIN, transform back.
 
-    Some frequencies at a time, so that the spectrum takes few registers; what they add to the
-    result is summed up in float32.
+    Some frequencies at a time, so that the spectrum takes few registers. What they give is added to
+    the sums in place, which is why the exponent, returned with them, is the same for all.
     """
     v, in_v, inner_v = _slots(first_v, shape[1], SLOTS_W)
     inner_v = _rows(inner_v, CHANNELS)
-    none = tl.zeros((SLOTS_W * CHANNELS, HALF_H), tl.float32)
-    y = none, none, none, none
-    for first_u in range(0, HALF_H, SLOTS_H):
-        x = _transform_height(parts, basis_ptr, first_u, HALF_H, SLOTS_H, False)
-        # Frequencies v > 0 stand for -v, too.
-        x = _times(x, (1.0 + inner_v) / (shape[0] * shape[1] << _MARGIN))
+    sums, exponent = _zeros(SLOTS_W * CHANNELS, HALF_H), tl.full((), _NONE, tl.int32)
+    # Compilers shall know how many rounds there are, unless a size may leave some out.
+    slots = HALF_H if HALF_H <= 2 * SLOTS_H else (shape[0] + 1) // 2
+    for first_u in range(0, slots, SLOTS_H):
+        none = _zeros(SLOTS_W * CHANNELS, SLOTS_H)
+        x = _transform_height(parts, none, basis_ptr, first_u, HALF_H, SLOTS_H, False)
         u, in_u, inner_u = _slots(first_u, shape[0], SLOTS_H)
         inner_u = inner_u[None, :]
+        corner = inner_u + inner_v == 0
+        # Outside the corner a value stands for its conjugate, too.
+        norm = tl.where(corner, 1.0, 2.0) / (shape[0] * shape[1] << _MARGIN)
+        x = _frequencies(_times(x, norm), inner_u, inner_v)
         k = _load_weight(weight_ptr, u, in_u, v, in_v, first_c, shape, sign, CHANNELS)
-        cc, cs = _respond(_cosines(x, inner_v), inner_u, k)
+        re, im = _hermitian(k, inner_u)
+        re, im = tl.where(inner_v == 0, re, k[0]), tl.where(inner_v == 0, im, k[1])
+        re, im = _product(x[0], x[1], re, im, corner)
         column = tl.full((1,), 0, tl.int32)
         nyquist, is_there = column + shape[1] // 2, column + first_v == 0
-        k_n = _load_weight(weight_ptr, u, in_u, nyquist, is_there, first_c, shape, sign, CHANNELS)
-        k = _plus(_times(k, inner_v), _times(_spread(k_n, SLOTS_W), 1.0 - inner_v))
-        sc, ss = _respond(_sines(x, inner_v), inner_u, k)
-
-        x = cc, cs, sc, ss
-        shift = _headroom(x)
-        x = _times(x, _power(shift))
+        n = _load_weight(weight_ptr, u, in_u, nyquist, is_there, first_c, shape, sign, CHANNELS)
+        n_re, n_im = _hermitian(n, inner_u)
+        re_2 = tl.where(inner_v == 0, _spread(n_re, SLOTS_W), k[2])
+        im_2 = tl.where(inner_v == 0, _spread(n_im, SLOTS_W), k[3])
+        re_2, im_2 = _product(x[2], x[3], re_2, im_2, corner)
+        x = _coefficients((re, im, re_2, im_2), inner_u, inner_v)
+        common = tl.maximum(exponent, -_headroom(x))
+        x = _times(x, _power(-common))
         x = x[0].to(tl.float16), x[1].to(tl.float16), x[2].to(tl.float16), x[3].to(tl.float16)
-        more = _transform_height(x, basis_ptr, first_u, HALF_H, SLOTS_H, True)
-        y = _plus(y, _times(more, _power(-shift)))
-    return y
+        sums = _times(sums, _power(exponent - common))
+        sums = _transform_height(x, sums, basis_ptr, first_u, HALF_H, SLOTS_H, True)
+        exponent = common
+    return sums, exponent + _MARGIN
 
 
-def _fitting(configs, arguments, HALF_H, HALF_W, **_):
-    """Keep the blocks of which every thread holds 32 or 64 values.
+def _fitting(configs, arguments, HALF_H, SLOTS_W, **_):
+    """Keep the blocks of which every thread holds 32 or 64 values of `SLOTS_W` columns.
 
-    Four parts of them in float32 leave room for the spectrum among the 128 registers of each of 16
-    warps, or the 255 of fewer.
+    Four parts of them in float32 and the spectrum fit in its 255 registers.
     """
-    area = 4 * HALF_H * HALF_W
+    area = 4 * HALF_H * SLOTS_W
     return [
         config
         for config in configs
@@ -417,7 +447,7 @@ def _fitting(configs, arguments, HALF_H, HALF_W, **_):
 # Channels and warps. With few channels several programs share a multiprocessor, and one computes
 # while another waits for memory; with many, memory is read in longer pieces. Where kernels are
 # interpreted there is nothing to time.
-_BLOCKS = ((8, 4), (8, 8), (8, 16), (16, 4), (16, 8), (32, 4), (32, 8))
+_BLOCKS = ((8, 4), (8, 8), (16, 4), (16, 8), (32, 4), (32, 8))
 
 
 @triton.autotune(
@@ -442,6 +472,7 @@ def filter_planes(
     HALF_H: tl.constexpr,
     HALF_W: tl.constexpr,
     SLOTS_H: tl.constexpr,
+    SLOTS_W: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     """Filter maps that fit on the chip; grid `(blocks of channels, images)`."""
@@ -450,25 +481,35 @@ def filter_planes(
     c = first_c + tl.arange(0, CHANNELS)
     image = tl.program_id(1).to(tl.int64) * (height * width * channels)
     x_ptr, y_ptr = x_ptr + image, y_ptr + image
-    x, exponent = _load_plane(x_ptr, shape, c, HALF_H, HALF_W)
-    x = _turns(_transform_width(x, basis_w_ptr, 0, HALF_W, HALF_W, False), CHANNELS)
-    y = _filter_height(
-        x,
-        weight_ptr,
-        basis_h_ptr,
-        shape,
-        sign,
-        0,
-        first_c,
-        HALF_H,
-        SLOTS_H,
-        HALF_W,
-        CHANNELS,
-    )
-    shift = _headroom(y)
-    y = _turns(_times(y, _power(shift)), CHANNELS)
-    ee, eo, oe, oo = _transform_width(y, basis_w_ptr, 0, HALF_W, HALF_W, True)
-    exponent += _MARGIN - shift
+    x, x_exponent = _load_plane(x_ptr, shape, c, HALF_H, HALF_W)
+    common = tl.full((), _NONE, tl.int32)
+    filtered, exponents = (), ()
+    for first_v in tl.static_range(0, HALF_W, SLOTS_W):
+        none = _zeros(HALF_H * CHANNELS, SLOTS_W)
+        some = _transform_width(x, none, basis_w_ptr, first_v, HALF_W, SLOTS_W, False)
+        y, exponent = _filter_height(
+            _turns(some, CHANNELS),
+            weight_ptr,
+            basis_h_ptr,
+            shape,
+            sign,
+            first_v,
+            first_c,
+            HALF_H,
+            SLOTS_H,
+            SLOTS_W,
+            CHANNELS,
+        )
+        common = tl.maximum(common, exponent - _headroom(y))
+        filtered += (_turns(_times(y, _power(exponent - common)), CHANNELS),)
+        exponents += (common,)
+    none = _zeros(HALF_H * CHANNELS, HALF_W)
+    y = _transform_width(filtered[0], none, basis_w_ptr, 0, HALF_W, SLOTS_W, True)
+    for i in tl.static_range(1, HALF_W // SLOTS_W):
+        y = _times(y, _power(exponents[i - 1] - exponents[i]))
+        y = _transform_width(filtered[i], y, basis_w_ptr, i * SLOTS_W, HALF_W, SLOTS_W, True)
+    ee, eo, oe, oo = y
+    exponent = x_exponent + common
     corner = _corner(shape, c, HALF_H, HALF_W, False, False)
     _store(y_ptr, corner, _scale(ee + eo + oe + oo, exponent), CHANNELS)
     corner = _corner(shape, c, HALF_H, HALF_W, False, True)
@@ -520,22 +561,24 @@ def transform_rows(
     in_h, row = h < height, width * channels
     x_ptr += image.to(tl.int64) * (height * row)
     w, in_w = _half(width, HALF_W, False)
-    left = 0.5 * _load(x_ptr, _places(h, in_h, row, w, in_w, channels, c, channels))
+    left = _load(x_ptr, _places(w, in_w, channels, h, in_h, row, c, channels))
     w, in_w = _half(width, HALF_W, True)
-    right = 0.5 * _load(x_ptr, _places(h, in_h, row, w, in_w, channels, c, channels))
-    even, odd = left + right, left - right
-    shift = _headroom((even, even, odd, odd))
-    scale = _power(shift)
-    even, odd = _operand(scale * even), _operand(scale * odd)
-    tl.store(_exponents(exponents_ptr, image, block, tl.num_programs(2)), 1 - shift)
+    right = _load(x_ptr, _places(w, in_w, channels, h, in_h, row, c, channels))
+    shift = _headroom((left, left, right, right)) - 1  # for sums of two
+    left, right = left * _power(shift), right * _power(shift)
+    even, odd = _operand(left + right), _operand(left - right)
+    tl.store(_exponents(exponents_ptr, image, block, tl.num_programs(2)), -shift)
 
     stride, sines, column = _strides(shape)
     z_ptr += image.to(tl.int64) * stride
+    none = tl.zeros((ROWS * CHANNELS, SLOTS_W), tl.float32)
     slots = (width + 1) // 2
     for slot in range(0, slots, SLOTS_W):
         v = slot + tl.arange(0, SLOTS_W)
-        places = _places(h, in_h, channels, v, v < slots, column, c, channels)
-        cosine, sine = _transform(even, odd, basis_w_ptr, slot, HALF_W, SLOTS_W, False)
+        places = _places(v, v < slots, column, h, in_h, channels, c, channels)
+        cosine, sine = _transform(
+            even, odd, (none, none), basis_w_ptr, slot, HALF_W, SLOTS_W, False
+        )
         _store(z_ptr, places, cosine, CHANNELS)
         _store(z_ptr + sines, places, sine, CHANNELS)
 
@@ -561,16 +604,16 @@ def _load_columns(
     of_bottom = _exponents(exponents_ptr, image, bottom // ROWS, blocks)
     of_bottom = tl.load(of_bottom, mask=in_bottom, other=_NONE)
     exponent = tl.maximum(tl.max(of_top), tl.max(of_bottom))
-    of_top, of_bottom = of_top[None, :, None], of_bottom[None, :, None]
+    of_top, of_bottom = of_top[:, None, None], of_bottom[:, None, None]
 
     stride, sines, column = _strides(shape)
     z_ptr += tl.cast(image, tl.int64) * stride
     v = first_v + tl.arange(0, SLOTS_W)
     in_v = v < (shape[1] + 1) // 2
-    places = _places(v, in_v, column, top, in_top, shape[2], c, shape[2])
+    places = _places(top, in_top, shape[2], v, in_v, column, c, shape[2])
     c_top = _align(_load(z_ptr, places), of_top, exponent)
     s_top = _align(_load(z_ptr + sines, places), of_top, exponent)
-    places = _places(v, in_v, column, bottom, in_bottom, shape[2], c, shape[2])
+    places = _places(bottom, in_bottom, shape[2], v, in_v, column, c, shape[2])
     c_bottom = _align(_load(z_ptr, places), of_bottom, exponent)
     s_bottom = _align(_load(z_ptr + sines, places), of_bottom, exponent)
     parts = c_top + c_bottom, c_top - c_bottom, s_top + s_bottom, s_top - s_bottom
@@ -604,7 +647,7 @@ def filter_columns(
     x, exponent = _load_columns(
         z_ptr, exponents_ptr, image, first_v, c, shape, HALF_H, SLOTS_W, ROWS
     )
-    y = _filter_height(
+    y, own = _filter_height(
         x,
         weight_ptr,
         basis_h_ptr,
@@ -619,7 +662,7 @@ def filter_columns(
     )
     shift = _headroom(y)
     pointer = _exponents(y_exponents_ptr, image, block, tl.num_programs(2))
-    tl.store(pointer, exponent + _MARGIN - shift)
+    tl.store(pointer, exponent + own - shift)
     ce, co, se, so = _times(y, _power(shift))
 
     stride, sines, column = _strides(shape)
@@ -627,11 +670,11 @@ def filter_columns(
     v = first_v + tl.arange(0, SLOTS_W)
     in_v = v < (width + 1) // 2
     h, in_h = _half(height, HALF_H, False)
-    places = _places(v, in_v, column, h, in_h, channels, c, channels)
+    places = _places(h, in_h, channels, v, in_v, column, c, channels)
     _store(z_ptr, places, ce + co, CHANNELS)
     _store(z_ptr + sines, places, se + so, CHANNELS)
     h, in_h = _half(height, HALF_H, True)
-    places = _places(v, in_v, column, h, in_h, channels, c, channels)
+    places = _places(h, in_h, channels, v, in_v, column, c, channels)
     _store(z_ptr, places, ce - co, CHANNELS)
     _store(z_ptr + sines, places, se - so, CHANNELS)
 
@@ -665,24 +708,23 @@ def restore_rows(
 
     stride, sines, column = _strides(shape)
     z_ptr += image.to(tl.int64) * stride
-    even = tl.zeros((ROWS * CHANNELS, HALF_W), tl.float32)
-    odd = tl.zeros((ROWS * CHANNELS, HALF_W), tl.float32)
+    none = tl.zeros((ROWS * CHANNELS, HALF_W), tl.float32)
+    even, odd = none, none
     for slot in range(0, slots, SLOTS_W):
         v = slot + tl.arange(0, SLOTS_W)
         of_v = _exponents(exponents_ptr, image, v // COLUMNS, blocks)
-        of_v = tl.load(of_v, mask=v < slots, other=_NONE)[None, :, None]
-        places = _places(h, in_h, channels, v, v < slots, column, c, channels)
+        of_v = tl.load(of_v, mask=v < slots, other=_NONE)[:, None, None]
+        places = _places(v, v < slots, column, h, in_h, channels, c, channels)
         cosine = _operand(_align(_load(z_ptr, places), of_v, exponent))
         sine = _operand(_align(_load(z_ptr + sines, places), of_v, exponent))
-        more = _transform(cosine, sine, basis_w_ptr, slot, HALF_W, SLOTS_W, True)
-        even, odd = even + more[0], odd + more[1]
+        even, odd = _transform(cosine, sine, (even, odd), basis_w_ptr, slot, HALF_W, SLOTS_W, True)
 
     y_ptr += image.to(tl.int64) * (height * row)
     w, in_w = _half(width, HALF_W, False)
-    places = _places(h, in_h, row, w, in_w, channels, c, channels)
+    places = _places(w, in_w, channels, h, in_h, row, c, channels)
     _store(y_ptr, places, _scale(even + odd, exponent), CHANNELS)
     w, in_w = _half(width, HALF_W, True)
-    places = _places(h, in_h, row, w, in_w, channels, c, channels)
+    places = _places(w, in_w, channels, h, in_h, row, c, channels)
     _store(y_ptr, places, _scale(even - odd, exponent), CHANNELS)
 
 
@@ -700,31 +742,22 @@ def _share(batch):
 
 
 @triton.jit
-def _first_slots(HALF_H: tl.constexpr, SLOTS_H: tl.constexpr, SLOTS_W: tl.constexpr):
+def _first_slots(height, SLOTS_H: tl.constexpr, SLOTS_W: tl.constexpr):
     """Return the first slots of a program along H and W."""
-    blocks: tl.constexpr = HALF_H // SLOTS_H
+    blocks = tl.cdiv((height + 1) // 2, SLOTS_H)
     return tl.program_id(1) % blocks * SLOTS_H, tl.program_id(1) // blocks * SLOTS_W
 
 
 @triton.jit
-def _correlate_height(
-    x,
-    g,
-    exponent,
-    basis_ptr,
-    slot,
-    inner_u,
-    inner_v,
-    HALF_H: tl.constexpr,
-    SLOTS_H: tl.constexpr,
-):
-    """Return what an image adds to the gradient, from its cosines and from its sines along W."""
-    x = _transform_height(x, basis_ptr, slot, HALF_H, SLOTS_H, False)
-    g = _transform_height(g, basis_ptr, slot, HALF_H, SLOTS_H, False)
+def _correlate(x, g, exponent, inner_u, inner_v):
+    """Return what an image adds to the gradient, from coefficients."""
     first = exponent // 2
-    x, g = _times(x, _power(first)), _times(g, _power(exponent - first))
-    cosines = _correlate(_cosines(x, inner_v), inner_u, g[0], g[1])
-    return cosines, _correlate(_sines(x, inner_v), inner_u, g[2], g[3])
+    x = _frequencies(_times(x, _power(first)), inner_u, inner_v)
+    g = _frequencies(_times(g, _power(exponent - first)), inner_u, inner_v)
+    corner = inner_u + inner_v == 0
+    re, im = _conjugate_product(x[0], x[1], g[0], g[1], corner)
+    re_2, im_2 = _conjugate_product(x[2], x[3], g[2], g[3], corner)
+    return re, im, re_2, im_2
 
 
 @triton.jit
@@ -741,8 +774,7 @@ def _store_weight(ptr, value, u, in_u, v, in_v, first_c, shape, CHANNELS: tl.con
 @triton.jit
 def _store_gradient(
     ptr,
-    cosines,
-    sines,
+    sums,
     first_u,
     first_v,
     first_c,
@@ -754,15 +786,16 @@ def _store_gradient(
     """Store the sum of a share in its own spectrum `(H, W // 2 + 1, C, 2)`."""
     height, width, channels = shape
     ptr += tl.program_id(2).to(tl.int64) * (height * (width // 2 + 1) * channels * 2)
-    u, in_u, _ = _slots(first_u, height, SLOTS_H)
+    u, in_u, inner_u = _slots(first_u, height, SLOTS_H)
     v, in_v, inner_v = _slots(first_v, width, SLOTS_W)
-    inner_v = _rows(inner_v, CHANNELS)
-    norm = (1.0 + inner_v) / (height * width)
-    cosines, sines = _times(cosines, norm), _times(sines, norm)
-    value = _plus(cosines, _times(sines, inner_v))
+    inner_u, inner_v = inner_u[None, :], _rows(inner_v, CHANNELS)
+    sums = _times(sums, tl.where(inner_u + inner_v == 0, 1.0, 2.0) / (height * width))
+    zero = _hermitian_gradient(sums[0], sums[1], inner_u)
+    value = _plus(_times(sums, inner_v), _times(zero, 1.0 - inner_v))
     _store_weight(ptr, value, u, in_u, v, in_v, first_c, shape, CHANNELS)
+    value = _hermitian_gradient(sums[2], sums[3], inner_u)
     nyquist, is_zero = tl.full((SLOTS_W,), 0, tl.int32) + width // 2, (v == 0) & (width % 2 == 0)
-    _store_weight(ptr, sines, u, in_u, nyquist, is_zero, first_c, shape, CHANNELS)
+    _store_weight(ptr, value, u, in_u, nyquist, is_zero, first_c, shape, CHANNELS)
 
 
 @triton.jit(do_not_specialize=['batch', 'height', 'width'])
@@ -786,35 +819,29 @@ def correlate_planes(
     shape = height, width, channels
     first_c = tl.program_id(0) * CHANNELS
     c = first_c + tl.arange(0, CHANNELS)
-    first_u, first_v = _first_slots(HALF_H, SLOTS_H, SLOTS_W)
+    first_u, first_v = _first_slots(height, SLOTS_H, SLOTS_W)
     _, _, inner_u = _slots(first_u, height, SLOTS_H)
     _, _, inner_v = _slots(first_v, width, SLOTS_W)
     inner_u, inner_v = inner_u[None, :], _rows(inner_v, CHANNELS)
-    none = tl.zeros((SLOTS_W * CHANNELS, SLOTS_H), tl.float32)
-    cosines, sines = (none, none, none, none), (none, none, none, none)
+    sums = _zeros(SLOTS_W * CHANNELS, SLOTS_H)
     first, last = _share(batch)
     for image in range(first, last):
+        none = _zeros(HALF_H * CHANNELS, SLOTS_W)
         offset = tl.cast(image, tl.int64) * (height * width * channels)
         x, x_exponent = _load_plane(x_ptr + offset, shape, c, HALF_H, HALF_W)
-        x = _transform_width(x, basis_w_ptr, first_v, HALF_W, SLOTS_W, False)
+        x = _transform_width(x, none, basis_w_ptr, first_v, HALF_W, SLOTS_W, False)
+        x = _turns(x, CHANNELS)
         g, g_exponent = _load_plane(g_ptr + offset, shape, c, HALF_H, HALF_W)
-        g = _transform_width(g, basis_w_ptr, first_v, HALF_W, SLOTS_W, False)
-        more = _correlate_height(
-            _turns(x, CHANNELS),
-            _turns(g, CHANNELS),
-            x_exponent + g_exponent,
-            basis_h_ptr,
-            first_u,
-            inner_u,
-            inner_v,
-            HALF_H,
-            SLOTS_H,
-        )
-        cosines, sines = _plus(cosines, more[0]), _plus(sines, more[1])
+        g = _transform_width(g, none, basis_w_ptr, first_v, HALF_W, SLOTS_W, False)
+        g = _turns(g, CHANNELS)
+        none = _zeros(SLOTS_W * CHANNELS, SLOTS_H)
+        x = _transform_height(x, none, basis_h_ptr, first_u, HALF_H, SLOTS_H, False)
+        g = _transform_height(g, none, basis_h_ptr, first_u, HALF_H, SLOTS_H, False)
+        more = _correlate(x, g, x_exponent + g_exponent, inner_u, inner_v)
+        sums = _plus(sums, more)
     _store_gradient(
         weight_ptr,
-        cosines,
-        sines,
+        sums,
         first_u,
         first_v,
         first_c,
@@ -847,36 +874,27 @@ def correlate_columns(
     shape = height, width, channels
     first_c = tl.program_id(0) * CHANNELS
     c = first_c + tl.arange(0, CHANNELS)
-    first_u, first_v = _first_slots(HALF_H, SLOTS_H, SLOTS_W)
+    first_u, first_v = _first_slots(height, SLOTS_H, SLOTS_W)
     _, _, inner_u = _slots(first_u, height, SLOTS_H)
     _, _, inner_v = _slots(first_v, width, SLOTS_W)
     inner_u, inner_v = inner_u[None, :], _rows(inner_v, CHANNELS)
-    none = tl.zeros((SLOTS_W * CHANNELS, SLOTS_H), tl.float32)
-    cosines, sines = (none, none, none, none), (none, none, none, none)
+    sums = _zeros(SLOTS_W * CHANNELS, SLOTS_H)
     first, last = _share(batch)
     for image in range(first, last):
         x, x_exponent = _load_columns(
             x_ptr, x_exponents_ptr, image, first_v, c, shape, HALF_H, SLOTS_W, ROWS
         )
+        none = _zeros(SLOTS_W * CHANNELS, SLOTS_H)
+        x = _transform_height(x, none, basis_h_ptr, first_u, HALF_H, SLOTS_H, False)
         g, g_exponent = _load_columns(
             g_ptr, g_exponents_ptr, image, first_v, c, shape, HALF_H, SLOTS_W, ROWS
         )
-        more = _correlate_height(
-            x,
-            g,
-            x_exponent + g_exponent,
-            basis_h_ptr,
-            first_u,
-            inner_u,
-            inner_v,
-            HALF_H,
-            SLOTS_H,
-        )
-        cosines, sines = _plus(cosines, more[0]), _plus(sines, more[1])
+        g = _transform_height(g, none, basis_h_ptr, first_u, HALF_H, SLOTS_H, False)
+        more = _correlate(x, g, x_exponent + g_exponent, inner_u, inner_v)
+        sums = _plus(sums, more)
     _store_gradient(
         weight_ptr,
-        cosines,
-        sines,
+        sums,
         first_u,
         first_v,
         first_c,

@@ -136,8 +136,8 @@ def test_under_the_interpreter():
     assert 'passed' in run.stdout
 
 
-# Of a multiprocessor in bytes, by compute capability (CUDA programming guide).
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+# Of a program in bytes, by compute capability (CUDA programming guide).
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
 TYPES = {HALF: '*fp16', BFLOAT: '*bf16', torch.float32: '*fp32', torch.int32: '*i32'}
 
 
@@ -179,11 +179,14 @@ class Compiler:
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason='Triton compiles or interprets')
 @pytest.mark.parametrize(
-    ('size', 'capability'), [((16, 16), 80), ((64, 64), 90), ((128, 128), 90)], ids=str
+    ('size', 'capability'),
+    [((16, 16), 80), ((64, 64), 90), ((128, 128), 90), ((64, 64), 86), ((512, 9), 86)],
+    ids=str,
 )
 def test_compiles_for_a_gpu_and_fits_its_memory(monkeypatch, size, capability):
     from gfnet_dense.spectral import fused_kernels
 
+    monkeypatch.setattr(fused, '_shared_memory', lambda device: SHARED_MEMORY[capability])
     for name, kernel in vars(fused_kernels).copy().items():
         if not name.startswith('_') and isinstance(kernel, triton.KernelInterface):
             monkeypatch.setattr(fused_kernels, name, Compiler(kernel, capability))
@@ -272,6 +275,69 @@ def test_gradients_of_gradients():
 
     inputs = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
     assert_near(second(by_kernels, x, weight), second(reference, *inputs), 3 * ERRORS[HALF])
+
+
+@needs_kernels
+def test_forward_derivatives():
+    x, weight, _ = (t.detach() for t in case((3, 4), HALF))
+    dx, dweight, _ = (t.detach() for t in case((3, 4), HALF))
+
+    def derivatives(function, x: Tensor, weight: Tensor, *tangents: Tensor) -> list[Tensor]:
+        def gradient(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.func.grad(lambda *at: (function(*at).double() ** 2).sum(), (0, 1))(
+                x, weight
+            )
+
+        _, first = torch.func.jvp(function, (x, weight), tangents)
+        return [first, *torch.func.jvp(gradient, (x, weight), tangents)[1]]
+
+    actual = derivatives(by_kernels, x, weight, dx, dweight)
+    expected = derivatives(reference, *(t.double() for t in (x, weight, dx, dweight)))
+    assert_near(actual, expected, 3 * ERRORS[HALF])
+
+
+@needs_kernels
+def test_forward_derivatives_in_a_graph():
+    x, weight, dx = (t.detach() for t in case((3, 4), HALF, batch=1))
+    torch.compiler.reset()
+
+    def derivative(x: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
+        return torch.func.jvp(lambda x: by_fused(x, weight), (x,), (dx,))[1]
+
+    def by_fused(x: Tensor, weight: Tensor) -> Tensor:
+        return global_filter(x, weight, 'fused')
+
+    run = torch.compile(derivative, backend='aot_eager', fullgraph=True)
+    assert_near([run(x, weight, dx)], [reference(dx, weight)], ERRORS[HALF])
+
+
+@needs_kernels
+def test_vmap_over_either_and_gradients_of_each_image():
+    xs, weights, _ = (
+        torch.stack(t).detach() for t in zip(*(case((3, 4), HALF) for _ in 'ab'), strict=True)
+    )
+    for dims in ((0, 0), (0, None), (None, 0)):
+        inputs = [t if dim == 0 else t[0] for t, dim in zip((xs, weights), dims, strict=True)]
+        actual = torch.func.vmap(by_kernels, dims)(*inputs)
+        expected = torch.func.vmap(reference, dims)(*inputs)
+        assert_near([actual], [expected], ERRORS[HALF])
+
+    def loss(function):
+        return lambda weight, image: (function(image[None], weight).double() ** 2).sum()
+
+    actual, expected = (
+        torch.func.vmap(torch.func.grad(loss(function)), (None, 0))(weights[0], xs[0])
+        for function in (by_kernels, reference)
+    )
+    assert_near([actual], [expected], 2 * ERRORS[HALF])
+
+
+@needs_kernels
+def test_jacobians():
+    x, weight, _ = (t.detach() for t in case((3, 2), HALF, batch=1, channels=1))
+    expected = torch.func.jacrev(reference)(x.double(), weight)
+    assert_near([torch.func.jacrev(by_kernels)(x, weight)], [expected], ERRORS[HALF])
+    assert_near([torch.func.jacfwd(by_kernels)(x, weight)], [expected], ERRORS[HALF])
 
 
 @needs_kernels
