@@ -42,6 +42,9 @@ def measure(
     Returns:
         Seconds of a run by name, a value for each turn.
     """
+    # The allocator of glibc gives memory back to the system, and takes fresh pages at great cost,
+    # until it has seen a large tensor go: as in any program that runs a network.
+    torch.empty(31 * 2**20, dtype=torch.uint8).fill_(0)
     counts = {}
     for name, run in tasks.items():
         _seconds(run, 1, device)  # plans, matrices, memory

@@ -59,6 +59,8 @@ class PatchEmbed(nn.Module):
         pad = (0, -width % self.patch_size, 0, -height % self.patch_size)
         if any(pad):
             x = F.pad(x, pad)
+        # In this memory format the result is contiguous, as whatever follows wants it.
+        x = x.contiguous(memory_format=torch.channels_last)
         return self.proj(x).permute(0, 2, 3, 1)
 
 
@@ -86,10 +88,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Process a map of shape `(B, H, W, C)`."""
-        y = self.mlp(self.norm2(self.filter(self.norm1(x))))
-        if self.gamma is not None:
-            y = self.gamma * y
-        return x + self.drop_path(y)
+        y = self.drop_path(self.mlp(self.norm2(self.filter(self.norm1(x)))))
+        return x + y if self.gamma is None else torch.addcmul(x, self.gamma, y)
 
 
 def init_linear(module: nn.Module) -> None:
