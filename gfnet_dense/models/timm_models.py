@@ -197,6 +197,13 @@ class TimmModel(GFNetBase):
         """Load a file, or official weights by name: :func:`.checkpoint.load_pretrained`."""
         load_pretrained(self, checkpoint_path)
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        """Take the weights of an :class:`ImageClassifier`, too."""
+        outer = f'{prefix}backbone.'
+        for key in [key for key in state_dict if key.startswith(outer)]:
+            state_dict[prefix + key.removeprefix(outer)] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 class TimmGFNet(TimmModel, GFNet):
     """Isotropic GFNet as a timm model; see :class:`TimmModel` for the arguments."""

@@ -11,9 +11,11 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from mmengine.logging import HistoryBuffer
 from timm.data import create_transform, resolve_data_config
 from timm.layers import create_feature_extractor
 from timm.models import FeatureInfo, get_pretrained_cfg, group_parameters
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from gfnet_dense.engine.layer_decay import layer_ids
 from gfnet_dense.models import GFNet, GFNetPyramid, TimmGFNet, TimmGFNetPyramid
 from gfnet_dense.models.architectures import HIERARCHICAL, ISOTROPIC
-from gfnet_dense.serialization import CheckpointError
+from gfnet_dense.serialization import CheckpointError, load_file
 
 # Parameters, top-1 and top-5 as reported, and the address of the weights.
 PUBLISHED = {
@@ -632,6 +634,31 @@ def test_a_checkpoint_moves_between_the_faces(tmp_path, name):
                 assert torch.equal(features.permute(0, 3, 1, 2), last), other
             else:
                 assert torch.equal(again(x), source(x)), (face, other)
+
+
+def run_file(folder: Path, state: dict[str, Tensor]) -> Path:
+    """Write what a run of tools/train.py saves: weights, and mmengine's logs and counters."""
+    path, logs = folder / 'epoch_2.pth', HistoryBuffer(np.array([1.5, 1.2]), np.array([1, 1]))
+    content = dict(meta=dict(epoch=2, iter=np.int64(12)), message_hub=dict(log_scalars=dict(a=logs)))
+    torch.save({**content, 'state_dict': {f'backbone.{k}': v for k, v in state.items()}}, path)
+    return path
+
+
+@one_of_each
+def test_the_checkpoint_of_a_run_becomes_a_timm_model(tmp_path, name):
+    source, x = narrow(name, num_classes=9).eval(), torch.randn(1, 3, 32, 32)
+    path = run_file(tmp_path, source.state_dict())
+    model = narrow(name, num_classes=9, **from_file(path)).eval()
+    assert torch.equal(model(x), source(x))
+    model = narrow(name, num_classes=9).eval()
+    model.load_state_dict(load_file(path)['state_dict'])
+    assert torch.equal(model(x), source(x))
+    # checkpoint_path is timm's own loading, which knows nothing of mmengine's logs, but of weights.
+    with pytest.raises(RuntimeError, match='HistoryBuffer'):
+        narrow(name, num_classes=9, checkpoint_path=path)
+    torch.save({'state_dict': load_file(path)['state_dict']}, tmp_path / 'weights.pth')
+    model = narrow(name, num_classes=9, checkpoint_path=tmp_path / 'weights.pth').eval()
+    assert torch.equal(model(x), source(x))
 
 
 @one_of_each
