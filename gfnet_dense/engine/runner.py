@@ -195,6 +195,8 @@ class GFNetRunner(Runner):
         strict = strict or self._strict
         if not strict:
             self._check_backbone(checkpoint, filename)
+        if 'state_dict' not in checkpoint:  # weights alone, or an official file
+            checkpoint = dict(state_dict=checkpoint)
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         _load_checkpoint_to_model(self._unwrapped, checkpoint, strict, **kwargs)
         self._has_loaded = True

@@ -1,5 +1,6 @@
 """Classifiers through the whole engine: data, loop, metric, switches, checkpoints."""
 
+import argparse
 import pickle
 import re
 from pathlib import Path
@@ -99,6 +100,13 @@ def test_every_switch_can_be_turned_on(config, tmp_path):
     config.custom_hooks = []
     found = evaluate(config, path, work_dir=str(tmp_path / 'test'))
     assert found['accuracy/top1'] == pytest.approx(trained, abs=1e-4)
+    # With the hook, too, and of files of weights alone.
+    config.custom_hooks = [dict(type='EMAHook', momentum=0.1)]
+    weights = {k.removeprefix('backbone.'): v for k, v in checkpoint['state_dict'].items()}
+    for content in (weights, dict(model=weights, args=argparse.Namespace(lr=1e-3))):
+        torch.save(content, tmp_path / 'weights.pth')
+        found = evaluate(config, tmp_path / 'weights.pth', work_dir=str(tmp_path / 'test'))
+        assert found['accuracy/top1'] == pytest.approx(trained, abs=1e-4)
 
 
 def test_a_resumed_run_goes_on_in_schedule_data_and_weights(config, tmp_path):
