@@ -289,12 +289,6 @@ class GFNetRunner(Runner):
             dataset = dict(type='SeededDataset', dataset=dataset, seed=0)
         loader = Runner.build_dataloader(dict(dataloader, dataset=dataset), *args, **kwargs)
         loader.worker_init_fn = partial(init_worker, loader.worker_init_fn)
-        if len(loader.dataset) == 0:
-            raise DataError(
-                f'no images found for {type(loader.dataset.dataset).__name__} in '
-                f'{getattr(loader.dataset, "data_root", None)}: see its data_prefix, img_suffix '
-                'and ann_file'
-            )
         if len(loader) == 0:
             raise DataError(
                 f'{len(loader.dataset)} images do not fill a batch in each process: lower '
