@@ -639,8 +639,9 @@ def test_a_checkpoint_moves_between_the_faces(tmp_path, name):
 def run_file(folder: Path, state: dict[str, Tensor]) -> Path:
     """Write what a run of tools/train.py saves: weights, and mmengine's logs and counters."""
     path, logs = folder / 'epoch_2.pth', HistoryBuffer(np.array([1.5, 1.2]), np.array([1, 1]))
-    content = dict(meta=dict(epoch=2, iter=np.int64(12)), message_hub=dict(log_scalars=dict(a=logs)))
-    torch.save({**content, 'state_dict': {f'backbone.{k}': v for k, v in state.items()}}, path)
+    state = {f'backbone.{key}': value for key, value in state.items()}
+    hub = dict(log_scalars=dict(loss=logs), runtime_info=dict(iter=np.int64(12)))
+    torch.save(dict(meta=dict(epoch=2), state_dict=state, message_hub=hub), path)
     return path
 
 
