@@ -132,6 +132,18 @@ def test_learning_rate_scales_with_the_total_batch_visibly(config):
     assert re.search(r'Epoch\(train\) +\[1\]\[1/6\] +base_lr: 5\.0000e-04', text)
 
 
+def test_a_learning_rate_below_the_floor_of_its_schedule_is_named(config):
+    config.train_cfg.max_epochs = 1
+    train(config, seed=0)
+    assert 'of the schedule' not in log(config)
+    config.work_dir += '2'
+    config.auto_scale_lr.base_batch_size = 4 * 400
+    train(config, seed=0)
+    line = re.search(r'learning rate +5e-06, scaled .*', log(config))[0]
+    assert 'below the lr_min 1e-05 of the schedule' in line
+    assert 'below the warmup_lr_init 0.0005 of the schedule' in line
+
+
 def test_too_few_images_for_a_batch_are_an_error(config):
     config.train_dataloader.batch_size = 26
     with pytest.raises(DataError, match=r'24 images do not fill a batch.*drop_last=False'):
