@@ -578,6 +578,13 @@ def test_other_sources_replace_the_official_one(tmp_path, monkeypatch):
     assert asked == [address]
 
 
+def test_a_folder_for_downloads_is_refused_where_it_would_be_ignored(tmp_path):
+    with pytest.raises(ValueError, match=r'cache_dir=.* TORCH_HOME'):
+        narrow('gfnet_ti', pretrained=True, cache_dir=tmp_path)
+    path = official_file(tmp_path, narrow('gfnet_ti').state_dict())
+    narrow('gfnet_ti', cache_dir=tmp_path, **from_file(path))
+
+
 def test_weights_of_another_size_are_refused(tmp_path):
     path = official_file(tmp_path, narrow('gfnet_h_s').state_dict())
     with pytest.raises(CheckpointError, match=r'holds .*embed_dims \(6, 12, 24, 48\)'):
