@@ -38,6 +38,8 @@ def config(images, tmp_path) -> Config:
     """The config of the digits, smaller, for these images."""
     cfg = Config.fromfile(find_config('gfnet_nano_digits'))
     cfg.work_dir = str(tmp_path / 'run')
+    # mmengine gives two runs of one name and one second the log file of the first.
+    cfg.experiment_name = tmp_path.name
     cfg.model.backbone = dict(
         type='GFNetPyramid',
         arch=dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1)),
@@ -137,6 +139,7 @@ def test_a_learning_rate_below_the_floor_of_its_schedule_is_named(config):
     train(config, seed=0)
     assert 'of the schedule' not in log(config)
     config.work_dir += '2'
+    config.experiment_name += '2'
     config.auto_scale_lr.base_batch_size = 4 * 400
     train(config, seed=0)
     line = re.search(r'learning rate +5e-06, scaled .*', log(config))[0]
