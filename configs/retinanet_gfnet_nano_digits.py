@@ -5,7 +5,7 @@ It shows that an installation or a change works. It says nothing about COCO.
 
 _base_ = [
     './_base_/models/retinanet_gfnet_h.py',
-    './_base_/datasets/digits_instance.py',
+    './_base_/datasets/digits_detection.py',
     './_base_/mmdet_runtime.py',
 ]
 
@@ -31,8 +31,6 @@ model = dict(
         anchor_generator=dict(octave_base_scale=2, strides=[8, 16, 32]),
     ),
 )
-val_evaluator = dict(metric='bbox')
-test_evaluator = val_evaluator
 
 # 5 epochs of 188 iterations of 16 scenes.
 optim_wrapper = dict(

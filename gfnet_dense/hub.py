@@ -102,8 +102,8 @@ def _download(name: str, path: Path, check: Callable[[Path], None]) -> None:
             return
     raise DownloadError(
         '\n  '.join([f'the official weights {name} cannot be downloaded:', *failures])
-        + f'\nput the file at {path} by hand, or set the init_cfg of the backbone to None to '
-        'train from scratch'
+        + f'\nput the file at {path} by hand, or train from scratch: init_cfg=None of the '
+        'backbone, in timm pretrained=False'
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from mmengine import fileio
 from PIL import Image
+from torch import nn
 from torch.utils.data import Dataset
 
 from .errors import DataError
@@ -92,6 +93,31 @@ def check_segmentation(dataset: Dataset) -> None:
                 f'classes, labels 0 to {len(classes) - 1} and {ignored} for not labelled: '
                 'correct the file, or metainfo and reduce_zero_label of the dataset'
             )
+
+
+def check_heads(model: nn.Module, dataset: Dataset) -> None:
+    """Check that the heads of a segmentor or detector have as many classes as a data set.
+
+    Heads are what is named so, `decode_head` or `roi_head.bbox_head.0`; those that tell other
+    things apart, of proposals and of stuff, and panoptic data sets pass.
+
+    Raises:
+        DataError: With the first head that has not.
+    """
+    metainfo = getattr(dataset, 'metainfo', None) or {}
+    classes = metainfo.get('classes')
+    if not classes or 'thing_classes' in metainfo:
+        return
+    for name, module in model.named_modules():
+        head = name.rstrip('.0123456789').rpartition('.')[2]
+        if head.endswith('_head') and head not in ('rpn_head', 'semantic_head'):
+            found = getattr(module, 'num_classes', None)
+            if found not in (None, len(classes)):
+                raise DataError(
+                    f'{name} of the model has num_classes={found}, but there are {len(classes)} '
+                    f'classes in {getattr(dataset, "data_root", None)}: set num_classes of every '
+                    'head, or classes in the metainfo of the dataset'
+                )
 
 
 def _read(path: str, options: Mapping[str, Any]) -> np.ndarray:

@@ -5,6 +5,7 @@ annotation file. Whether those are the classes of its config only the file tells
 dropped from it. So the file is read once more.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,25 +17,52 @@ from torch.utils.data import Dataset
 from .errors import DataError
 
 _NAMED = 3  # names in a message
+_READ = ('image_id', 'category_id', 'bbox', 'area')  # what mmdet reads of every annotation
 
 
 def check_coco(dataset: Dataset) -> None:
     """Check annotations and images of a data set in the layout of COCO.
 
-    What is no error but left out of the training, boxes without area in their image, is counted
-    in the log. Other data sets pass.
+    What is no error but left out of the training, such as boxes without area in their image, is
+    counted in the log. Other data sets pass.
 
     Args:
         dataset: A data set like mmdet's `CocoDataset`, perhaps inside of mmengine's wrappers.
 
     Raises:
-        DataError: If images are missing, masks are missing that the pipeline loads, or the
-            categories of the file are not the classes of the data set, in their order.
+        DataError: If images are missing, masks are missing that the pipeline loads, annotations
+            lack what is read of them or belong to no image, or the categories of the file are not
+            the classes of the data set, in their order.
     """
     for part in _parts(dataset):
         if hasattr(part, 'cat2label'):
-            _check_categories(part)
+            content = fileio.load(part.ann_file, backend_args=part.backend_args)
+            _check_categories(part, content)
+            _check_annotations(content, part.ann_file)
             _check_samples(part)
+
+
+def check_coco_file(dataset: Mapping[str, Any]) -> str:
+    """Check the annotation file of a data set that could not be built, by its config.
+
+    Returns:
+        What the file holds, as a clause; nothing for one that is not in the layout of COCO.
+
+    Raises:
+        DataError: If its annotations are what is wrong.
+    """
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    file = fileio.join_path(dataset.get('data_root') or '', dataset.get('ann_file') or '')
+    options = dict(backend_args=dataset.get('backend_args'))
+    if not file.endswith('.json') or not fileio.exists(file, **options):
+        return ''
+    content = fileio.load(file, **options)
+    if not isinstance(content, Mapping) or 'images' not in content:
+        return ''
+    _check_annotations(content, file)
+    count = len(content.get('annotations', ()))
+    return f', where {file} has {len(content["images"])} images and {count} annotations'
 
 
 def _parts(dataset: Any) -> Iterator[Any]:
@@ -47,14 +75,13 @@ def _parts(dataset: Any) -> Iterator[Any]:
             yield from _parts(part)
 
 
-def _check_categories(dataset: Any) -> None:
+def _check_categories(dataset: Any, content: Mapping[str, Any]) -> None:
     file, classes = dataset.ann_file, dataset.metainfo['classes']
     if isinstance(classes, str):  # would match every category whose name is a part of it
         raise DataError(
             f'classes are the text {classes!r}: write a list of names, with a comma even for one, '
             f'({classes!r},)'
         )
-    content = fileio.load(file, backend_args=dataset.backend_args)
     names = {category['id']: category['name'] for category in content['categories']}
     absent = [name for name in classes if name not in names.values()]
     if absent:
@@ -69,7 +96,24 @@ def _check_categories(dataset: Any) -> None:
             f'{file} lists the classes in another order, and labels follow it: write them as '
             f'{labelled} in the metainfo of the dataset'
         )
-    boxes = [annotation for annotation in content['annotations'] if 'bbox' in annotation]
+
+
+def _check_annotations(content: Mapping[str, Any], file: str) -> None:
+    # Of images alone, as for a test whose truth is kept, and of panoptic segments there are none.
+    boxes = [a for a in content.get('annotations', ()) if 'segments_info' not in a]
+    for key in _READ:
+        if lacking := [box.get('id') for box in boxes if key not in box]:
+            raise DataError(
+                f'{len(lacking)} of {len(boxes)} annotations in {file} have no {key}, first the '
+                f'ids {_first(lacking)}: correct the file'
+            )
+    broken = [box.get('id') for box in boxes if not _is_box(box['bbox'])]
+    if broken:
+        raise DataError(
+            f'{len(broken)} of {len(boxes)} annotations in {file} have a bbox that is not four '
+            f'finite numbers, first the ids {_first(broken)}: correct the file'
+        )
+    names = {category['id'] for category in content['categories']}
     unknown = Counter(box['category_id'] for box in boxes if box['category_id'] not in names)
     if unknown:
         raise DataError(
@@ -78,19 +122,32 @@ def _check_categories(dataset: Any) -> None:
             f'{_first(sorted(names), 10)}: correct the file'
         )
     sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
-    unused = sum(not _has_area(box, sizes) for box in boxes)
-    if unused:
-        print_log(
-            f'{unused} of {len(boxes)} boxes in {file} have no area in their image and are not '
-            'used',
-            logger='current',
+    placed = [box for box in boxes if box['image_id'] in sizes]
+    if boxes and not placed:
+        raise DataError(
+            f'{len(boxes)} of {len(boxes)} annotations in {file} have an image_id that none of its '
+            f'{len(sizes)} images has, such as {boxes[0]["image_id"]}: correct the file'
         )
+    unused = sum(not _has_area(box, sizes[box['image_id']]) for box in placed)
+    for count, reason in (
+        (len(boxes) - len(placed), 'an image_id that none of its images has'),
+        (unused, 'no area in their image'),
+    ):
+        if count:
+            print_log(
+                f'{count} of {len(boxes)} boxes in {file} have {reason} and are not used',
+                logger='current',
+            )
 
 
-def _has_area(box: Mapping[str, Any], sizes: Mapping[Any, tuple[float, float]]) -> bool:
+def _is_box(value: Any) -> bool:
+    return isinstance(value, Sequence) and len(value) == 4 and all(map(math.isfinite, value))
+
+
+def _has_area(box: Mapping[str, Any], size: tuple[float, float]) -> bool:
     """Tell whether mmdet uses a box, by the rule of its `CocoDataset`."""
     left, top, width, height = box['bbox']
-    image_width, image_height = sizes.get(box['image_id'], (0, 0))
+    image_width, image_height = size
     return (
         min(left + width, image_width) > max(left, 0)
         and min(top + height, image_height) > max(top, 0)

@@ -1,22 +1,27 @@
 """Images for classification in the standard folder layout, through timm's reader and transforms."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from logging import WARNING
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mmengine.dataset import BaseDataset
+from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 from mmengine.structures import BaseDataElement
 from PIL import Image
 from timm.data import create_transform
-from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_folder import find_images_and_targets
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .errors import DataError
 
 # The folder that the classes of all others are compared with.
 _TRAINING = 'train'
-_NAMED = 5  # folders that a message names
+_NAMED = 5  # folders or files that a message names
+_EXTENSIONS = {*IMG_EXTENSIONS, '.gif'}  # in any case
 
 
 @DATASETS.register_module()
@@ -27,8 +32,10 @@ class ImageFolder(BaseDataset):
     `dict(inputs=image, data_samples=BaseDataElement)`: the image is uint8 RGB of shape
     `(3, H, W)`; the element has the class index `gt_label` and the file's `img_path`.
 
-    An image that cannot be decoded ends the run with an error that names the file: what stands in
-    for it, or is left out, would change the data without anybody knowing.
+    Images are JPEG, PNG, WebP, BMP, TIFF, GIF, PPM and PGM files, by their names; the log counts
+    what else is there and not taken. An image that cannot be decoded ends the run with an error
+    that names the file: what stands in for it, or is left out, would change the data without
+    anybody knowing.
 
     Args:
         data_root: Folder of the data set.
@@ -103,20 +110,36 @@ def _scan(folder: Path) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
         raise DataError(
             f'no folder {folder}: put the images into {folder}/CLASS/, or set data_root'
         )
-    try:
-        reader = ReaderImageFolder(str(folder))
-    except RuntimeError as e:  # no image at all
-        raise DataError(f'{folder} holds no images in folders of their classes: {e}') from None
+    samples, class_to_idx = find_images_and_targets(str(folder), types=_EXTENSIONS)
+    if not samples:
+        raise DataError(
+            f'{folder} holds no images in folders of their classes, no files named '
+            f'{", ".join(sorted(_EXTENSIONS))}'
+        )
     # timm names a class by the folder an image lies in, however deep that is.
-    for path, _ in reader.samples:
+    for path, _ in samples:
         if os.path.dirname(os.path.dirname(path)) != str(folder):
             raise DataError(f'images must lie in {folder}/CLASS/, but one is {path}: move it')
-    if empty := set(_class_folders(folder)) - set(reader.class_to_idx):
+    if empty := set(_class_folders(folder)) - set(class_to_idx):
         raise DataError(
             f'no images in {len(empty)} of the class folders of {folder}: {_names(empty)}; '
             'fill or remove them'
         )
-    return reader.samples, tuple(reader.class_to_idx)
+    if others := list(_other_files(folder)):
+        print_log(
+            f'{len(others)} files in {folder} are not taken, for their names are not those of '
+            f'images: {_names(others)}',
+            logger='current',
+            level=WARNING,
+        )
+    return samples, tuple(class_to_idx)
+
+
+def _other_files(folder: Path) -> Iterator[str]:
+    for place, _, files in os.walk(folder, followlinks=True):
+        for file in files:
+            if file[0] != '.' and os.path.splitext(file)[1].lower() not in _EXTENSIONS:
+                yield os.path.relpath(os.path.join(place, file), folder)
 
 
 def _class_folders(folder: Path) -> list[str]:
@@ -135,6 +158,8 @@ def _names(names: Iterable[str]) -> str:
 def _read(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
+            if image.mode.startswith('I;16'):  # Pillow's convert would cut off at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert('RGB')
     except Exception as e:  # broken bytes end in errors of many kinds
         raise DataError(f'{path} cannot be decoded: {e}; replace or remove it') from e

@@ -16,6 +16,7 @@ from mmengine.dist import get_dist_info
 from mmengine.registry import DATA_SAMPLERS, DATASETS
 from torch.utils.data import BatchSampler, Dataset, Sampler
 
+from .coco import check_coco_file
 from .errors import DataError
 
 
@@ -100,11 +101,7 @@ class SeededDataset(Dataset):
     """
 
     def __init__(self, dataset: Dataset | Mapping, seed: int) -> None:
-        if isinstance(dataset, Mapping):
-            dataset = DATASETS.build(dict(dataset))
-        if hasattr(dataset, 'full_init'):
-            dataset.full_init()
-        self.__dict__.update(dataset=dataset, seed=seed)
+        self.__dict__.update(dataset=_loaded(dataset), seed=seed)
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute of the wrapped dataset."""
@@ -139,6 +136,30 @@ class SeededDataset(Dataset):
             return self.dataset.get_data_info(int(index))['img_path']
         except (AttributeError, KeyError):
             return f'sample {int(index)} of {type(self.dataset).__name__}'
+
+
+def _loaded(dataset: Dataset | Mapping) -> Dataset:
+    """Return the dataset with its list of samples, at least one."""
+    cfg, contents = dataset, ''
+    if not isinstance(cfg, Mapping):
+        cfg = dict(type=type(dataset).__name__, data_root=getattr(dataset, 'data_root', None))
+    try:
+        if isinstance(dataset, Mapping):
+            dataset = DATASETS.build(dict(dataset))
+        if hasattr(dataset, 'full_init'):
+            dataset.full_init()
+        if len(dataset) > 0:
+            return dataset
+    except DataError:
+        raise
+    except (KeyError, ValueError) as e:
+        contents = check_coco_file(cfg)
+        if 'need at least one array' not in str(e):  # numpy's, which joins the samples
+            raise
+    raise DataError(
+        f'no images are left for {cfg["type"]} in {cfg.get("data_root")}{contents}: see its '
+        'data_prefix, img_suffix, ann_file and filter_cfg'
+    )
 
 
 def resumable(dataloader: Mapping, seed: int) -> dict:

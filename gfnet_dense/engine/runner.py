@@ -21,7 +21,7 @@ from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from torch import nn
 from torch.utils.data import DataLoader
 
-from gfnet_dense.data.checks import check_folders, check_segmentation
+from gfnet_dense.data.checks import check_folders, check_heads, check_segmentation
 from gfnet_dense.data.coco import check_coco
 from gfnet_dense.data.errors import DataError
 from gfnet_dense.data.resumable import ResumableBatchSampler, resumable, seed_random_numbers
@@ -117,21 +117,22 @@ class ValidationOnResumeHook(Hook):
 
 @HOOKS.register_module()
 class CheckDataHook(Hook):
-    """Check the files of the data before the first iteration."""
+    """Check the data, and that the model has their classes, before the first iteration."""
 
     def before_train(self, runner: Runner) -> None:
         """Check training and validation data."""
-        self._check(runner.train_dataloader)
+        self._check(runner, runner.train_dataloader)
         if runner.val_loop is not None:
-            self._check(runner.val_dataloader)
+            self._check(runner, runner.val_dataloader)
 
     def before_test(self, runner: Runner) -> None:
         """Check test data."""
-        self._check(runner.test_dataloader)
+        self._check(runner, runner.test_dataloader)
 
-    def _check(self, loader: DataLoader) -> None:
+    def _check(self, runner: Runner, loader: DataLoader) -> None:
         check_segmentation(loader.dataset)
         check_coco(loader.dataset)
+        check_heads(runner.model, loader.dataset)
 
 
 @RUNNERS.register_module()
@@ -195,6 +196,8 @@ class GFNetRunner(Runner):
         strict = strict or self._strict
         if not strict:
             self._check_backbone(checkpoint, filename)
+        if 'state_dict' not in checkpoint:  # weights alone, or an official file
+            checkpoint = dict(state_dict=checkpoint)
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         _load_checkpoint_to_model(self._unwrapped, checkpoint, strict, **kwargs)
         self._has_loaded = True
@@ -287,12 +290,6 @@ class GFNetRunner(Runner):
             dataset = dict(type='SeededDataset', dataset=dataset, seed=0)
         loader = Runner.build_dataloader(dict(dataloader, dataset=dataset), *args, **kwargs)
         loader.worker_init_fn = partial(init_worker, loader.worker_init_fn)
-        if len(loader.dataset) == 0:
-            raise DataError(
-                f'no images found for {type(loader.dataset.dataset).__name__} in '
-                f'{getattr(loader.dataset, "data_root", None)}: see its data_prefix, img_suffix '
-                'and ann_file'
-            )
         if len(loader) == 0:
             raise DataError(
                 f'{len(loader.dataset)} images do not fill a batch in each process: lower '

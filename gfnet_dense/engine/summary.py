@@ -59,6 +59,12 @@ def _learning_rate(runner: Runner) -> str:
     scaling = runner.auto_scale_lr or {}
     if scaling.get('enable'):
         text += f', scaled to the total batch from that for {scaling["base_batch_size"]}'
+    # Rates that do not scale with the batch: WarmupCosineLR would rise where it should fall.
+    for scheduler in runner.param_schedulers:
+        for name in ('lr_min', 'warmup_lr_init'):
+            rate = getattr(scheduler, name, 0.0)
+            if rate > highest * (1 + 1e-6):
+                text += f', below the {name} {rate:g} of the schedule: lower that, too'
     return text
 
 

@@ -77,8 +77,8 @@ def find_weights(name: str | Path) -> Path:
         return fetch(str(name), partial(_check_official, str(name)))
     raise FileNotFoundError(
         f'no checkpoint at {name}: give a path, or to download official weights '
-        f'(github.com/raoyongming/GFNet) one of {", ".join(OFFICIAL_WEIGHTS)}, or set the init_cfg '
-        'of the backbone to None to train from scratch'
+        f'(github.com/raoyongming/GFNet) one of {", ".join(OFFICIAL_WEIGHTS)}, or train from '
+        'scratch: init_cfg=None of the backbone, in timm pretrained=False'
     )
 
 

@@ -309,10 +309,17 @@ class GFNetBase(BaseModule):
         which is strict where mmengine's own loading only logs what does not fit.
 
         Raises:
-            ValueError: If a `Pretrained` has more or less than a `checkpoint`.
+            ValueError: If there is no `type`, or a `Pretrained` has more or less than a
+                `checkpoint`.
         """
         cfgs = self.init_cfg or []
         cfgs = [cfgs] if isinstance(cfgs, Mapping) else cfgs
+        for cfg in cfgs:
+            if 'type' not in cfg:
+                raise ValueError(
+                    f'init_cfg of {type(self).__name__} has no type, but is {dict(cfg)}: give '
+                    'type=Pretrained, too'
+                )
         files = [cfg for cfg in cfgs if cfg['type'] in _PRETRAINED]
         if not files:
             super().init_weights()

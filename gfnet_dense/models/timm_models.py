@@ -25,6 +25,7 @@ from .gfnet import GFNet, GFNetBase, GFNetPyramid, init_linear
 
 __all__ = ['TimmGFNet', 'TimmGFNetPyramid']
 
+_SOURCES = {'url', 'file', 'hf_hub_id', 'state_dict'}  # of weights, in a pretrained_cfg
 _NORM = ('^norm', (99999,))  # timm's mark of what goes with the layer before
 
 
@@ -197,6 +198,13 @@ class TimmModel(GFNetBase):
         """Load a file, or official weights by name: :func:`.checkpoint.load_pretrained`."""
         load_pretrained(self, checkpoint_path)
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        """Take the weights of an :class:`ImageClassifier`, too."""
+        outer = f'{prefix}backbone.'
+        for key in [key for key in state_dict if key.startswith(outer)]:
+            state_dict[prefix + key.removeprefix(outer)] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 class TimmGFNet(TimmModel, GFNet):
     """Isotropic GFNet as a timm model; see :class:`TimmModel` for the arguments."""
@@ -243,6 +251,7 @@ def _create(
     size: str,
     pretrained: bool,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
     out_indices: int | Sequence[int] = 4,  # the last four: of a hierarchical network all
     **kwargs: Any,
 ) -> nn.Module:
@@ -250,11 +259,18 @@ def _create(
     overlay = {'custom_load': True, **(pretrained_cfg_overlay or {})}
     if 'url' in overlay or 'hf_hub_id' in overlay:
         overlay.setdefault('file', None)  # which timm would prefer
+    official = not (isinstance(kwargs.get('pretrained_cfg'), dict) or overlay.keys() & _SOURCES)
+    if official and pretrained and cache_dir is not None:
+        raise ValueError(
+            f'cache_dir={str(cache_dir)!r} is not where official weights are kept: they are in the '
+            'checkpoints folder of torch.hub, which the environment variable TORCH_HOME moves'
+        )
     return build_model_with_cfg(
         network,
         f'gfnet_{size.replace("-", "_")}',
         pretrained,
         pretrained_cfg_overlay=overlay,
+        cache_dir=cache_dir,
         pretrained_filter_fn=lambda state, model: adapt_state_dict(state, model)[0],
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **{'arch': size, **kwargs},

@@ -9,7 +9,7 @@ import torch
 from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS
+from mmengine.registry import DATA_SAMPLERS, DATASETS, HOOKS, MODELS, PARAM_SCHEDULERS
 from PIL import Image
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
@@ -113,9 +113,41 @@ def test_sizes_and_hyperparameters_are_the_official_ones(name):
     assert (mixup.mix_prob, mixup.switch_prob, mixup.mode) == (1.0, 0.5, 'batch')
     assert (mixup.label_smoothing, mixup.num_classes) == (0.1, 1000)
     # Random erasing, repeated augmentation and the moving average are off.
-    assert cfg.model.data_preprocessor.random_erasing is None
+    assert model.data_preprocessor.random_erasing is None
     assert cfg.train_dataloader.sampler.type == 'DefaultSampler'
     assert cfg.custom_hooks == []
+
+
+# As the README says them, in a config of one's own.
+SWITCHES = re.findall(
+    r'^\| [\w ]+ \| `(\w+ = .*)` \|$', (CONFIGS.parent / 'README.md').read_text(), re.MULTILINE
+)
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Return a function that loads a config of one's own over the one of GFNet-H-S."""
+
+    def own(*lines: str) -> Config:
+        path = tmp_path / 'own.py'
+        path.write_text('\n'.join([f"_base_ = '{CONFIGS}/gfnet_h_s_imagenet.py'", *lines]))
+        return Config.fromfile(path)
+
+    return own
+
+
+def test_switches_of_the_readme_switch(own):
+    erasing, repeated, average = SWITCHES
+    erases = build(own(erasing)).data_preprocessor.random_erasing
+    assert (erases.probability, erases.rand_color, erases.per_pixel) == (0.25, False, True)
+    sampler = own(repeated).train_dataloader.sampler
+    assert len(DATA_SAMPLERS.build(sampler, default_args=dict(dataset=range(512)))) == 512
+    (hook,) = own(average).custom_hooks
+    assert HOOKS.build(hook).ema_cfg['momentum'] == 4e-5
+    together = own(*SWITCHES)
+    for switch in (erasing, repeated, average):
+        key = switch.partition(' ')[0]
+        assert together[key] == own(switch)[key]
 
 
 # The official arguments of timm's scheduler, and the learning rate for the official batch.

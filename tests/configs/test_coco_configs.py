@@ -182,6 +182,17 @@ def test_boxes_can_be_averaged_over_scales_and_flips_and_masks_cannot(name):
     assert shapes == {(size, flip) for size in sizes for flip in (False, True)}
 
 
+@pytest.mark.parametrize('name', [*COCO, *DIGITS])
+def test_masks_are_loaded_and_evaluated_where_a_head_predicts_them(name):
+    cfg = load(name)
+    masks = 'mask_head' in cfg.model.get('roi_head', {})
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        (step,) = (t for t in loader.dataset.pipeline if t.type == 'LoadAnnotations')
+        assert step.get('with_mask', False) == masks
+    for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
+        assert as_list(evaluator.metric) == (['bbox', 'segm'] if masks else ['bbox'])
+
+
 @pytest.mark.parametrize('name', COCO)
 def test_classes_are_those_of_coco_and_of_the_heads(name):
     from mmdet.datasets import CocoDataset

@@ -5,9 +5,10 @@ import pytest
 from mmengine.config import Config
 from mmseg.datasets import BaseSegDataset
 from PIL import Image
+from torch import nn
 
 from gfnet_dense.data import write_digits
-from gfnet_dense.data.checks import check_folders, check_segmentation
+from gfnet_dense.data.checks import check_folders, check_heads, check_segmentation
 from gfnet_dense.data.errors import DataError
 from gfnet_dense.engine import GFNetRunner, find_config
 
@@ -100,3 +101,35 @@ def test_truncated_files(digits, folder):
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(DataError, match=rf'{re.escape(str(path))} cannot be read'):
         check(digits)
+
+
+def test_images_of_another_suffix(digits):
+    cfg = config(digits)
+    cfg.dataset.update(type='mmseg.BaseSegDataset', pipeline=[], img_suffix='.tif')
+    message = rf'no images are left for mmseg.BaseSegDataset in {digits}: .*img_suffix'
+    with pytest.raises(DataError, match=message):
+        GFNetRunner.build_dataloader(cfg)
+
+
+@pytest.mark.parametrize('head', ['decode_head', 'auxiliary_head', 'bbox_head', 'mask_head'])
+@pytest.mark.parametrize('where', ['{}', '{}.1', 'roi_head.{}', 'module.{}'])
+def test_heads_have_the_classes_of_the_data(digits, head, where):
+    options = dict(config(digits).dataset, pipeline=[])
+    options.pop('type')
+    dataset = BaseSegDataset(**options)
+    name = where.format(head)
+    model = nn.Module()
+    inner = model
+    for part in name.split('.'):
+        inner.add_module(part, nn.Module())
+        inner = inner.get_submodule(part)
+    inner.num_classes = 11
+    # Of the backbone, of proposals and of a loss other things are counted.
+    model.backbone, model.rpn_head, inner.loss = nn.Module(), nn.Module(), nn.Module()
+    model.backbone.num_classes = inner.loss.num_classes = 0
+    model.rpn_head.num_classes = 1
+    check_heads(model, dataset)
+    inner.num_classes = 150
+    message = rf'{name} of the model has num_classes=150, but there are 11 classes in {digits}'
+    with pytest.raises(DataError, match=message):
+        check_heads(model, dataset)

@@ -9,6 +9,7 @@ from PIL import Image
 from gfnet_dense.data import coco, write_digits
 from gfnet_dense.data.coco import check_coco
 from gfnet_dense.data.errors import DataError
+from gfnet_dense.data.resumable import SeededDataset
 
 NAMES = ('cat', 'dog')
 
@@ -167,6 +168,81 @@ def test_boxes_without_area_in_the_image_are_counted(build, content, box, notes)
     assert notes[0].startswith('1 of 3 boxes')
     # As many as the data set drops.
     assert sum(len(info['instances']) for info in dataset) == 2
+
+
+def test_a_file_of_images_alone_passes(build, content, notes):
+    """As COCO's test-dev is published."""
+    del content['annotations']
+    check_coco(build(test_mode=True))
+    assert notes == []
+
+
+def seeded(dataset):
+    """Return the data set as a run builds it, of its config."""
+    return SeededDataset(
+        dict(
+            type='mmdet.CocoDataset',
+            data_root=dataset.data_root,
+            ann_file='annotations.json',
+            data_prefix=dict(img=''),
+            metainfo=dict(classes=NAMES),
+            pipeline=[],
+            filter_cfg=dict(filter_empty_gt=True),
+        ),
+        seed=0,
+    )
+
+
+def test_annotations_of_no_image(build, content, notes):
+    for some in content['annotations']:
+        some['image_id'] += 100
+    dataset = build(test_mode=True)
+    message = r'3 of 3 annotations in .*annotations\.json .* image_id .* 3 images has, such as 107:'
+    with pytest.raises(DataError, match=message):
+        check_coco(dataset)
+    with pytest.raises(DataError, match=message):  # mmengine: need at least one array
+        seeded(dataset)
+    content['annotations'][0]['image_id'] -= 100
+    check_coco(build())
+    assert notes[-1].startswith('2 of 3 boxes') and 'an image_id that none' in notes[-1]
+
+
+def test_nothing_is_left_of_a_file_without_objects(build, content):
+    content['annotations'] = []
+    check_coco(dataset := build(test_mode=True))
+    message = r'no images are left .*json has 3 images and 0 annotations: .* filter_cfg'
+    with pytest.raises(DataError, match=message):
+        seeded(dataset)
+
+
+@pytest.mark.parametrize('key', ['image_id', 'category_id', 'bbox', 'area'])
+def test_annotations_that_lack_something(build, content, tmp_path, key):
+    dataset = build()
+    del content['annotations'][1][key]
+    (tmp_path / 'annotations.json').write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf'1 of 3 annotations in .* have no {key}, .* ids 2:'):
+        seeded(dataset)
+
+
+@pytest.mark.parametrize('box', [[2, 2, float('nan'), 10], [2, 2, float('inf'), 10]])
+def test_boxes_that_are_not_finite(build, content, box):
+    content['annotations'][2]['bbox'] = box
+    with pytest.raises(DataError, match=r'1 of 3 annotations .* finite numbers, .* ids 3:'):
+        check_coco(build())
+
+
+def test_what_has_nothing_to_do_with_annotations_is_passed_on(build):
+    dataset = build()
+    with pytest.raises(KeyError, match='NoTransform'):
+        SeededDataset(
+            dict(
+                type='mmdet.CocoDataset',
+                data_root=dataset.data_root,
+                ann_file='annotations.json',
+                pipeline=[dict(type='NoTransform')],
+            ),
+            seed=0,
+        )
 
 
 def test_masks_that_the_pipeline_loads_must_be_there(build, content):

@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 
-from gfnet_dense.data import DataError
+from gfnet_dense.data import DataError, image_folder
 
 EVALUATION = dict(input_size=32, crop_pct=0.875, interpolation='bicubic')
 # The arguments that the official code calls timm's factory with, its defaults included.
@@ -107,6 +107,36 @@ def test_images_of_every_kind_become_rgb(root, mode):
     suffix = 'JPEG' if mode == 'CMYK' else 'png'
     draw(root / 'train' / '2' / f'0.{suffix}', mode=mode)
     assert folder(root)[0]['inputs'].shape == (3, 32, 32)
+
+
+def test_sixteen_bits_of_grey_become_eight(root):
+    ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32)
+    path = root / 'train' / '2' / '0.png'
+    Image.fromarray(ramp.astype(np.uint16)).save(path)
+    with Image.open(path) as image:
+        assert image.mode == 'I;16'
+    inputs = folder(root, transform=dict(EVALUATION, crop_pct=1.0))[0]['inputs']
+    assert torch.equal(inputs[0], torch.from_numpy(ramp // 256).byte())
+    assert torch.equal(inputs[0], inputs[1]) and torch.equal(inputs[0], inputs[2])
+
+
+def test_what_pillow_opens_is_taken_and_the_rest_is_named(root, monkeypatch):
+    lines = []
+    monkeypatch.setattr(image_folder, 'print_log', lambda line, **kwargs: lines.append(line))
+    assert len(folder(root)) == 6
+    assert lines == []
+    kinds = ('webp', 'bmp', 'tif', 'TIFF', 'gif', 'ppm', 'pgm')
+    for kind in kinds:
+        draw(root / 'train' / '10' / f'a.{kind}')
+    for name in ('10/b.heic', '2/notes.txt', '2/.DS_Store', 'LOC_synset_mapping.txt'):
+        (root / 'train' / name).write_text('no image')
+    dataset = folder(root)
+    assert len(dataset) == 6 + len(kinds)
+    for sample in dataset:
+        assert sample['inputs'].shape == (3, 32, 32)
+    (line,) = lines
+    assert line.startswith(f'3 files in {root}/train are not taken')
+    assert line.endswith('images: 10/b.heic, 2/notes.txt, LOC_synset_mapping.txt')
 
 
 def test_a_loader_stacks_images_and_takes_parts(root):

@@ -1,5 +1,6 @@
 """Classifiers through the whole engine: data, loop, metric, switches, checkpoints."""
 
+import argparse
 import pickle
 import re
 from pathlib import Path
@@ -37,6 +38,8 @@ def config(images, tmp_path) -> Config:
     """The config of the digits, smaller, for these images."""
     cfg = Config.fromfile(find_config('gfnet_nano_digits'))
     cfg.work_dir = str(tmp_path / 'run')
+    # mmengine gives two runs of one name and one second the log file of the first.
+    cfg.experiment_name = tmp_path.name
     cfg.model.backbone = dict(
         type='GFNetPyramid',
         arch=dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1)),
@@ -99,6 +102,13 @@ def test_every_switch_can_be_turned_on(config, tmp_path):
     config.custom_hooks = []
     found = evaluate(config, path, work_dir=str(tmp_path / 'test'))
     assert found['accuracy/top1'] == pytest.approx(trained, abs=1e-4)
+    # With the hook, too, and of files of weights alone.
+    config.custom_hooks = [dict(type='EMAHook', momentum=0.1)]
+    weights = {k.removeprefix('backbone.'): v for k, v in checkpoint['state_dict'].items()}
+    for content in (weights, dict(model=weights, args=argparse.Namespace(lr=1e-3))):
+        torch.save(content, tmp_path / 'weights.pth')
+        found = evaluate(config, tmp_path / 'weights.pth', work_dir=str(tmp_path / 'test'))
+        assert found['accuracy/top1'] == pytest.approx(trained, abs=1e-4)
 
 
 def test_a_resumed_run_goes_on_in_schedule_data_and_weights(config, tmp_path):
@@ -122,6 +132,19 @@ def test_learning_rate_scales_with_the_total_batch_visibly(config):
     assert re.search(r'learning rate +0\.0005, scaled to the total batch from that for 32', text)
     # The warm-up starts from what the config says, scaled or not.
     assert re.search(r'Epoch\(train\) +\[1\]\[1/6\] +base_lr: 5\.0000e-04', text)
+
+
+def test_a_learning_rate_below_the_floor_of_its_schedule_is_named(config):
+    config.train_cfg.max_epochs = 1
+    train(config, seed=0)
+    assert 'of the schedule' not in log(config)
+    config.work_dir += '2'
+    config.experiment_name += '2'
+    config.auto_scale_lr.base_batch_size = 4 * 400
+    train(config, seed=0)
+    line = re.search(r'learning rate +5e-06, scaled .*', log(config))[0]
+    assert 'below the lr_min 1e-05 of the schedule' in line
+    assert 'below the warmup_lr_init 0.0005 of the schedule' in line
 
 
 def test_too_few_images_for_a_batch_are_an_error(config):

@@ -12,7 +12,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from PIL import Image
 
-from gfnet_dense.data import write_digits
+from gfnet_dense.data import DataError, write_digits
 from gfnet_dense.engine import evaluate, find_config, train
 
 KINDS = ('mask_rcnn', 'retinanet')
@@ -132,11 +132,26 @@ def test_mixed_sizes_crowds_and_images_without_objects(kind, mixed, tmp_path):
             assert all(tuple(mask['size']) == (height, width) for mask in found['masks'])
 
 
+@pytest.mark.parametrize(
+    ('kind', 'head'), [('mask_rcnn', 'roi_head.mask_head'), ('retinanet', 'bbox_head')]
+)
+def test_heads_of_other_classes_are_not_trained(kind, head, mixed, tmp_path):
+    """Where labels are beyond the classes torch ends in an IndexError, elsewhere nothing does."""
+    cfg = config(kind, mixed, tmp_path, 'annotations.json', '')
+    cfg.merge_from_dict({f'model.{head}.num_classes': 80})
+    message = rf'{head} of the model has num_classes=80, but there are 10 classes'
+    with pytest.raises(DataError, match=message):
+        train(cfg, seed=0)
+
+
 def test_boxes_are_averaged_over_scales(tmp_path):
     root = write_digits(tmp_path / 'digits', num_training=2, num_validation=3)
-    cfg = config(
-        'retinanet', root, tmp_path, 'annotations/instances_validation.json', 'images/validation'
-    )
+    file = root / 'annotations/instances_validation.json'
+    content = json.loads(file.read_text())
+    for annotation in content['annotations']:
+        del annotation['segmentation']  # boxes alone are enough
+    file.write_text(json.dumps(content))
+    cfg = config('retinanet', root, tmp_path, str(file.relative_to(root)), 'images/validation')
     train(cfg, seed=0)
     checkpoint, dump = tmp_path / 'epoch_1.pth', tmp_path / 'tta.pkl'
     metrics = evaluate(cfg, checkpoint, tta=True, out=str(dump))
@@ -149,5 +164,8 @@ def test_boxes_are_averaged_over_scales(tmp_path):
         assert len(a['pred_instances']['bboxes']) > 0
         assert not np.array_equal(a['pred_instances']['scores'], s['pred_instances']['scores'])
 
+    cfg.test_dataloader.dataset.metainfo.classes = cfg.metainfo.classes[:3]
+    with pytest.raises(DataError, match=r'bbox_head .* num_classes=10, but there are 3 classes'):
+        evaluate(cfg, checkpoint)
     with pytest.raises(ValueError, match=r'mask_rcnn_gfnet_nano_digits.py has no tta_model'):
         evaluate('mask_rcnn_gfnet_nano_digits', checkpoint, tta=True)

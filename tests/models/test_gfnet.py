@@ -591,6 +591,13 @@ def test_init_weights_keeps_the_initial_values(network, arch):
         assert torch.equal(value, before[key]), key
 
 
+def test_a_checkpoint_without_type_says_what_to_give():
+    """As --cfg-options model.backbone.init_cfg.checkpoint=... makes it of init_cfg=None."""
+    model = GFNetPyramid(PYRAMID, img_size=32, init_cfg={'checkpoint': 'a.pth'})
+    with pytest.raises(ValueError, match=r"has no type, but is .*'a\.pth'.* type=Pretrained"):
+        model.init_weights()
+
+
 def test_init_weights_follows_other_init_cfgs():
     init_cfg = {'type': 'Constant', 'layer': 'LayerNorm', 'val': 3}
     model = GFNetPyramid(PYRAMID, img_size=32, init_cfg=init_cfg)

@@ -11,9 +11,11 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from mmengine.logging import HistoryBuffer
 from timm.data import create_transform, resolve_data_config
 from timm.layers import create_feature_extractor
 from timm.models import FeatureInfo, get_pretrained_cfg, group_parameters
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from gfnet_dense.engine.layer_decay import layer_ids
 from gfnet_dense.models import GFNet, GFNetPyramid, TimmGFNet, TimmGFNetPyramid
 from gfnet_dense.models.architectures import HIERARCHICAL, ISOTROPIC
-from gfnet_dense.serialization import CheckpointError
+from gfnet_dense.serialization import CheckpointError, load_file
 
 # Parameters, top-1 and top-5 as reported, and the address of the weights.
 PUBLISHED = {
@@ -35,18 +37,17 @@ PUBLISHED = {
     'gfnet_h_s': (32_162_632, 81.5, 95.6, '5229cb4d1daf48e69675'),
     'gfnet_h_b': (53_744_200, 82.9, 96.2, '954c5af21e824ba6b40c'),
 }
+# The networks of the golden files, which every name can be given.
 GOLDEN = {
-    'hierarchical': (
-        'gfnet_h_ti',
-        dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 2, 1), layer_scale_init_value=1.0),
+    'hierarchical': dict(
+        embed_dims=(8, 16, 24, 32), depths=(1, 1, 2, 1), layer_scale_init_value=1.0
     ),
-    'isotropic': ('gfnet_ti', dict(embed_dims=16, depths=2)),
+    'isotropic': dict(embed_dims=16, depths=2),
 }
 REDUCTIONS = [4, 8, 16, 32]
 
 names = pytest.mark.parametrize('name', PUBLISHED)
 one_of_each = pytest.mark.parametrize('name', ['gfnet_h_ti', 'gfnet_ti'])
-kinds = pytest.mark.parametrize('kind', GOLDEN)
 
 
 def on_meta(name: str, **arguments) -> nn.Module:
@@ -56,20 +57,29 @@ def on_meta(name: str, **arguments) -> nn.Module:
 
 def narrow(name: str, **arguments) -> nn.Module:
     """Make a model of the depths of a published one and a sixteenth of its channels."""
+    return timm.create_model(name, **{'arch': narrow_arch(name), 'img_size': 32, **arguments})
+
+
+def narrow_arch(name: str) -> dict:
     size = name.split('.')[0].removeprefix('gfnet_').replace('_', '-')
     spec = (HIERARCHICAL | ISOTROPIC)[size]
     scale = None if spec.layer_scale_init_value is None else 0.5
-    arch = dict(
+    return dict(
         embed_dims=[dim // 16 for dim in spec.embed_dims],
         depths=spec.depths,
         patch_size=spec.patch_size,
         layer_scale_init_value=scale,
     )
-    return timm.create_model(name, **{'arch': arch, 'img_size': 32, **arguments})
 
 
 def is_hierarchical(name: str) -> bool:
     return name.startswith('gfnet_h_')
+
+
+def golden_of(name: str) -> tuple[str, dict]:
+    """Return the golden file that is of a name's kind, and its network."""
+    kind = 'hierarchical' if is_hierarchical(name) else 'isotropic'
+    return kind, GOLDEN[kind]
 
 
 def channels_and_reductions(name: str) -> tuple[list[int], list[int]]:
@@ -312,24 +322,32 @@ def test_fx(name):
     assert len(list(traced.parameters())) == len(list(model.parameters()))
 
 
-# One block of a kind makes the same graph as many.
+# One block makes the same graph as many, and two stages as four.
 def shallow(name: str) -> nn.Module:
-    dims = (8, 12) if is_hierarchical(name) else 8
-    depths = (1, 1) if is_hierarchical(name) else 1
-    arch = dict(embed_dims=dims, depths=depths, layer_scale_init_value=0.5)
+    arch = narrow_arch(name)
+    stages = 2 if is_hierarchical(name) else 1
+    arch.update(embed_dims=arch['embed_dims'][:stages], depths=[1] * stages)
     return timm.create_model(name, arch=arch, img_size=32, num_classes=4)
 
 
-def test_compiles_to_one_graph():
+@names
+def test_compiles_forward_and_backward_to_one_graph(name):
+    # Without the code that inductor makes of the graphs, for which its compiler takes a minute.
     torch.compiler.reset()
-    model, x = shallow('gfnet_h_ti'), torch.randn(2, 3, 40, 64)
-    compiled = torch.compile(model, backend='eager', fullgraph=True)
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+    model, x = shallow(name).train(), torch.randn(2, 3, 40, 64)
+    results = []
+    for network in (model, torch.compile(model, backend='aot_eager', fullgraph=True)):
+        model.zero_grad()
+        y = network(x)
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')  # sizes become constants, as meant
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
-@one_of_each
+@names
 def test_traced_and_exported(name):
     model = shallow(name).eval()
     x, other = torch.randn(2, 2, 3, 40, 64)
@@ -346,10 +364,11 @@ def test_traced_and_exported(name):
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
-def test_torchscript_has_no_words_for_the_filter():
+@names
+def test_torchscript_has_no_words_for_the_filter(name):
     # The module says why. Should this pass one day, it can be offered.
     with pytest.raises((RuntimeError, torch.jit.frontend.NotSupportedError)):
-        torch.jit.script(narrow('gfnet_ti'))
+        torch.jit.script(shallow(name))
 
 
 # Optimisation
@@ -445,9 +464,10 @@ def from_file(path: Path, **arguments) -> dict:
     return dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **arguments)
 
 
-@kinds
-def test_checkpoint_path_takes_official_files(golden, relative_error, tmp_path, kind):
-    numbers, (name, arch) = golden(kind), GOLDEN[kind]
+@names
+def test_logits_of_official_files(golden, relative_error, tmp_path, name):
+    kind, arch = golden_of(name)
+    numbers = golden(kind)
     path = official_file(tmp_path, golden_state(numbers))
     arguments = dict(arch=arch, img_size=64, num_classes=10)
     for model in (
@@ -475,9 +495,10 @@ def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch, way):
     assert not (tmp_path / 'executed').exists()
 
 
-@kinds
-def test_files_fit_other_sizes_as_official_finetuning_does(golden, relative_error, tmp_path, kind):
-    numbers, (name, arch) = golden(kind), GOLDEN[kind]
+@names
+def test_files_fit_other_sizes_as_official_finetuning_does(golden, relative_error, tmp_path, name):
+    kind, arch = golden_of(name)
+    numbers = golden(kind)
     path = official_file(tmp_path, golden_state(numbers))
     arguments = dict(arch=arch, img_size=96, num_classes=10, filter_resize='bicubic')
     model = timm.create_model(name, **from_file(path, **arguments)).eval()
@@ -485,7 +506,7 @@ def test_files_fit_other_sizes_as_official_finetuning_does(golden, relative_erro
 
 
 def test_features_of_official_weights(golden, relative_error, tmp_path):
-    numbers, (name, arch) = golden('hierarchical'), GOLDEN['hierarchical']
+    name, numbers, arch = 'gfnet_h_ti', golden('hierarchical'), GOLDEN['hierarchical']
     path = official_file(tmp_path, golden_state(numbers))
     arguments = from_file(path, arch=arch, img_size=64)
     model = timm.create_model(name, features_only=True, **arguments).eval()
@@ -557,6 +578,13 @@ def test_other_sources_replace_the_official_one(tmp_path, monkeypatch):
     assert asked == [address]
 
 
+def test_a_folder_for_downloads_is_refused_where_it_would_be_ignored(tmp_path):
+    with pytest.raises(ValueError, match=r'cache_dir=.* TORCH_HOME'):
+        narrow('gfnet_ti', pretrained=True, cache_dir=tmp_path)
+    path = official_file(tmp_path, narrow('gfnet_ti').state_dict())
+    narrow('gfnet_ti', cache_dir=tmp_path, **from_file(path))
+
+
 def test_weights_of_another_size_are_refused(tmp_path):
     path = official_file(tmp_path, narrow('gfnet_h_s').state_dict())
     with pytest.raises(CheckpointError, match=r'holds .*embed_dims \(6, 12, 24, 48\)'):
@@ -613,6 +641,32 @@ def test_a_checkpoint_moves_between_the_faces(tmp_path, name):
                 assert torch.equal(features.permute(0, 3, 1, 2), last), other
             else:
                 assert torch.equal(again(x), source(x)), (face, other)
+
+
+def run_file(folder: Path, state: dict[str, Tensor]) -> Path:
+    """Write what a run of tools/train.py saves: weights, and mmengine's logs and counters."""
+    path, logs = folder / 'epoch_2.pth', HistoryBuffer(np.array([1.5, 1.2]), np.array([1, 1]))
+    state = {f'backbone.{key}': value for key, value in state.items()}
+    hub = dict(log_scalars=dict(loss=logs), runtime_info=dict(iter=np.int64(12)))
+    torch.save(dict(meta=dict(epoch=2), state_dict=state, message_hub=hub), path)
+    return path
+
+
+@one_of_each
+def test_the_checkpoint_of_a_run_becomes_a_timm_model(tmp_path, name):
+    source, x = narrow(name, num_classes=9).eval(), torch.randn(1, 3, 32, 32)
+    path = run_file(tmp_path, source.state_dict())
+    model = narrow(name, num_classes=9, **from_file(path)).eval()
+    assert torch.equal(model(x), source(x))
+    model = narrow(name, num_classes=9).eval()
+    model.load_state_dict(load_file(path)['state_dict'])
+    assert torch.equal(model(x), source(x))
+    # checkpoint_path is timm's own loading, which knows nothing of mmengine's logs, but of weights.
+    with pytest.raises(RuntimeError, match='HistoryBuffer'):
+        narrow(name, num_classes=9, checkpoint_path=path)
+    torch.save({'state_dict': load_file(path)['state_dict']}, tmp_path / 'weights.pth')
+    model = narrow(name, num_classes=9, checkpoint_path=tmp_path / 'weights.pth').eval()
+    assert torch.equal(model(x), source(x))
 
 
 @one_of_each

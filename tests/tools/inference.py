@@ -18,7 +18,7 @@ def detection(config: str, checkpoint: str, image: str) -> dict:
     return {
         'meta': [model.dataset_meta, alone.model.dataset_meta, inferencer.visualizer.dataset_meta],
         'init_detector': {key: found[key].tolist() for key in ('bboxes', 'scores', 'labels')},
-        'masks': [int(mask.sum()) for mask in found.masks],
+        'masks': [int(mask.sum()) for mask in found.get('masks', ())],
         'DetInferencer': inferencer(image)['predictions'][0],
         'alone': alone(image)['predictions'][0],
     }

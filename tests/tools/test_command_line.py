@@ -4,6 +4,7 @@ import argparse
 import os
 import pickle
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -267,7 +268,7 @@ def test_two_processes_train_evaluate_and_save(tmp_path, environment):
     assert re.findall(r'mIoU: (\d+\.\d+)', out)[-1] == trained_miou
 
 
-def test_an_ade20k_config_trains_from_official_weights(tmp_path, digits, environment):
+def test_an_ade20k_config_trains_from_official_weights(tmp_path, digits, environment, monkeypatch):
     """The digits are in the layout of ADE20K, with fewer labels."""
     file = tmp_path / 'torch' / 'hub' / 'checkpoints' / 'gfnet-h-ti.pth'
     file.parent.mkdir(parents=True)
@@ -288,11 +289,29 @@ def test_an_ade20k_config_trains_from_official_weights(tmp_path, digits, environ
     assert re.search(r'mIoU: \d', out)
 
     file.unlink()
+    infer_with_classes_of_ade20k(tmp_path / 'run' / 'iter_1.pth', digits, monkeypatch)
+
     command[command.index('run')] = 'again'
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode != 0
     assert 'DownloadError: the official weights gfnet-h-ti cannot be downloaded' in result.stderr
     assert 'cloud.tsinghua.edu.cn' in result.stderr and str(file) in result.stderr
+
+
+def infer_with_classes_of_ade20k(checkpoint, digits, monkeypatch):
+    """From another folder, without data and without official weights."""
+    monkeypatch.chdir(digits)
+    segmentation = runpy.run_path(str(Path(__file__).with_name('inference.py')))['segmentation']
+    config = ROOT / 'configs' / 'fpn_gfnet_h_ti_ade20k.py'
+    image = digits / 'images/validation/ADE_val_00000002.jpg'
+    found = segmentation(str(config), str(checkpoint), str(image))
+    labels = np.array(found['init_model'])
+    assert labels.shape == (64, 64) and 0 <= labels.min() <= labels.max() < 150
+    np.testing.assert_array_equal(found['MMSegInferencer'], labels)
+    for meta in found['meta']:
+        assert len(meta['classes']) == len(meta['palette']) == 150
+        assert (meta['classes'][0], meta['classes'][-1]) == ('wall', 'flag')
+        assert [*map(list, meta['palette'])][::149] == [[120, 120, 120], [92, 0, 255]]
 
 
 @pytest.mark.parametrize('script', ['dist_train', 'dist_test', 'slurm_train', 'slurm_test'])

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -211,6 +212,95 @@ def test_mmdets_inference_functions(trained, evaluated, digits, environment, tmp
     for meta in found['meta']:
         assert tuple(meta['classes']) == CLASSES[1:]
         assert tuple(map(tuple, meta['palette'])) == PALETTE[1:]
+
+
+# In this process, from another folder.
+
+
+def infer_here(config: Path, checkpoint: Path, image: Path, monkeypatch, folder: Path) -> dict:
+    monkeypatch.delenv('COCO_ROOT', raising=False)
+    monkeypatch.delenv('DIGITS_ROOT', raising=False)
+    monkeypatch.chdir(folder)
+    detection = runpy.run_path(str(Path(__file__).with_name('inference.py')))['detection']
+    found = detection(str(config), str(checkpoint), str(image))
+    for name in ('DetInferencer', 'alone'):
+        for key in ('bboxes', 'scores', 'labels'):
+            assert len(found[name][key]) > 0
+            np.testing.assert_allclose(found[name][key], found['init_detector'][key], rtol=1e-4)
+    return found
+
+
+def test_inference_with_retinanet(digits, tmp_path, monkeypatch):
+    path = ROOT / 'configs' / 'retinanet_gfnet_nano_digits.py'
+    monkeypatch.setenv('DIGITS_ROOT', str(digits))
+    cfg = on_digits(Config.fromfile(path), digits)
+    cfg.train_cfg.update(max_epochs=1, val_interval=2)
+    cfg.model.test_cfg.score_thr = 0.0  # an untrained one believes in nothing
+    train(cfg, work_dir=str(tmp_path / 'run'), seed=0)
+    # The config that the run left, and its checkpoint.
+    path, checkpoint = tmp_path / 'run' / path.name, tmp_path / 'run' / 'epoch_1.pth'
+    image = digits / 'images/validation/ADE_val_00000002.jpg'
+    found = infer_here(path, checkpoint, image, monkeypatch, tmp_path)
+    assert found['masks'] == []
+    for meta in found['meta']:
+        assert tuple(meta['classes']) == CLASSES[1:]
+
+
+OF_COCO = """
+_base_ = '{configs}/mask_rcnn_gfnet_h_ti_coco.py'
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='GFNetPyramid',
+        arch=dict(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1)),
+        img_size=64,
+    ),
+    neck=dict(in_channels=[8, 16, 24, 32], out_channels=16),
+    rpn_head=dict(in_channels=16, feat_channels=16),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=16),
+        bbox_head=dict(in_channels=16, fc_out_channels=32),
+        mask_roi_extractor=dict(out_channels=16),
+        mask_head=dict(in_channels=16, conv_out_channels=16),
+    ),
+    test_cfg=dict(rpn=dict(max_per_img=50), rcnn=dict(score_thr=0.0)),
+)
+loader = dict(num_workers=0, persistent_workers=False)
+train_dataloader = dict(**loader)
+val_dataloader = dict(**loader)
+test_dataloader = dict(**loader)
+train_cfg = dict(max_epochs=1)
+"""
+
+
+def test_inference_with_a_config_of_coco(digits, tmp_path, monkeypatch):
+    """A network of the leaf's structure, on digits that bear the names of COCO's classes."""
+    from mmdet.datasets import CocoDataset
+
+    classes, palette = (CocoDataset.METAINFO[key] for key in ('classes', 'palette'))
+    for part, name in (('training', 'train2017'), ('validation', 'val2017')):
+        content = json.loads((digits / f'annotations/instances_{part}.json').read_text())
+        content['categories'] = [dict(id=i, name=name) for i, name in enumerate(classes, start=1)]
+        (tmp_path / 'annotations').mkdir(exist_ok=True)
+        (tmp_path / f'annotations/instances_{name}.json').write_text(json.dumps(content))
+        (tmp_path / name).symlink_to(digits / 'images' / part)
+    own = tmp_path / 'own.py'
+    own.write_text(OF_COCO.format(configs=ROOT / 'configs'))
+    monkeypatch.setenv('COCO_ROOT', str(tmp_path))
+    cfg = Config.fromfile(own)
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        (resize,) = (step for step in loader.dataset.pipeline if step.type == 'Resize')
+        resize.scale = (96, 64)  # not 800, for the sake of time
+    train(cfg, work_dir=str(tmp_path / 'run'), seed=0)
+    path, checkpoint = tmp_path / 'run' / 'own.py', tmp_path / 'run' / 'epoch_1.pth'
+    image = digits / 'images/validation/ADE_val_00000002.jpg'
+    found = infer_here(path, checkpoint, image, monkeypatch, digits)
+    assert len(found['masks']) == len(found['init_detector']['labels'])
+    assert max(found['init_detector']['labels']) < 80
+    for meta in found['meta']:
+        assert tuple(meta['classes']) == classes and len(classes) == 80
+        assert [tuple(colour) for colour in meta['palette']] == palette
 
 
 @pytest.fixture(scope='module')

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -18,3 +20,23 @@ def test_every_config_is_on_the_page():
     page = (ROOT / 'configs/README.md').read_text()
     missing = [path.stem for path in ROOT.glob('configs/*.py') if f'({path.name})' not in page]
     assert not missing
+
+
+def test_every_config_has_an_entry_with_metrics_and_their_source():
+    index = yaml.safe_load((ROOT / 'model-index.yml').read_text())['Import']
+    files = [yaml.safe_load((ROOT / path).read_text()) for path in index]
+    entries = [entry for file in files for entry in file['Models']]
+    assert {entry['Config'] for entry in entries} == {
+        f'configs/{path.name}' for path in ROOT.glob('configs/*.py')
+    }
+    for entry in entries:
+        (result,) = entry['Results']
+        known = [value for value in result['Metrics'].values() if value is not None]
+        measured = 'not measured here' not in result['Source']
+        assert measured == ('nano' in entry['Name'])
+        assert bool(known) == (measured or 'reported in' in result['Source'])
+        assert entry['Metadata']['Parameters'] > 0 and entry['Metadata']['FLOPs'] > 0
+    for file in files:
+        (collection,) = file['Collections']
+        architecture = collection['Metadata']['Architecture']
+        assert len(architecture) == len(set(architecture))

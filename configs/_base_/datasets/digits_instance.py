@@ -1,4 +1,4 @@
-"""The embedded digits data set, in the layout of COCO; `tools/make_digits.py` writes it."""
+"""The embedded digits with boxes and masks, in the layout of COCO, from `tools/make_digits.py`."""
 
 _base_ = 'mmdet::_base_/datasets/coco_instance.py'
 
@@ -27,28 +27,6 @@ test_pipeline = [
         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
     ),
 ]
-# For boxes: mmdetection does not average masks.
-tta_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(
-        type='TestTimeAug',
-        transforms=[
-            [dict(type='Resize', scale=(side, side), keep_ratio=True) for side in (48, 64, 80)],
-            # Never, but says so, which is asked for.
-            [dict(type='RandomFlip', prob=0.0)],
-            [dict(type='LoadAnnotations', with_bbox=True)],
-            [
-                dict(
-                    type='PackDetInputs',
-                    meta_keys=(
-                        'img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip',
-                        'flip_direction',
-                    ),
-                )
-            ],
-        ],
-    ),
-]  # fmt: skip
 
 train_dataloader = dict(
     batch_size=16,

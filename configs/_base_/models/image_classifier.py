@@ -11,8 +11,7 @@ model = dict(
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],
         mixup=dict(mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5, mode='batch'),
-        # Off in the recipe. DeiT's is dict(probability=0.25, mode='pixel').
-        random_erasing=None,
+        # random_erasing is off in the recipe. DeiT's is dict(probability=0.25, mode='pixel').
     ),
     backbone=dict(type='GFNet', arch='xs', img_size=224, num_classes=1000),
     label_smoothing=0.1,

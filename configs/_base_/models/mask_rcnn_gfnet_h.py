@@ -12,7 +12,8 @@ model = dict(
         type='GFNetPyramid',
         arch='h-s',
         # COCO images are all of different sizes: position embedding and filters stay on the grid
-        # of the pretraining and are resized to that of each batch.
+        # of the pretraining and are resized to that of each batch, by the backbone's default,
+        # 'bilinear', as the authors run them.
         img_size=224,
     ),
     neck=dict(in_channels=[96, 192, 384, 768]),
