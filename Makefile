@@ -27,7 +27,7 @@ demo: install  ## see GFNet learn to segment; needs no compiler and no GPU
 
 # Two processes, each with whole files, which share what is trained for several tests.
 test: ops  ## run every test
-	$(PY) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(TOOLS)  ## check style and formatting
 	$(PY) -m ruff check .

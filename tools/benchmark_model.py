@@ -1,8 +1,8 @@
-"""Time whole backbones: `python tools/benchmark_model.py [--scaling]`.
+"""Time whole backbones: `python tools/benchmark_model.py [--compile | --scaling | --resizing]`.
 
 Without options, GFNet-H-S at 224 as it is, with the filter computed by its definition (the
 baseline of all ratios), and two networks of timm of its size. With --scaling, the time of a pixel
-as images grow.
+as images grow. With --resizing, what it costs that images of COCO are seldom two alike.
 """
 
 import argparse
@@ -99,12 +99,34 @@ def scale(args: argparse.Namespace) -> None:
         print(f'| {side} | {" | ".join(row)} |', flush=True)
 
 
+def compare_resizing(args: argparse.Namespace) -> None:
+    """Print what filters cost that are resized in every forward, for an image of 800x1333."""
+    size = 800, 1333
+    models = {
+        'made for it': GFNetPyramid('h-s', img_size=size, drop_path_rate=0.0).to(args.device),
+        'resized': GFNetPyramid('h-s', drop_path_rate=0.0).to(args.device),
+    }
+    x = torch.randn(1, 3, *size, device=args.device)
+    print(f'GFNet-H-S, batch 1 of {size[0]}x{size[1]}: times as fast as with filters made for it\n')
+    print('| pass | filters made for it, ms | resized from the 224 grid, ms | ratio |')
+    print('|---|---|---|---|')
+    # Resized filters are kept in evaluation, so a forward of another size each is one in training.
+    for label, kind in (('forward', inference), ('training step', training_step)):
+        tasks = {name: kind(model, x) for name, model in models.items()}
+        models['resized'].train()
+        times = measure(tasks, args.repeats, args.seconds, args.device)
+        first, second = (milliseconds(times, name) for name in models)
+        print(f'| {label} | {first} | {second} | {speedup(times, "resized", "made for it")} |')
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Time whole backbones.')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--batch', type=int, default=8)
-    parser.add_argument('--scaling', action='store_true', help='time a pixel as images grow')
-    parser.add_argument('--compile', action='store_true', help='add the compiled backbone')
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument('--compile', action='store_true', help='add the compiled backbone')
+    what.add_argument('--scaling', action='store_true', help='time a pixel as images grow')
+    what.add_argument('--resizing', action='store_true', help='time filters of another grid')
     parser.add_argument('--repeats', type=int, default=7, help='turns of each contender, 2 or more')
     parser.add_argument('--seconds', type=float, default=0.2, help='the least length of a turn')
     return parser.parse_args()
@@ -113,7 +135,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     print(f'{machine(args.device)}; timm {timm.__version__}; float32\n')
-    (scale if args.scaling else compare)(args)
+    (scale if args.scaling else compare_resizing if args.resizing else compare)(args)
 
 
 if __name__ == '__main__':

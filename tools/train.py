@@ -31,6 +31,12 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help='scale the learning rate by the total batch over the one it is made for',
     )
+    parser.add_argument(
+        '--compile',
+        action='store_true',
+        dest='compiled',
+        help='run the backbone through torch.compile, which takes minutes to begin with',
+    )
     parser.add_argument('--seed', type=int, help='seed of all random numbers')
     parser.add_argument(
         '--cfg-options',

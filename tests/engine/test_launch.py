@@ -8,6 +8,7 @@ import torch
 from mmengine.config import Config
 from mmengine.optim import AmpOptimWrapper
 from mmengine.optim.optimizer import amp_optimizer_wrapper
+from toy import toy_config
 
 from gfnet_dense.data import write_digits
 from gfnet_dense.engine import evaluate, find_config, launch, train
@@ -48,6 +49,8 @@ def test_errors_before_a_run_starts(tmp_path):
     cfg.pop('auto_scale_lr')
     with pytest.raises(ValueError, match='auto_scale_lr'):
         train(cfg, work_dir=str(tmp_path), auto_scale_lr=True)
+    with pytest.raises(ValueError, match='ToyModel has no backbone'):
+        train(toy_config(tmp_path / 'toy'), compiled=True)
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,15 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from torch import nn
+from torch._dynamo.utils import counters
 
 from gfnet_dense.data import write_digit_scans
-from gfnet_dense.engine import evaluate, find_config
+from gfnet_dense.engine import evaluate, find_config, train
+from gfnet_dense.serialization import load_file
 
 ROOT = Path(__file__).parents[2]
+NANO = 'gfnet_nano_digits'
 DENSE = sorted(path.stem for path in (ROOT / 'configs').glob('*_gfnet_nano_digits.py'))
 
 
@@ -68,6 +72,33 @@ def test_two_processes_say_what_they_do(pretrained, scans):
     ):
         assert re.search(line, summary), (line, summary[:1500])
     assert 'Scaling the original LR by 2.0' in out
+
+
+def test_a_compiled_backbone_learns_the_same(scans, tmp_path, monkeypatch):
+    monkeypatch.setenv('DIGIT_SCANS_ROOT', str(scans))
+    # Without code generation, which takes a minute and is torch's own matter.
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, 'compile', lambda m: compile_module(m, backend='aot_eager'))
+    options = {
+        'train_cfg.max_epochs': 1, 'train_dataloader.dataset.indices': 64,
+        'val_dataloader.dataset.indices': 9, 'train_dataloader.num_workers': 0,
+        'train_dataloader.persistent_workers': False, 'val_dataloader.num_workers': 0,
+        'val_dataloader.persistent_workers': False,
+    }  # fmt: skip
+    torch.compiler.reset()
+    counters.clear()
+    plain, compiled = (
+        train(NANO, work_dir=str(tmp_path / name), seed=0, compiled=bool(name), cfg_options=options)
+        for name in ('', 'compiled')
+    )
+    assert counters['stats']['unique_graphs'] == 2  # of training and of evaluation
+    assert not counters['graph_break']
+    plain, compiled = (
+        load_file(Path(run.work_dir) / 'epoch_1.pth')['state_dict'] for run in (plain, compiled)
+    )
+    assert plain.keys() == compiled.keys()
+    for name, tensor in plain.items():
+        torch.testing.assert_close(compiled[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_two_processes_and_one_evaluate_alike(pretrained, scans, tmp_path, monkeypatch):
