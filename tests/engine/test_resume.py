@@ -2,6 +2,7 @@ import multiprocessing
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -122,9 +123,12 @@ def test_the_signal_of_a_launcher_reaches_data_loading_processes_too(tmp_path, t
 
     def launcher():
         if os.fork() == 0:  # another process than their parent
-            for child in [os.getppid(), *workers]:
-                os.kill(child, signal.SIGTERM)
-            os._exit(0)
+            try:
+                for child in [os.getppid(), *workers]:
+                    with suppress(ProcessLookupError):  # one that has ended by itself
+                        os.kill(child, signal.SIGTERM)
+            finally:
+                os._exit(0)
         time.sleep(0.5)
 
     def note():
