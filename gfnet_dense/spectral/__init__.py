@@ -28,21 +28,23 @@ __all__ = [
 
 # Sum of the sides, in cells, up to which 'dense' is the fastest on a device, since its cost per
 # value grows with that sum: where FFTs are at their best, and where a side has a prime factor
-# beyond their own. Time of 'fft' in units of 'dense', on one core (AVX2, MKL), float32; first
-# estimates by tools/benchmark_filter.py, on a machine that was not idle:
+# beyond their own. Time of 'fft' in units of 'dense', on two threads (AVX2, MKL), float32, batch 8,
+# 96 channels but in the first three, from the tables of docs/performance.md:
 #
-#   H x W x C    forward  with backward        H x W x C    forward
-#     7x7x768      2.5        2.4                37x37x96      5.0
-#    14x14x384     1.7        1.4                41x41x96      4.4
-#    28x28x192     1.2        1.2                46x46x96      1.8
-#    25x42x192     1.6        1.2                62x62x96      2.2
-#    56x56x96      0.9        0.9                67x67x96      3.0
-#    64x64x192     0.8        0.85               74x74x96      2.0
-#   128x128x96     0.5        0.5                97x97x96      2.4
+#   H x W   forward  with backward       H x W   forward  with backward
+#    7x7      3.9        2.8              37x37     4.7        4.1
+#   14x14     1.5        1.9              41x41     5.1        3.6
+#   28x28     1.3        1.1              46x46     2.0        2.6
+#   32x32     1.3        1.1              62x62     1.7        1.9
+#   40x40     1.1        1.2              67x67     3.4        3.1
+#   48x48     1.1        1.2              74x74     2.3        2.4
+#   56x56     0.8        0.9              97x97     2.8        2.3
+#   72x72     0.9        1.0             199x199    1.1        1.0
+#  104x104    0.7        0.7             200x200    0.4        0.4
 #
 # 16-bit maps are computed in float32 there. The border is one for all: a layer gives the same in
 # training as in evaluation. No GPU has been measured yet, so 'fused' is not among the choices.
-_DENSE_UP_TO = {'cpu': (72, 200)}
+_DENSE_UP_TO = {'cpu': (100, 200)}
 _PRIMES_OF_FFT = (2, 3, 5, 7, 11, 13)
 
 _BACKENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
