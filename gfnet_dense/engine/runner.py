@@ -147,6 +147,7 @@ class GFNetRunner(Runner):
     - It ends, and says why, when data are missing, the loss is not finite or a process dies.
     """
 
+    # What training starts from may lack heads; what is evaluated or resumed may lack nothing.
     _strict = False
 
     def train(self) -> nn.Module:

@@ -214,7 +214,7 @@ class _Adjoint(Function):
         g, x, weight = ctx.saved_tensors
         dg, dx, dweight = (
             torch.zeros_like(tensor) if tangent is None else tangent
-            for tensor, tangent in zip((g, x, weight), tangents, strict=False)
+            for tensor, tangent in zip((g, x, weight), tangents[:-1], strict=True)
         )
         first = _Adjoint.apply(dg, x, weight, ctx.make)
         second = _Adjoint.apply(g, dx, dweight, ctx.make)
@@ -225,7 +225,7 @@ class _Adjoint(Function):
         n, (*tensors, make) = info.batch_size, inputs
         g, x, weight = (
             to_channels(tensor, dim, n, channel)
-            for tensor, dim, channel in zip(tensors, in_dims, (3, 3, 2), strict=False)
+            for tensor, dim, channel in zip(tensors, in_dims[:-1], (3, 3, 2), strict=True)
         )
         gx, gweight = _Adjoint.apply(g, x, weight, make)
         return (gx.unflatten(3, (n, -1)), gweight.unflatten(2, (n, -1))), (3, 2)

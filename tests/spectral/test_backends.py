@@ -266,7 +266,16 @@ def test_graphs_without_complex_numbers(tmp_path, backend, size):
         assert 'bmm' in str(graph)
         assert not re.search('fft|complex', str(graph), re.IGNORECASE)
 
-    torch.onnx.export(exported, dynamo=True, verbose=False).save(tmp_path / 'model.onnx')
+
+@pytest.mark.filterwarnings('ignore:.isinstance.treespec:FutureWarning')  # torch.export in itself
+@pytest.mark.parametrize('size', [(6, 8), (7, 5)], ids=str)
+def test_onnx_runtime_computes_it_without_its_own_fourier_transform(tmp_path, size):
+    model, x, other = Filter(size, 'auto'), torch.randn(2, *size, 3), torch.randn(5, *size, 3)
+    batch = torch.export.Dim('batch', min=1, max=64)
+    program = torch.onnx.export(
+        model, (x,), dynamo=True, dynamic_shapes={'x': {0: batch}}, verbose=False
+    )
+    program.save(tmp_path / 'model.onnx')
     operators = {node.op_type for node in onnx.load(tmp_path / 'model.onnx').graph.node}
     assert 'MatMul' in operators and 'DFT' not in operators
     session = onnxruntime.InferenceSession(tmp_path / 'model.onnx')
