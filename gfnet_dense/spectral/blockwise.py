@@ -239,7 +239,7 @@ def _channel_blocks(spectra: Tensors, maps: Tensors) -> Iterator[tuple[Tensors, 
 
 def _blocks(maps: Tensors) -> Iterator[Tensors]:
     """Cut the batch, so that each part fits a block unless one image does not."""
-    return _cut(maps, min(len(maps[0]), _parts(maps[0], maps[0].numel())), dim=0)
+    return _cut(maps, min(maps[0].shape[0], _parts(maps[0], maps[0].numel())), dim=0)
 
 
 def _parts(x: Tensor, values: int) -> int:

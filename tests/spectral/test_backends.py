@@ -76,9 +76,12 @@ def assert_near(actual: list[Tensor], expected: list[Tensor], tolerance: float) 
     dtype=st.sampled_from(list(ERRORS)),
     layouts=st.tuples(*[st.sampled_from(['dense', 'channels first', 'every other'])] * 3),
     block=st.sampled_from([blockwise._BLOCK, 1000]),
+    folded_from=st.sampled_from([dense._FOLDED_FROM, 2]),
     seed=st.integers(0, 2**31),
 )
-def test_result_and_gradients(device, backend, size, channels, batch, dtype, layouts, block, seed):
+def test_result_and_gradients(
+    device, backend, size, channels, batch, dtype, layouts, block, folded_from, seed
+):
     (height, width), generator = size, torch.Generator().manual_seed(seed)
     shapes = (batch, height, width, channels), (height, width // 2 + 1, channels, 2)
     x, weight, g = (
@@ -91,6 +94,7 @@ def test_result_and_gradients(device, backend, size, channels, batch, dtype, lay
     # The smaller block cuts maps of this size into parts, channels included.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blockwise, '_BLOCK', block)
+        patch.setattr(dense, '_FOLDED_FROM', folded_from)
         actual = filter_and_gradients(x, weight, g, backend)
         assert [t.dtype for t in actual] == [dtype, dtype, weight_dtype]
         assert_near(actual, reference(x, weight, g), ERRORS[dtype])
