@@ -10,7 +10,7 @@ same temporaries are used again and again.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,10 +46,10 @@ class Transform(ABC):
     def kernel(self, weight: Tensor, conjugate: bool = False) -> Tensor:
         """Bring a spectrum `(H, W // 2 + 1, C, 2)` to the layout and scale of a factor."""
 
-    def spectrum(self, x: Tensor) -> Tensor:
-        """Transform a map `(B, H, W, C)` of any floating dtype."""
+    def spectrum(self, x: Tensor, keep: bool = False) -> Tensor:
+        """Transform a map `(B, H, W, C)` of any floating dtype; `keep` lets it stay for good."""
         x = x.to(self.dtype)
-        return self._forward(x if self._unit == 1 else x / self._unit)
+        return self._forward(x if self._unit == 1 else x / self._unit, keep)
 
     @abstractmethod
     def multiply(self, spectrum: Tensor, kernel: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class Transform(ABC):
         return gradient if self._unit == 1 else gradient * (self._unit * self._unit)
 
     @abstractmethod
-    def _forward(self, x: Tensor) -> Tensor: ...
+    def _forward(self, x: Tensor, keep: bool) -> Tensor: ...
 
     @abstractmethod
     def _inverse(self, spectrum: Tensor, out: Tensor | None) -> Tensor:
@@ -93,7 +93,10 @@ def filter_map(make: Make, x: Tensor, weight: Tensor) -> Tensor:
         with _exact(x.device):
             spectrum = transform.multiply(transform.spectrum(x), transform.kernel(weight))
             return transform.map(spectrum).to(x.dtype)
-    return _run(_Filter, x, weight, make)
+    # For the gradient a CPU rather keeps the spectrum of x than computing it again, but not in 32
+    # bits beside a map of 16.
+    keep = torch.is_grad_enabled() and weight.requires_grad and x.is_cpu and x.dtype.itemsize > 2
+    return _run(_Filter, x, weight, make, keep and not _is_transformed())[0]
 
 
 def is_capturing() -> bool:
@@ -132,66 +135,81 @@ def _run(function: type[Function], *inputs: Any) -> Any:
 
     `apply` alone takes as long as the filter of a small map.
     """
-    observed = (
-        torch.is_grad_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+    observed = torch.is_grad_enabled() or _is_transformed()
     return function.apply(*inputs) if observed else function.forward(*inputs)
+
+
+def _is_transformed() -> bool:
+    """Tell whether transforms of `torch.func` or derivatives forward are being taken."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class _Filter(Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, make: Make) -> Tensor:
-        y, transform = x.new_empty(x.shape), make(x)
+    def forward(x: Tensor, weight: Tensor, make: Make, keep: bool) -> Tensors:
+        y, transform, kept = x.new_empty(x.shape), make(x), []
         with _exact(x.device):
             for (weight_part,), maps in _channel_blocks((weight,), (x, y)):
                 kernel = transform.kernel(weight_part)
                 for x_block, y_block in _blocks(maps):
-                    spectrum = transform.multiply(transform.spectrum(x_block), kernel)
-                    transform.map(spectrum, out=y_block)
-        return y
+                    spectrum = transform.spectrum(x_block, keep)
+                    if keep:
+                        kept.append(spectrum)
+                    transform.map(transform.multiply(spectrum, kernel), out=y_block)
+        return y, *kept
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        # Not the spectrum of x: block by block it is soon computed again, in cached memory.
-        *tensors, ctx.make = inputs
-        ctx.save_for_backward(*tensors)
+    def setup_context(ctx: Any, inputs: tuple, output: Tensors) -> None:
+        *tensors, ctx.make, _ = inputs
+        kept = output[1:]
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)  # zeros as large as a spectrum are for nothing
+        ctx.save_for_backward(*tensors, *kept)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        x, weight, *kept = ctx.saved_tensors
+        if g is None:
+            return None, None, None, None
         if not ctx.needs_input_grad[1]:
-            return _run(_Filter, g, _conjugate(weight), ctx.make), None, None
-        return *_run(_Adjoint, g, x, weight, ctx.make), None
+            return *_run(_Filter, g, _conjugate(weight), ctx.make, False), None, None, None
+        return *_run(_Adjoint, g, x, weight, ctx.make, kept), None, None
 
     @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, _: None) -> Tensor:
+    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, *_: None) -> Tensors:
         x, weight = ctx.saved_tensors
-        terms = [] if dx is None else [_Filter.apply(dx, weight, ctx.make)]
-        terms += [] if dweight is None else [_Filter.apply(x, dweight, ctx.make)]
-        return sum(terms)
+        terms = [] if dx is None else [_filter(dx, weight, ctx.make)]
+        terms += [] if dweight is None else [_filter(x, dweight, ctx.make)]
+        return (sum(terms),)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, x: Tensor, weight: Tensor, make: Make) -> tuple:
+    def vmap(info: Any, in_dims: tuple, x: Tensor, weight: Tensor, make: Make, _: bool) -> tuple:
         n = info.batch_size
         x, weight = to_channels(x, in_dims[0], n, 3), to_channels(weight, in_dims[1], n, 2)
-        return _Filter.apply(x, weight, make).unflatten(3, (n, -1)), 3
+        return (_filter(x, weight, make).unflatten(3, (n, -1)),), (3,)
+
+
+def _filter(x: Tensor, weight: Tensor, make: Make) -> Tensor:
+    return _Filter.apply(x, weight, make, False)[0]
 
 
 class _Adjoint(Function):
     @staticmethod
-    def forward(g: Tensor, x: Tensor, weight: Tensor, make: Make) -> tuple[Tensor, Tensor]:
+    def forward(
+        g: Tensor, x: Tensor, weight: Tensor, make: Make, kept: Iterable[Tensor]
+    ) -> tuple[Tensor, Tensor]:
         gx, gweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
-        transform, transform_x = make(x), make(x)
+        transform, transform_x, kept = make(x), make(x), iter(kept)
         with _exact(x.device):
             for spectra, maps in _channel_blocks((weight, gweight), (g, x, gx)):
                 kernel = transform.kernel(spectra[0], conjugate=True)
                 correlation = None
                 for g_block, x_block, gx_block in _blocks(maps):
-                    spectrum = transform.spectrum(g_block)
-                    term = transform.correlate(spectrum, transform_x.spectrum(x_block))
+                    spectrum, spectrum_x = transform.spectrum(g_block), next(kept, None)
+                    if spectrum_x is None:
+                        spectrum_x = transform_x.spectrum(x_block)
+                    term = transform.correlate(spectrum, spectrum_x)
                     correlation = term if correlation is None else correlation + term
                     transform.map(transform.multiply(spectrum, kernel), out=gx_block)
                 spectra[1].copy_(transform.gradient(correlation))
@@ -199,35 +217,35 @@ class _Adjoint(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.make = inputs
+        *tensors, ctx.make, _ = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor | None, ...]:
         g, x, weight = ctx.saved_tensors
-        dg = _Filter.apply(a, weight, ctx.make) + _Filter.apply(x, b, ctx.make)
-        return dg, *_Adjoint.apply(g, a, b, ctx.make), None
+        dg = _filter(a, weight, ctx.make) + _filter(x, b, ctx.make)
+        return dg, *_Adjoint.apply(g, a, b, ctx.make, ()), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
         g, x, weight = ctx.saved_tensors
         dg, dx, dweight = (
             torch.zeros_like(tensor) if tangent is None else tangent
-            for tensor, tangent in zip((g, x, weight), tangents[:-1], strict=True)
+            for tensor, tangent in zip((g, x, weight), tangents[:3], strict=True)
         )
-        first = _Adjoint.apply(dg, x, weight, ctx.make)
-        second = _Adjoint.apply(g, dx, dweight, ctx.make)
+        first = _Adjoint.apply(dg, x, weight, ctx.make, ())
+        second = _Adjoint.apply(g, dx, dweight, ctx.make, ())
         return first[0] + second[0], first[1] + second[1]
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
-        n, (*tensors, make) = info.batch_size, inputs
+        n, (*tensors, make, _) = info.batch_size, inputs
         g, x, weight = (
             to_channels(tensor, dim, n, channel)
-            for tensor, dim, channel in zip(tensors, in_dims[:-1], (3, 3, 2), strict=True)
+            for tensor, dim, channel in zip(tensors, in_dims[:3], (3, 3, 2), strict=True)
         )
-        gx, gweight = _Adjoint.apply(g, x, weight, make)
+        gx, gweight = _Adjoint.apply(g, x, weight, make, ())
         return (gx.unflatten(3, (n, -1)), gweight.unflatten(2, (n, -1))), (3, 2)
 
 

@@ -59,14 +59,15 @@ class _Dense(Transform):
         kernel = torch.stack([real, -imag if conjugate else imag])
         return kernel.view(2, -1, self._parts, kernel[0, 0].numel()).transpose(1, 2)
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, keep: bool) -> Tensor:
         along_width, along_height, _, _ = self._matrices
         batch, height, _, channels = x.shape
         x, unit = self._round(x if self._parts == 1 else self._fold(x))
         rows = batch * height, along_width.shape[1], channels
         x = _multiply(along_width, x.flatten(0, -3), self._scratch('rows', x, rows))
         columns = batch * self._parts, along_height.shape[1], x.shape[1] // 2 * channels
-        x = _multiply(along_height, x.view(columns), self._scratch('spectrum', x, columns))
+        out = None if keep else self._scratch('spectrum', x, columns)
+        x = _multiply(along_height, x.view(columns), out)
         return self._restore(x, unit).view(batch, self._parts, 2, -1, columns[2])
 
     def multiply(self, spectrum: Tensor, kernel: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class _Fft(Transform):
         kernel = torch.view_as_complex(weight.contiguous()).permute(2, 0, 1).contiguous()
         return kernel.conj_physical() if conjugate else kernel
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, keep: bool) -> Tensor:
         return torch.fft.rfft2(x.permute(0, 3, 1, 2))
 
     def multiply(self, spectrum: Tensor, kernel: Tensor) -> Tensor:

@@ -147,6 +147,26 @@ def test_derivatives_of_any_order_and_kind(backend, size):
     assert gradgradcheck(gradient, inputs)
 
 
+@pytest.mark.parametrize('backend', ['fft', 'dense'])
+@pytest.mark.parametrize(
+    ('dtype', 'learned', 'kept'),
+    [(torch.float32, True, 1), (torch.float32, False, 0), (torch.bfloat16, True, 0)],
+    ids=str,
+)
+def test_keeps_a_spectrum_for_the_gradient_where_that_pays(backend, dtype, learned, kept):
+    x = torch.randn(2, 6, 5, 3, dtype=dtype, requires_grad=True)
+    weight = torch.randn(6, 3, 3, 2, requires_grad=learned)
+    saved = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        global_filter(x, weight, backend)
+    assert len(saved) == 2 + kept
+
+
 @backends
 @pytest.mark.parametrize('size', [(3, 4), (5, 3)], ids=str)
 def test_transforms_of_torch_func(backend, size):
