@@ -4,6 +4,15 @@ Importing the package registers its modules in mmengine's registries, where mmse
 mmdetection find them: `custom_imports = dict(imports=['gfnet_dense'])` in a config.
 """
 
+import importlib.util
+
+if importlib.util.find_spec('mmengine') is None:
+    raise ModuleNotFoundError(
+        'gfnet_dense needs mmengine: pip install "gfnet-dense[openmmlab]", or onedl-mmengine alone '
+        'for backbones and timm',
+        name='mmengine',
+    )
+
 from . import data, engine, models
 
 __version__ = '0.1.0'

@@ -256,6 +256,20 @@ def test_wheel_folder_carries_what_a_binary_depends_on(monkeypatch, tmp_path):
         assert part in folder.name
 
 
+@pytest.mark.parametrize(('torch', 'said'), [('2.12.1+cu130', 'reuses'), ('2.6.0', 'must be')])
+def test_announces_to_compile_unless_a_wheel_for_the_pins_is_there(
+    monkeypatch, tmp_path, capsys, torch, said
+):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setattr(install, 'operators_work', lambda device: False)
+    monkeypatch.setattr(install, 'require_compiler', lambda: None)
+    folder = install.wheel_folder(install.cache_root(), '2.3.6', torch, 'cpu')
+    folder.mkdir(parents=True)
+    (folder / 'onedl_mmcv.whl').touch()
+    install.announce()
+    assert said in capsys.readouterr().out
+
+
 def test_no_two_environments_share_a_wheel_folder(tmp_path):
     versions = [
         ('2.3.6', '2.12.1', 'cpu'),

@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTION = 'onedl-mmcv'
 BUILD_TOOLS = ('setuptools>=80,<82', 'wheel', 'packaging', 'ninja')  # torch 2.12 asks for <82
 HEARTBEAT_SECONDS = 30
@@ -131,13 +132,17 @@ def announce() -> None:
     """Say what is going to happen, before anything long, and raise where it cannot."""
     if operators_work('cpu'):
         return
-    any_version = wheel_folder(cache_root(), mmcv='*', torch='*', device='*')
-    if any(any_version.parent.glob(f'{any_version.name}/*.whl')):
-        print("mmcv's operators were compiled before; this reuses them if the versions agree.")
+    # Neither is installed yet; torch adds to its version what it was built for.
+    pins = (ROOT / 'requirements.txt').read_text()
+    mmcv = re.search(rf'^{DISTRIBUTION}==(.+)', pins, re.MULTILINE)[1]
+    torch = re.search('^torch==(.+)', pins, re.MULTILINE)[1]
+    wanted = wheel_folder(cache_root(), mmcv, torch=f'{torch}*', device='*')
+    if any(wanted.parent.glob(f'{wanted.name}/*.whl')):
+        print("mmcv's operators were compiled before; this reuses them.")
         return
     print(
-        "mmcv's operators must be compiled: 10 to 30 minutes on 2 CPU cores, once. The wheel is\n"
-        f'kept in {cache_root()}, and later installations take a minute.'
+        "mmcv's operators must be compiled: half an hour to an hour on 2 CPU cores, once. The\n"
+        f'wheel is kept in {cache_root()}, and later installations take a minute.'
     )
     require_compiler()
 

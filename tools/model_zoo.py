@@ -179,8 +179,7 @@ DIGITS = """\
 What follows shows that an installation works. It is no evidence about the data sets above. The data
 are written by `python tools/make_digits.py`, those for classification with `--scans`; the times are
 those of two CPU cores. Without training: a constant answer, and of the detectors the network as it
-is initialised with seed 0, through `tools/test.py`. The UperNet was measured before random numbers
-were tied to the place in the run, so that repeating it gives a slightly other figure.
+is initialised with seed 0, through `tools/test.py`.
 """
 
 

@@ -35,7 +35,8 @@ def check_folders(dataset: Mapping[str, Any]) -> None:
     root = Path(dataset.get('data_root') or '')
     remedy = (
         'put the data there, or name its place as data_root of the dataset; the configs of '
-        'gfnet_dense take it from the environment, see configs/_base_/datasets'
+        'gfnet_dense take it from the environment, see configs/_base_/datasets, and '
+        'tools/make_digits.py writes the digits'
     )
     prefixes = dataset.get('data_prefix') or {}
     for prefix in prefixes.values() if isinstance(prefixes, Mapping) else [prefixes]:

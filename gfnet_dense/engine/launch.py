@@ -81,6 +81,8 @@ def train(
         cfg.auto_scale_lr.enable = True
     if cfg.get('resume') and not resume:  # as OpenMMLab's own tools have it
         resume = cfg.load_from or 'auto'
+    if resume == 'auto' and not Path(cfg.work_dir).exists():  # before it is made
+        raise _nothing_to_resume(cfg.work_dir)
     with reserved(cfg.work_dir, resume):
         if resume:
             _resume(cfg, resume)
@@ -101,9 +103,7 @@ def _resume(cfg: Config, checkpoint: str) -> None:
     if checkpoint == 'auto':
         found = latest_checkpoint(cfg.work_dir)
         if found is None:
-            raise FileNotFoundError(
-                f'nothing to resume in {cfg.work_dir}: leave --resume to start anew'
-            )
+            raise _nothing_to_resume(cfg.work_dir)
         checkpoint = str(found)
     content = load_file(checkpoint, mmap=True)
     if not isinstance(content, Mapping) or not {'meta', 'optimizer'} <= set(content):
@@ -117,6 +117,10 @@ def _resume(cfg: Config, checkpoint: str) -> None:
     # All weights come from the checkpoint: the pretrained ones need not be there any more.
     if 'backbone' in cfg.model:
         cfg.model.backbone.init_cfg = None
+
+
+def _nothing_to_resume(work_dir: str) -> FileNotFoundError:
+    return FileNotFoundError(f'nothing to resume in {work_dir}: leave --resume to start anew')
 
 
 def evaluate(

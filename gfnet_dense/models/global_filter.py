@@ -65,8 +65,8 @@ class GlobalFilter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Filter a map of shape `(B, H, W, C)`; shape and dtype stay the same.
 
-        Under autocast the backend 'fused' takes maps in autocast's dtype, as matrix products do:
-        normalisation in front of it returns float32.
+        But under autocast the backend 'fused' takes and returns maps in autocast's dtype, as matrix
+        products do: normalisation in front of it returns float32.
         """
         if self.backend == 'fused' and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -101,16 +101,16 @@ class GlobalFilter(nn.Module):
             or not torch.equal(source, weight)
         ):
             source, kept = self._kept = weight.detach().clone(), {}
-        resized = kept.get(size)
+        resized = kept.get((size, self.resize))
         if resized is None:
             resized = resize_spectrum(source, self.grid, size, self.resize)
             # Replaced, never changed: other threads may be reading it.
-            latest = [*kept.items(), (size, resized)][-_MAX_KEPT:]
+            latest = [*kept.items(), ((size, self.resize), resized)][-_MAX_KEPT:]
             self._kept = source, dict(latest)
         return resized
 
     def _forget(self) -> None:
-        self._kept: tuple[Tensor | None, dict[tuple[int, int], Tensor]] = None, {}
+        self._kept: tuple[Tensor | None, dict[tuple, Tensor]] = None, {}
 
     def macs(self, shape: Sequence[int]) -> int:
         """Count the multiply-accumulates of a forward as the authors do, whatever the backend.

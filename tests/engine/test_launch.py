@@ -40,6 +40,9 @@ def test_a_name_in_another_folder_is_not_one_of_ours():
 def test_errors_before_a_run_starts(tmp_path):
     with pytest.raises(FileNotFoundError, match='nothing to resume'):
         train(NANO, work_dir=str(tmp_path), resume='auto')
+    with pytest.raises(FileNotFoundError, match=r'nothing to resume in .*mistyped'):
+        train(NANO, work_dir=str(tmp_path / 'mistyped'), resume='auto')
+    assert not (tmp_path / 'mistyped').exists()
     with pytest.raises(FileNotFoundError, match=r'no checkpoint at nowhere\.pth'):
         evaluate(NANO, 'nowhere.pth', work_dir=str(tmp_path))
     if not torch.cuda.is_available():

@@ -177,6 +177,10 @@ def by_apply(layer: GlobalFilter) -> None:
     layer.apply(lambda module: nn.init.normal_(module.complex_weight))
 
 
+def by_another_method(layer: GlobalFilter) -> None:
+    layer.resize = 'spatial'
+
+
 @pytest.mark.parametrize(
     'change',
     [
@@ -198,6 +202,7 @@ def by_apply(layer: GlobalFilter) -> None:
         by_data_of_another_dtype,
         by_training,
         by_apply,
+        by_another_method,
     ],
 )
 @pytest.mark.parametrize('context', [torch.no_grad, torch.inference_mode])
