@@ -32,19 +32,19 @@ __all__ = [
 # 96 channels but in the first three, from the tables of docs/performance.md:
 #
 #   H x W   forward  with backward       H x W   forward  with backward
-#    7x7      3.9        2.8              37x37     4.7        4.1
-#   14x14     1.5        1.9              41x41     5.1        3.6
-#   28x28     1.3        1.1              46x46     2.0        2.6
-#   32x32     1.3        1.1              62x62     1.7        1.9
-#   40x40     1.1        1.2              67x67     3.4        3.1
-#   48x48     1.1        1.2              74x74     2.3        2.4
-#   56x56     0.8        0.9              97x97     2.8        2.3
-#   72x72     0.9        1.0             199x199    1.1        1.0
-#  104x104    0.7        0.7             200x200    0.4        0.4
+#    7x7      3.6        3.0              37x37     5.5        3.4
+#   14x14     1.8        1.8              41x41     6.0        5.1
+#   28x28     1.3        1.4              62x62     2.4        2.4
+#   32x32     1.4        1.3              67x67     2.8        3.2
+#   48x48     1.2        1.5              97x97     2.2        2.2
+#   56x56     1.1        1.2             134x134    1.7        1.5
+#   64x64     1.0        1.3             151x151    1.6        1.6
+#   88x88     0.9        1.0             199x199    1.1        1.0
+#  104x104    0.8        0.9             200x200    0.6        0.6
 #
 # 16-bit maps are computed in float32 there. The border is one for all: a layer gives the same in
 # training as in evaluation. No GPU has been measured yet, so 'fused' is not among the choices.
-_DENSE_UP_TO = {'cpu': (100, 200)}
+_DENSE_UP_TO = {'cpu': (128, 400)}
 _PRIMES_OF_FFT = (2, 3, 5, 7, 11, 13)
 
 _BACKENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
