@@ -32,7 +32,7 @@ class _Dense(Transform):
 
     Spectra are `(B, P, 2, H / P, (W // 2 + 1) * C)`, real and imaginary part apart, even and odd
     rows too if P = 2, divided by H * W: no frequency is larger than the largest value of the map,
-    so nothing overflows.
+    so nothing overflows, but that sums of halves leave maps half the range of their dtype.
 
     Args:
         x: A map to transform; its size, dtype and device count.
