@@ -64,7 +64,8 @@ def global_filter(x: Tensor, weight: Tensor, backend: str = 'auto') -> Tensor:
 
     The result is computed in float32 (float64 for float64 input), also under autocast; by 'dense'
     on a GPU and by 'fused', 16-bit maps with factors rounded to float16 and sums in float32. It
-    has derivatives of any order, forward and backward.
+    has derivatives of any order, one of which may be forward: torch takes a forward derivative of
+    a forward derivative of a `Function` for zero.
 
     Args:
         x: Map of shape `(B, H, W, C)`, any floating dtype, any strides.
