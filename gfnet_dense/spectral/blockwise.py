@@ -200,7 +200,9 @@ class _Adjoint(Function):
         g: Tensor, x: Tensor, weight: Tensor, make: Make, kept: Iterable[Tensor]
     ) -> tuple[Tensor, Tensor]:
         gx, gweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
-        transform, transform_x, kept = make(x), make(x), iter(kept)
+        transform, transform_x = make(x), make(x)
+        # The transform of a captured gradient may lay spectra out in another way than the forward.
+        kept = iter(() if is_capturing() else kept)
         with _exact(x.device):
             for spectra, maps in _channel_blocks((weight, gweight), (g, x, gx)):
                 kernel = transform.kernel(spectra[0], conjugate=True)

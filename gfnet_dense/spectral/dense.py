@@ -48,6 +48,8 @@ class _Dense(Transform):
         ordinary = type(x) in (Tensor, torch.nn.Parameter) and not capturing
         foldable = x.is_cpu and operands is None and not capturing
         folded = foldable and self.height >= _FOLDED_FROM and self.height % 2 == 0
+        # The matrices are copied for every image: not where they are larger than its rows.
+        folded = folded and self.height <= self.width * x.shape[3]
         self._parts = 2 if folded else 1
         size = self.height, self.width, self._parts
         matrices = _kept_matrices if ordinary else _matrices

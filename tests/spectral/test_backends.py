@@ -246,6 +246,15 @@ def test_products_of_float16_factors(size, dtype, scale, seed):
         assert_near(actual, expected, ERRORS[dtype])
 
 
+@pytest.mark.parametrize('backend', ['fft', 'dense'])
+def test_a_gradient_is_compiled_whose_forward_was_not(backend):
+    x = torch.randn(2, 28, 28, 4, requires_grad=True)
+    weight = torch.randn(28, 15, 4, 2, requires_grad=True)
+    y, g = global_filter(x, weight, backend), torch.randn(2, 28, 28, 4)
+    run = torch.compile(lambda y, g: torch.autograd.grad(y, (x, weight), g), backend='aot_eager')
+    assert_near(list(run(y, g)), reference(x, weight, g)[1:], 1e-6)
+
+
 class Filter(nn.Module):
     def __init__(self, size: tuple[int, int], backend: str) -> None:
         super().__init__()
