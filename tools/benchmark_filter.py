@@ -1,13 +1,15 @@
 """Time the backends of the global filter against the operator as its definition reads.
 
     python tools/benchmark_filter.py [--sizes 14x14x384 28x28x192]
+    python tools/benchmark_filter.py --against FOLDER ...
     python tools/benchmark_filter.py --device cuda --all
 
 Contenders take turns, so that whatever else the machine does meets all of them. Each figure is the
 median over the turns of the time of the baseline divided by that of the contender in the same
 turn, with the spread between the quartiles: above 1 the contender is the faster one. The first,
 'contiguous', is the baseline and the copy that it leaves to whatever follows: its result lies in
-memory channel by channel, where that of a backend lies as the map does.
+memory channel by channel, where that of a backend lies as the map does. With --against, the filters
+of other checkouts of this repository take turns, too: what a change gained.
 
 On a GPU the turns replay CUDA graphs, which leaves out the time to launch kernels, and every ratio
 has two figures beside it: the memory that the operator cannot but move, over the time, in per cent
@@ -15,8 +17,11 @@ of what a copy on the same device reaches; and the most memory that a run took b
 """
 
 import argparse
+import importlib.util
 import statistics
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -37,6 +42,16 @@ SWEEP = [f'{n}x{n}x96' for n in (*range(4, 33), *range(36, 68, 4), *range(72, 20
 GPU_SIZES = ['128x128x96', '64x64x192', '32x32x384', '16x16x768']
 GPU_SWEEP = ['7x7x768', '14x14x384', '25x42x384', '28x28x192', '50x84x192', '56x56x96']
 GPU_SWEEP += ['67x67x96', '100x168x96', '200x200x96', '200x334x96']
+
+
+def filter_of(checkout: Path) -> Operator:
+    """Return the filter of another checkout, as its 'auto' computes it."""
+    package = checkout / 'gfnet_dense' / 'spectral'
+    name = f'spectral_of_{checkout.resolve().name}'
+    spec = importlib.util.spec_from_file_location(name, package / '__init__.py')
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.global_filter
 
 
 def contenders(x: Tensor) -> dict[str, Operator]:
@@ -147,6 +162,14 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help='add sizes up to 200 cells a side, and on a GPU training steps of GFNet-H-S',
     )
+    parser.add_argument(
+        '--against',
+        nargs='+',
+        type=Path,
+        default=[],
+        metavar='FOLDER',
+        help='other checkouts of this repository, whose filters take part',
+    )
     parser.add_argument('--repeats', type=int, default=9, help='turns of each contender, 2 or more')
     parser.add_argument('--seconds', type=float, default=0.05, help='the least length of a turn')
     args = parser.parse_args()
@@ -169,6 +192,7 @@ def main() -> None:
     device, on_gpu = args.device, args.device.startswith('cuda')
     dtype = getattr(torch, args.dtype)
     operators = contenders(torch.empty(1, 1, 1, 1, device=device, dtype=dtype))
+    operators |= {folder.resolve().name: filter_of(folder) for folder in args.against}
     print(f'{machine(device)}; {args.dtype}, batch {args.batch}')
     print('Times as fast as the baseline: median of the turns (quartiles)')
     if on_gpu:

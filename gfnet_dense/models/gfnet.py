@@ -10,6 +10,7 @@ Inside a network a map stays `(B, H, W, C)`; it is copied to `(B, C, H, W)` on i
 
 import dataclasses
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -223,17 +224,17 @@ class GFNetBase(BaseModule):
             )
         return Architecture(**{'patch_size': self.default_patch_size, **arch})
 
+    @abstractmethod
     def _level_dims(self, spec: Architecture) -> Sequence[int]:
         """Return the channels of each level of the whole network."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _build(self, spec: Architecture, make_block: Callable[[int, Grid], Block]) -> None:
         """Make `patch_embed` and `blocks`, up to the last level of `out_indices`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _levels(self) -> Iterator[tuple[PatchEmbed | None, Sequence[nn.Module]]]:
         """Yield the patch embedding, where there is one, and the blocks of each level."""
-        raise NotImplementedError
 
     def _build_outputs(self, level_dims: Sequence[int]) -> None:
         """Make what follows the maps: norm and head of a classifier, the norms of a backbone."""

@@ -47,7 +47,10 @@ class Transform(ABC):
         """Bring a spectrum `(H, W // 2 + 1, C, 2)` to the layout and scale of a factor."""
 
     def spectrum(self, x: Tensor, keep: bool = False) -> Tensor:
-        """Transform a map `(B, H, W, C)` of any floating dtype; `keep` lets it stay for good."""
+        """Transform a map `(B, H, W, C)` of any floating dtype; `keep` lets the result stay valid.
+
+        All else that a transform returns is valid until the next call of the same method.
+        """
         x = x.to(self.dtype)
         return self._forward(x if self._unit == 1 else x / self._unit, keep)
 

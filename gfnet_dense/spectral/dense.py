@@ -47,10 +47,9 @@ class _Dense(Transform):
         capturing = is_capturing()
         ordinary = type(x) in (Tensor, torch.nn.Parameter) and not capturing
         foldable = x.is_cpu and operands is None and not capturing
-        folded = foldable and self.height >= _FOLDED_FROM and self.height % 2 == 0
-        # The matrices are copied for every image: not where they are larger than its rows.
-        folded = folded and self.height <= self.width * x.shape[3]
-        self._parts = 2 if folded else 1
+        # Two matrices are copied for every image: not where a row is smaller than one of theirs.
+        pays = _FOLDED_FROM <= self.height <= self.width * x.shape[3]
+        self._parts = 2 if foldable and pays and self.height % 2 == 0 else 1
         size = self.height, self.width, self._parts
         matrices = _kept_matrices if ordinary else _matrices
         self._matrices = matrices(size, operands or self.dtype, x.device)
@@ -159,7 +158,7 @@ class _Dense(Transform):
 def _multiply(matrix: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
     """Multiply the `P` matrices `(P, M, N)` in turns with the `(N, C)` of a batch.
 
-    `matmul` would copy even a single one.
+    A single one is not copied, as `matmul` would; two are, for every image.
     """
     parts, batch = matrix.shape[0], x.shape[0]
     if parts == 1:
