@@ -13,8 +13,8 @@ if importlib.util.find_spec('mmengine') is None:
         name='mmengine',
     )
 
-from . import data, engine, models
+from . import data, durable, models, openmmlab
 
 __version__ = '0.1.0'
 
-__all__ = ['__version__', 'data', 'engine', 'models']
+__all__ = ['__version__', 'data', 'durable', 'models', 'openmmlab']

@@ -21,8 +21,8 @@ from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from gfnet_dense.engine import find_config
-from gfnet_dense.engine.runner import GFNetRunner
+from gfnet_dense.durable.runner import GFNetRunner
+from gfnet_dense.openmmlab import find_config
 
 WARM_UP_STEPS = 3
 

@@ -12,8 +12,8 @@ import torch
 from mmengine.config import Config
 from PIL import Image
 
-from gfnet_dense.data import CLASSES, PALETTE, label_grid, write_digits
-from gfnet_dense.engine import evaluate, find_config, train
+from gfnet_dense.demo import CLASSES, PALETTE, label_grid, write_digits
+from gfnet_dense.openmmlab import evaluate, find_config, train
 from gfnet_dense.serialization import PLAIN_TYPES
 
 CONFIG = 'upernet_gfnet_nano_digits'

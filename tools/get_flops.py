@@ -5,7 +5,7 @@ NAME is a config, or a timm model such as gfnet_h_s.
 
 import argparse
 
-from gfnet_dense.engine import measure_complexity
+from gfnet_dense.openmmlab import measure_complexity
 
 
 def parse_args() -> argparse.Namespace:

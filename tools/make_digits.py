@@ -7,7 +7,7 @@ data already, with the same parameters, is left as it is.
 import argparse
 from pathlib import Path
 
-from gfnet_dense.data import preview_digits, write_digit_scans, write_digits
+from gfnet_dense.demo import preview_digits, write_digit_scans, write_digits
 
 SCENES = Path('data/digits')
 SCANS = Path('data/digit_scans')

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from gfnet_dense.engine import measure_complexity
-from gfnet_dense.hub import ADDRESSES, OFFICIAL_WEIGHTS
+from gfnet_dense.models.hub import ADDRESSES, OFFICIAL_WEIGHTS
+from gfnet_dense.openmmlab import measure_complexity
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / 'configs'

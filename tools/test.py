@@ -5,7 +5,7 @@ import os
 
 from mmengine.config import DictAction
 
-from gfnet_dense.engine import evaluate
+from gfnet_dense.openmmlab import evaluate
 
 
 def parse_args() -> argparse.Namespace:

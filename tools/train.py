@@ -5,7 +5,7 @@ import os
 
 from mmengine.config import DictAction
 
-from gfnet_dense.engine import train
+from gfnet_dense.openmmlab import train
 
 
 def parse_args() -> argparse.Namespace:

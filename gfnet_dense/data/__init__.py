@@ -1,17 +1,6 @@
-"""What feeds the models."""
+"""Checks of the data that a run is about to read, and folders of images."""
 
-from .digits import CLASSES, PALETTE, preview_digits, write_digit_scans, write_digits
 from .errors import DataError
 from .image_folder import ImageFolder
-from .pictures import label_grid
 
-__all__ = [
-    'CLASSES',
-    'PALETTE',
-    'DataError',
-    'ImageFolder',
-    'label_grid',
-    'preview_digits',
-    'write_digit_scans',
-    'write_digits',
-]
+__all__ = ['DataError', 'ImageFolder']

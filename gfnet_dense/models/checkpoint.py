@@ -19,12 +19,12 @@ from mmengine.registry import MODELS
 from timm.models import adapt_input_conv
 from torch import Tensor
 
-from gfnet_dense.hub import OFFICIAL_WEIGHTS, fetch
 from gfnet_dense.serialization import CheckpointError, load_file
 from gfnet_dense.spectral import resize_position_embedding, resize_spectrum
 
 from .architectures import DOWNSAMPLING, HIERARCHICAL, ISOTROPIC, coarser
 from .global_filter import GlobalFilter
+from .hub import OFFICIAL_WEIGHTS, fetch
 
 if TYPE_CHECKING:
     from .gfnet import GFNetBase
@@ -63,7 +63,7 @@ def find_weights(name: str | Path) -> Path:
     """Return the path of a file of weights.
 
     Args:
-        name: A path, or a name of :data:`gfnet_dense.hub.OFFICIAL_WEIGHTS`, whose file is
+        name: A path, or a name of :data:`gfnet_dense.models.hub.OFFICIAL_WEIGHTS`, whose file is
             downloaded on first use.
 
     Raises:

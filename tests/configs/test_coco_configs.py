@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
 
-from gfnet_dense.data import CLASSES, PALETTE
+from gfnet_dense.demo import CLASSES, PALETTE
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 # Whole detectors of 80 classes, filters and position embedding on the 224 grid.

@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
 
-from gfnet_dense.data import CLASSES
+from gfnet_dense.demo import CLASSES
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 EXPECTED = {

@@ -7,10 +7,11 @@ from mmseg.datasets import BaseSegDataset
 from PIL import Image
 from torch import nn
 
-from gfnet_dense.data import write_digits
 from gfnet_dense.data.checks import check_folders, check_heads, check_segmentation
 from gfnet_dense.data.errors import DataError
-from gfnet_dense.engine import GFNetRunner, find_config
+from gfnet_dense.demo import write_digits
+from gfnet_dense.durable import GFNetRunner
+from gfnet_dense.openmmlab import find_config
 
 
 @pytest.fixture

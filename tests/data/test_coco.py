@@ -6,10 +6,11 @@ from mmdet.datasets import CocoDataset
 from mmengine.dataset import ConcatDataset, RepeatDataset
 from PIL import Image
 
-from gfnet_dense.data import coco, write_digits
+from gfnet_dense.data import coco
 from gfnet_dense.data.coco import check_coco
 from gfnet_dense.data.errors import DataError
-from gfnet_dense.data.resumable import SeededDataset
+from gfnet_dense.demo import write_digits
+from gfnet_dense.durable.resumable import SeededDataset
 
 NAMES = ('cat', 'dog')
 
@@ -76,7 +77,7 @@ def test_crowds_images_without_objects_and_boxes_half_outside_are_no_error(build
 def test_the_embedded_data_and_segmentation_pass(tmp_path):
     from mmseg.datasets import BaseSegDataset
 
-    from gfnet_dense.data import CLASSES
+    from gfnet_dense.demo import CLASSES
 
     root = write_digits(tmp_path / 'digits', num_training=2, num_validation=1)
     check_coco(

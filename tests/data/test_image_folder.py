@@ -79,7 +79,7 @@ def test_evaluation_is_the_official_one(root, size, resized):
 def test_augmentation_and_normalisation_are_the_official_ones(root):
     import random
 
-    from gfnet_dense.models import ClassificationPreprocessor
+    from gfnet_dense.openmmlab import ClassificationPreprocessor
 
     ours = dict(OFFICIAL_AUGMENTATION, input_size=64)
     for key in ('re_prob', 're_mode', 're_count'):

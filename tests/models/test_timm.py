@@ -22,9 +22,9 @@ from timm.models import FeatureInfo, get_pretrained_cfg, group_parameters
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from gfnet_dense.engine.layer_decay import layer_ids
 from gfnet_dense.models import GFNet, GFNetPyramid, TimmGFNet, TimmGFNetPyramid
 from gfnet_dense.models.architectures import HIERARCHICAL, ISOTROPIC
+from gfnet_dense.openmmlab.layer_decay import layer_ids
 from gfnet_dense.serialization import CheckpointError, load_file
 
 # Parameters, top-1 and top-5 as reported, and the address of the weights.

@@ -16,8 +16,8 @@ from mmengine.registry import init_default_scope
 from torch import nn
 from torch._dynamo.utils import counters
 
-from gfnet_dense.data import write_digit_scans
-from gfnet_dense.engine import evaluate, find_config, train
+from gfnet_dense.demo import write_digit_scans
+from gfnet_dense.openmmlab import evaluate, find_config, train
 from gfnet_dense.serialization import load_file
 
 ROOT = Path(__file__).parents[2]

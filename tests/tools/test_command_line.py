@@ -18,7 +18,7 @@ import torch
 from mmengine.config import Config
 from PIL import Image
 
-from gfnet_dense.data import CLASSES, write_digits
+from gfnet_dense.demo import CLASSES, write_digits
 from gfnet_dense.models import GFNetPyramid
 from gfnet_dense.models.checkpoint import load_pretrained
 

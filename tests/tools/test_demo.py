@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gfnet_dense.data import CLASSES, write_digits
+from gfnet_dense.demo import CLASSES, write_digits
 
 DEMO = Path(__file__).parents[2] / 'tools' / 'demo.py'
 

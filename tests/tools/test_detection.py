@@ -16,8 +16,8 @@ import torch
 from mmengine.config import Config
 from PIL import Image
 
-from gfnet_dense.data import CLASSES, PALETTE, write_digits
-from gfnet_dense.engine import evaluate, train
+from gfnet_dense.demo import CLASSES, PALETTE, write_digits
+from gfnet_dense.openmmlab import evaluate, train
 
 ROOT = Path(__file__).parents[2]
 DETECTOR = ROOT / 'configs' / 'mask_rcnn_gfnet_nano_digits.py'

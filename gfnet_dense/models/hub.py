@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from mmengine.logging import print_log
 from tqdm import tqdm
 
-from .serialization import CheckpointError, write_whole
+from gfnet_dense.serialization import CheckpointError, write_whole
 
 # The file ids at the two places where the authors publish their weights: the official
 # repository's README. No checksums are published.

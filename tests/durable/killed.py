@@ -18,7 +18,8 @@ from mmengine.fileio import LocalBackend
 from mmseg.utils import register_all_modules
 from toy import losses
 
-from gfnet_dense.engine import find_config, latest_checkpoint, train
+from gfnet_dense.durable import latest_checkpoint
+from gfnet_dense.openmmlab import find_config, train
 
 MOMENTS, INTERVAL = 20, 3
 

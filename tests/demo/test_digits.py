@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 import gfnet_dense
-from gfnet_dense.data import CLASSES, PALETTE, digits, write_digit_scans, write_digits
+from gfnet_dense.demo import CLASSES, PALETTE, digits, write_digit_scans, write_digits
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'make_digits.py'
 SMALL = {'num_training': 40, 'num_validation': 12, 'seed': 3}

@@ -5,7 +5,8 @@ import pytest
 import torch
 from toy import losses, toy_config
 
-from gfnet_dense.engine import NonFiniteLossError, latest_checkpoint, train
+from gfnet_dense.durable import NonFiniteLossError, latest_checkpoint
+from gfnet_dense.openmmlab import train
 
 
 def state(work_dir: Path, iterations: int) -> dict:

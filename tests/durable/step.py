@@ -9,7 +9,7 @@ import sys
 import torch
 from mmengine.config import Config
 
-from gfnet_dense.engine import find_config, train
+from gfnet_dense.openmmlab import find_config, train
 
 out, total_batch = sys.argv[1], int(sys.argv[2])
 world_size = int(os.environ.get('WORLD_SIZE', 1))

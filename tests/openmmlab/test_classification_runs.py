@@ -12,7 +12,7 @@ from mmengine.config import Config
 from PIL import Image
 
 from gfnet_dense.data import DataError
-from gfnet_dense.engine import evaluate, find_config, train
+from gfnet_dense.openmmlab import evaluate, find_config, train
 
 CLASSES = ('cat', 'dog', 'owl')
 MIXUP = dict(mixup_alpha=0.8, cutmix_alpha=1.0, switch_prob=0.5)

@@ -7,7 +7,7 @@ import torch
 from mmengine.dataset import DefaultSampler
 from mmengine.registry import METRICS
 
-from gfnet_dense.engine import Accuracy
+from gfnet_dense.openmmlab import Accuracy
 
 
 def predictions(count: int, classes: int = 10) -> list[dict]:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from mmengine.registry import init_default_scope
 
-from gfnet_dense.hub import DownloadError
 from gfnet_dense.models import GFNetPyramid
 from gfnet_dense.models.checkpoint import load_pretrained
+from gfnet_dense.models.hub import DownloadError
 from gfnet_dense.serialization import CheckpointError
 
 NORM = dict(type='BN', requires_grad=True)

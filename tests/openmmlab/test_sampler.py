@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 from mmengine.registry import DATA_SAMPLERS
 
-from gfnet_dense.engine import sampler as module
+from gfnet_dense.openmmlab import sampler as module
 
 
 def order(size=300, seed=0, epoch=0, **kwargs) -> list[int]:

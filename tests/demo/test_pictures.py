@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gfnet_dense.data import label_grid
+from gfnet_dense.demo import label_grid
 
 CLASSES = ('water', 'land', 'ice')
 PALETTE = ((0, 0, 200), (0, 160, 0), (240, 90, 10))

@@ -17,11 +17,10 @@ import pytest
 import torch
 from torch import nn
 
-from gfnet_dense import hub
-from gfnet_dense.hub import ADDRESSES, OFFICIAL_WEIGHTS, DownloadError
-from gfnet_dense.models import GFNet, GFNetPyramid
+from gfnet_dense.models import GFNet, GFNetPyramid, hub
 from gfnet_dense.models.architectures import HIERARCHICAL, ISOTROPIC, Architecture
 from gfnet_dense.models.checkpoint import CheckpointError, _check_official, load_pretrained
+from gfnet_dense.models.hub import ADDRESSES, OFFICIAL_WEIGHTS, DownloadError
 
 NANO = Architecture(embed_dims=8, depths=2, patch_size=16)
 PARTIAL = f'gfnet-nano.pth.{socket.gethostname()}.partial'

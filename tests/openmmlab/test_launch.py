@@ -10,8 +10,8 @@ from mmengine.optim import AmpOptimWrapper
 from mmengine.optim.optimizer import amp_optimizer_wrapper
 from toy import toy_config
 
-from gfnet_dense.data import write_digits
-from gfnet_dense.engine import evaluate, find_config, launch, train
+from gfnet_dense.demo import write_digits
+from gfnet_dense.openmmlab import evaluate, find_config, launch, train
 
 STEP = Path(__file__).with_name('step.py')
 NANO = 'upernet_gfnet_nano_digits'

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 
-from gfnet_dense import hub
-from gfnet_dense.models import GFNet
+from gfnet_dense.models import GFNet, hub
 from gfnet_dense.models.architectures import ISOTROPIC, Architecture
 
 

@@ -10,8 +10,9 @@ import torch
 from toy import LossesHook, ToyMetric, losses, toy_config
 
 from gfnet_dense.data.errors import DataError
-from gfnet_dense.engine import latest_checkpoint, train
-from gfnet_dense.engine.checkpoints import INTERRUPTED
+from gfnet_dense.durable import latest_checkpoint
+from gfnet_dense.durable.checkpoints import INTERRUPTED
+from gfnet_dense.openmmlab import train
 
 
 class StopError(Exception):

@@ -10,12 +10,11 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from gfnet_dense.durable.checkpoints import latest_checkpoint
+from gfnet_dense.durable.runner import GFNetRunner
+from gfnet_dense.durable.summary import RunSummaryHook
+from gfnet_dense.durable.work_dir import reserved
 from gfnet_dense.serialization import CheckpointError, load_file
-
-from .checkpoints import latest_checkpoint
-from .runner import GFNetRunner
-from .summary import RunSummaryHook
-from .work_dir import reserved
 
 _PACKAGE = Path(__file__).parents[1]
 

@@ -24,13 +24,13 @@ from torch.utils.data import DataLoader
 from gfnet_dense.data.checks import check_folders, check_heads, check_segmentation
 from gfnet_dense.data.coco import check_coco
 from gfnet_dense.data.errors import DataError
-from gfnet_dense.data.resumable import ResumableBatchSampler, resumable, seed_random_numbers
 from gfnet_dense.serialization import CheckpointError, load_file, write_whole
 
 from .checkpoints import SAMPLES_OF_EPOCH, InterruptHook, init_worker, latest_checkpoint
 from .non_finite import NonFiniteLossHook
 from .peers import watched_peers
 from .portable import PortableCheckpointHook
+from .resumable import ResumableBatchSampler, resumable, seed_random_numbers
 
 
 @HOOKS.register_module()

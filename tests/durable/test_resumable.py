@@ -8,8 +8,9 @@ from mmengine.dataset import InfiniteSampler
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader, Dataset
 
-from gfnet_dense.data import errors, resumable
-from gfnet_dense.data.resumable import ResumableBatchSampler, Sample, SeededDataset
+from gfnet_dense.data import errors
+from gfnet_dense.durable import resumable
+from gfnet_dense.durable.resumable import ResumableBatchSampler, Sample, SeededDataset
 
 
 class Noise(Dataset):

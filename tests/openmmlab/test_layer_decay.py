@@ -3,8 +3,8 @@ import torch
 from mmengine.optim import build_optim_wrapper
 from torch import nn
 
-from gfnet_dense.engine.layer_decay import layer_ids
 from gfnet_dense.models import GFNet, GFNetPyramid
+from gfnet_dense.openmmlab.layer_decay import layer_ids
 
 
 class Segmentor(nn.Module):

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from toy import LossesHook, losses, toy_config
 
-from gfnet_dense.engine import evaluate, latest_checkpoint, peers, train
+from gfnet_dense.durable import latest_checkpoint, peers
+from gfnet_dense.openmmlab import evaluate, train
 
 
 def start(

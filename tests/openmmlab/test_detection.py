@@ -12,8 +12,9 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from PIL import Image
 
-from gfnet_dense.data import DataError, write_digits
-from gfnet_dense.engine import evaluate, find_config, train
+from gfnet_dense.data import DataError
+from gfnet_dense.demo import write_digits
+from gfnet_dense.openmmlab import evaluate, find_config, train
 
 KINDS = ('mask_rcnn', 'retinanet')
 

@@ -16,8 +16,8 @@ from mmengine.dist import get_dist_info
 from mmengine.registry import DATA_SAMPLERS, DATASETS
 from torch.utils.data import BatchSampler, Dataset, Sampler
 
-from .coco import check_coco_file
-from .errors import DataError
+from gfnet_dense.data.coco import check_coco_file
+from gfnet_dense.data.errors import DataError
 
 
 class Sample(int):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gfnet_dense.data import write_digits
+from gfnet_dense.demo import write_digits
 
 HERE = Path(__file__).parent
 

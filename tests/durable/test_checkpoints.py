@@ -11,7 +11,8 @@ import torch
 from mmengine.runner import Runner
 from toy import toy_config
 
-from gfnet_dense.engine import WorkDirError, evaluate, latest_checkpoint, train
+from gfnet_dense.durable import WorkDirError, latest_checkpoint
+from gfnet_dense.openmmlab import evaluate, train
 from gfnet_dense.serialization import CheckpointError, load_file, write_whole
 
 
@@ -102,7 +103,7 @@ def test_a_work_dir_belongs_to_one_run(tmp_path):
         train(cfg)
     if os.fork() == 0:  # locks are between processes
         try:
-            from gfnet_dense.engine.work_dir import reserved
+            from gfnet_dense.durable.work_dir import reserved
 
             with reserved(tmp_path, resume='auto'):
                 (tmp_path / 'held').touch()
@@ -143,7 +144,7 @@ def test_a_work_dir_without_locks_is_used_with_a_warning(tmp_path, monkeypatch):
     def lockf(*args):
         raise OSError(37, 'No locks available')
 
-    monkeypatch.setattr('gfnet_dense.engine.work_dir.fcntl.lockf', lockf)
+    monkeypatch.setattr('gfnet_dense.durable.work_dir.fcntl.lockf', lockf)
     train(toy_config(tmp_path))
 
 

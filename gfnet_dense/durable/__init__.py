@@ -1,0 +1,20 @@
+"""Runs that survive: whole checkpoints, exact resume, interrupts, steps that are not finite."""
+
+from .checkpoints import DurableCheckpointHook, InterruptHook, latest_checkpoint
+from .non_finite import NonFiniteLossError, NonFiniteLossHook
+from .peers import RankDiedError
+from .runner import GFNetRunner
+from .summary import RunSummaryHook
+from .work_dir import WorkDirError
+
+__all__ = [
+    'DurableCheckpointHook',
+    'GFNetRunner',
+    'InterruptHook',
+    'NonFiniteLossError',
+    'NonFiniteLossHook',
+    'RankDiedError',
+    'RunSummaryHook',
+    'WorkDirError',
+    'latest_checkpoint',
+]
