@@ -6,6 +6,7 @@ from. It says nothing about ImageNet.
 
 _base_ = [
     './_base_/models/image_classifier.py',
+    './_base_/models/gfnet_nano.py',
     './_base_/datasets/digit_scans.py',
     './_base_/schedules/imagenet_300e.py',
     './_base_/classification_runtime.py',
@@ -13,14 +14,8 @@ _base_ = [
 
 model = dict(
     data_preprocessor=dict(mixup=None),  # in a run this short it costs more than it brings
-    backbone=dict(
-        _delete_=True,  # a dict cannot replace the name of the base's arch otherwise
-        type='GFNetPyramid',
-        arch=dict(embed_dims=(32, 64, 128, 256), depths=(2, 2, 4, 2), layer_scale_init_value=1e-2),
-        img_size=64,
-        num_classes=10,
-        drop_path_rate=0.05,
-    ),
+    # The nano backbone replaces the one of the base as a whole.
+    backbone=dict(_delete_=True, **_base_.nano_backbone, num_classes=10),
 )
 
 # 6 epochs of 44 batches.

@@ -5,20 +5,32 @@ It shows that an installation or a change works. It says nothing about COCO.
 
 _base_ = [
     './_base_/models/mask_rcnn_gfnet_h.py',
-    './_base_/datasets/digits_instance.py',
+    './_base_/models/gfnet_nano.py',
+    './_base_/datasets/digits_coco.py',
+    './_base_/schedules/digits.py',
     './_base_/mmdet_runtime.py',
 ]
+
+
+def with_masks(pipeline: list) -> list:
+    return [
+        dict(step, with_mask=True) if step.type == 'LoadAnnotations' else step for step in pipeline
+    ]
+
+
+train_pipeline = with_masks(_base_.train_pipeline)
+test_pipeline = with_masks(_base_.test_pipeline)
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+test_dataloader = val_dataloader
+val_evaluator = dict(metric=['bbox', 'segm'])
+test_evaluator = val_evaluator
 
 # Digits are 26 to 46 pixels high in scenes of 64: anchors of 16 to 128 pixels, a few dozen
 # proposals, and heads with a quarter of the usual channels.
 model = dict(
-    backbone=dict(
-        _delete_=True,  # a dict cannot replace the name of the base's arch otherwise
-        type='GFNetPyramid',
-        arch=dict(embed_dims=(32, 64, 128, 256), depths=(2, 2, 4, 2), layer_scale_init_value=1e-2),
-        img_size=64,
-        drop_path_rate=0.05,
-    ),
+    # The nano backbone replaces the one of the base as a whole.
+    backbone=dict(_delete_=True, **_base_.nano_backbone),
     neck=dict(in_channels=[32, 64, 128, 256], out_channels=64, num_outs=4),
     rpn_head=dict(
         in_channels=64,
@@ -40,11 +52,6 @@ model = dict(
 )
 
 # 3 epochs of 188 iterations of 16 scenes.
-optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=2e-3, betas=(0.9, 0.999), weight_decay=0.05),
-    constructor='LayerDecayOptimWrapperConstructor',
-)
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=100),
     dict(type='PolyLR', eta_min=0.0, power=1.0, by_epoch=False, begin=100, end=564),

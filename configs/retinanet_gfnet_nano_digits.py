@@ -5,21 +5,17 @@ It shows that an installation or a change works. It says nothing about COCO.
 
 _base_ = [
     './_base_/models/retinanet_gfnet_h.py',
-    './_base_/datasets/digits_detection.py',
+    './_base_/models/gfnet_nano.py',
+    './_base_/datasets/digits_coco.py',
+    './_base_/schedules/digits.py',
     './_base_/mmdet_runtime.py',
 ]
 
 # Digits are 26 to 46 pixels high in scenes of 64: anchors of 16 to 102 pixels, and heads with a
 # quarter of the usual channels and half of their convolutions.
 model = dict(
-    backbone=dict(
-        _delete_=True,  # a dict cannot replace the name of the base's arch otherwise
-        type='GFNetPyramid',
-        arch=dict(embed_dims=(32, 64, 128, 256), depths=(2, 2, 4, 2), layer_scale_init_value=1e-2),
-        img_size=64,
-        out_indices=(1, 2, 3),
-        drop_path_rate=0.05,
-    ),
+    # The nano backbone replaces the one of the base as a whole.
+    backbone=dict(_delete_=True, **_base_.nano_backbone, out_indices=(1, 2, 3)),
     neck=dict(in_channels=[64, 128, 256], out_channels=64, num_outs=3),
     bbox_head=dict(
         in_channels=64,
@@ -32,12 +28,29 @@ model = dict(
     ),
 )
 
+tta_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            [dict(type='Resize', scale=(side, side), keep_ratio=True) for side in (48, 64, 80)],
+            # It never flips. DetTTAModel asks every view whether it was flipped.
+            [dict(type='RandomFlip', prob=0.0)],
+            [dict(type='LoadAnnotations', with_bbox=True)],
+            [
+                dict(
+                    type='PackDetInputs',
+                    meta_keys=(
+                        'img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip',
+                        'flip_direction',
+                    ),
+                )
+            ],
+        ],
+    ),
+]  # fmt: skip
+
 # 5 epochs of 188 iterations of 16 scenes.
-optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=2e-3, betas=(0.9, 0.999), weight_decay=0.05),
-    constructor='LayerDecayOptimWrapperConstructor',
-)
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=100),
     dict(type='PolyLR', eta_min=0.0, power=1.0, by_epoch=False, begin=100, end=940),

@@ -5,19 +5,16 @@ It shows that an installation or a change works. It says nothing about ADE20K.
 
 _base_ = [
     './_base_/models/upernet_gfnet_h.py',
+    './_base_/models/gfnet_nano.py',
     './_base_/datasets/digits.py',
+    './_base_/schedules/digits.py',
     './_base_/mmseg_runtime.py',
 ]
 
 model = dict(
     data_preprocessor=dict(size=(64, 64)),
-    backbone=dict(
-        _delete_=True,  # a dict cannot replace the name of the base's arch otherwise
-        type='GFNetPyramid',
-        arch=dict(embed_dims=(32, 64, 128, 256), depths=(2, 2, 4, 2), layer_scale_init_value=1e-2),
-        img_size=64,
-        drop_path_rate=0.05,
-    ),
+    # The nano backbone replaces the one of the base as a whole.
+    backbone=dict(_delete_=True, **_base_.nano_backbone),
     # Without mmseg's init_cfg the classifiers start as torch makes them. mmseg makes them so small
     # (standard deviation 0.01) that a run this short is spent on answering background.
     decode_head=dict(in_channels=[32, 64, 128, 256], channels=64, num_classes=11, init_cfg=None),
@@ -25,11 +22,6 @@ model = dict(
 )
 
 # 600 iterations of 32 are 6.4 epochs of the 3,000 scenes.
-optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=2e-3, betas=(0.9, 0.999), weight_decay=0.05),
-    constructor='LayerDecayOptimWrapperConstructor',
-)
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=100),
     dict(type='PolyLR', eta_min=0.0, power=1.0, by_epoch=False, begin=100, end=600),

@@ -1,4 +1,4 @@
-"""What every detection run has: mmdetection's runtime, and what this project adds."""
+"""The runtime of detection: mmdetection's, and the registration of this package."""
 
 _base_ = 'mmdet::_base_/default_runtime.py'
 

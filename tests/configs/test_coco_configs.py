@@ -212,20 +212,6 @@ def test_digits_have_their_classes_and_colours(name):
         assert tuple(map(tuple, loader.dataset.metainfo.palette)) == PALETTE[1:]
 
 
-@pytest.mark.parametrize('name', [*COCO, *DIGITS])
-def test_no_leaf_inherits_from_a_leaf_and_three_levels_are_enough(name):
-    def depth(path: Path) -> int:
-        bases = Config._get_base_files(str(path))
-        below = [
-            1 if base.startswith('mmdet::') else depth((path.parent / base).resolve())
-            for base in bases
-        ]
-        assert all('_base_/' in base for base in bases)
-        return 1 + max(below, default=0)
-
-    assert depth(CONFIGS / f'{name}.py') <= 3
-
-
 # A forward pass of each kind, on real tensors and one of the small backbones.
 
 

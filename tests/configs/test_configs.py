@@ -54,6 +54,52 @@ def test_the_list_of_configs():
     assert {path.stem for path in set(CONFIGS.glob('*.py')) - others} == EXPECTED
 
 
+def bases(path: Path) -> list[str]:
+    return Config._get_base_files(str(path))
+
+
+def depth(path: Path) -> int:
+    """Count the levels of inheritance; mmdetection's base files inherit from nothing."""
+    below = [
+        1 if base.startswith('mmdet::') else depth((path.parent / base).resolve())
+        for base in bases(path)
+    ]
+    return 1 + max(below, default=0)
+
+
+def registrations(path: Path) -> int:
+    """Count the files of a chain that import the package."""
+    own = [(path.parent / base).resolve() for base in bases(path) if '::' not in base]
+    return ('custom_imports' in path.read_text()) + sum(map(registrations, own))
+
+
+@pytest.mark.parametrize('path', sorted(CONFIGS.glob('*.py')), ids=lambda path: path.stem)
+def test_leaves_inherit_from_bases_over_three_levels_at_most_and_import_the_package_once(path):
+    assert all('_base_/' in base for base in bases(path))
+    assert depth(path) <= 3
+    assert registrations(path) == 1
+
+
+def test_every_base_is_used():
+    """A base file that no config inherits is dead."""
+    used, todo = set(), sorted(CONFIGS.glob('*.py'))
+    while todo:
+        path = todo.pop()
+        used.add(path)
+        own = [(path.parent / base).resolve() for base in bases(path) if '::' not in base]
+        todo += [base for base in own if base not in used]
+    assert set((CONFIGS / '_base_').rglob('*.py')) <= used
+
+
+def test_the_nano_configs_share_one_backbone():
+    paths = sorted(CONFIGS.glob('*_nano_*.py'))
+    backbones = [Config.fromfile(path).model.backbone.to_dict() for path in paths]
+    assert len(paths) == 4
+    for backbone in backbones:
+        assert backbone['arch'] == backbones[0]['arch']
+        assert backbone['img_size'] == 64
+
+
 @pytest.mark.parametrize('name', sorted(EXPECTED))
 def test_segmentor_builds_and_its_channels_agree(name):
     cfg = load(name)

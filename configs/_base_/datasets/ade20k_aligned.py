@@ -1,33 +1,22 @@
 """ADE20K as PVT and the GFNet authors test it: sides rounded up to a multiple of 32 pixels.
 
-The image is stretched by that little, not padded.
+The image is stretched to that size, not padded.
 """
 
 _base_ = './ade20k.py'
 
-scale = (2048, 512)
 align = dict(type='ResizeToMultiple', size_divisor=32)
 
-test_pipeline = [
-    dict(type='LoadImageFromFile', imdecode_backend='pillow'),
-    dict(type='Resize', scale=scale, keep_ratio=True),
-    align,
-    dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs'),
-]
+# The pipelines of ade20k.py, with this step after the resize.
+test_pipeline = [*_base_.test_pipeline[:2], align, *_base_.test_pipeline[2:]]
 tta_pipeline = [
-    dict(type='LoadImageFromFile', imdecode_backend='pillow'),
+    _base_.tta_pipeline[0],
     dict(
         type='TestTimeAug',
         transforms=[
-            [
-                dict(type='Resize', scale=(int(scale[0] * r), int(scale[1] * r)), keep_ratio=True)
-                for r in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-            ],
+            _base_.tta_pipeline[1].transforms[0],
             [align],
-            [dict(type='RandomFlip', prob=p, direction='horizontal') for p in (0.0, 1.0)],
-            [dict(type='LoadAnnotations')],
-            [dict(type='PackSegInputs')],
+            *_base_.tta_pipeline[1].transforms[1:],
         ],
     ),
 ]

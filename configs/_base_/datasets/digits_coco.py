@@ -1,6 +1,6 @@
-"""The embedded digits with boxes and masks, in the layout of COCO, from `tools/make_digits.py`."""
+"""The embedded digits with boxes, in the layout of COCO; `tools/make_digits.py` writes them."""
 
-_base_ = 'mmdet::_base_/datasets/coco_instance.py'
+_base_ = 'mmdet::_base_/datasets/coco_detection.py'
 
 data_root = '{{$DIGITS_ROOT:data/digits}}'
 metainfo = dict(
@@ -13,15 +13,15 @@ metainfo = dict(
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-    # No flip: a mirrored digit is another one, or none.
+    dict(type='LoadAnnotations', with_bbox=True),
+    # No flip: a mirrored digit is another digit, or none.
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
-    # The size that the scenes have: for other images, and for the scale factor that is asked for.
+    # Scenes have this size. Other images are brought to it, and PackDetInputs needs a scale factor.
     dict(type='Resize', scale=(64, 64), keep_ratio=True),
-    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='LoadAnnotations', with_bbox=True),
     dict(
         type='PackDetInputs',
         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
