@@ -1,64 +1,101 @@
 # Everything is installed into .venv, which is made from PYTHON on first use.
 PYTHON ?= python3
 ARGS ?=
+# For `make test-core`: a version such as 2.14.1, by default the newest that pip finds.
+TORCH ?=
+# For `make release-notes`: a section of the changelog.
+VERSION ?= Unreleased
 
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 
-# One stamp for each stage of the installation, written when the stage is complete.
+# Each stage of the installation leaves a stamp when it is complete.
 CREATED := $(VENV)/.created
 STACK := $(VENV)/.stack
 TOOLS := $(VENV)/.tools
 OPS := $(VENV)/.ops
 
-# PYTHON chooses the Python of .venv, and is not for the scripts that run in it.
+# The core, operator and networks, is tested in an environment of its own, where OpenMMLab is missing.
+CORE_VENV := $(VENV)/core
+CORE_PY := $(CORE_VENV)/bin/python
+CORE_PIP := $(CORE_PY) -m pip --disable-pip-version-check
+CORE := $(CORE_VENV)/.torch-$(or $(TORCH),newest)
+CORE_TESTS := tests/spectral tests/models
+
+# Two processes. Each takes whole files, whose tests share what is trained for several of them.
+PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# The fast lane: what needs neither training runs nor mmcv's compiled operators.
+FAST := tests/spectral tests/models tests/data tests/demo tests/openmmlab tests/configs \
+  tests/test_docs.py tests/test_imports.py tests/test_installation.py
+NOT_FAST := tests/configs/test_coco_configs.py tests/openmmlab/test_classification_runs.py \
+  tests/openmmlab/test_detection.py tests/openmmlab/test_in_openmmlab.py
+
+# PYTHON chooses the Python of .venv. The scripts that run there must not see it.
 unexport PYTHON
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint install ops announce clean
+.PHONY: help demo test test-fast test-core coverage lint types install ops release-notes announce \
+  clean
 
-help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo '  PYTHON=python3.12 chooses a Python, ARGS=... goes to the demo or to pytest.'
+help:  ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo '  PYTHON=python3.12 chooses the Python, ARGS=... are arguments of the demo or of pytest.'
 
-demo: install  ## see GFNet learn to segment; needs no compiler and no GPU
+demo: install  ## train and evaluate a small segmentor; needs no compiler and no GPU
 	$(PY) tools/demo.py $(ARGS)
 
-# Two processes, each with whole files, which share what is trained for several tests.
-test: ops  ## run every test
-	$(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+test: ops  ## run all tests; compiles mmcv's operators once
+	$(PY) $(PYTEST) $(ARGS)
+
+test-fast: install $(TOOLS)  ## run the tests without training runs and compiled operators
+	$(PY) $(PYTEST) -m 'not slow' $(FAST) $(NOT_FAST:%=--ignore=%) $(ARGS)
+
+test-core: $(CORE)  ## test operator and networks with torch and timm alone; TORCH=2.14.1
+	$(CORE_PY) $(PYTEST) -m 'not slow' $(CORE_TESTS) $(ARGS)
+
+coverage: ops  ## run all tests and report which lines they execute
+	$(PY) $(PYTEST) --cov --cov-report=term --cov-report=html $(ARGS)
 
 lint: $(TOOLS)  ## check style and formatting
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
+types: $(STACK) $(TOOLS)  ## check types
+	$(PY) -m mypy
+
+release-notes:  ## print a section of the changelog; VERSION=0.1.0
+	@awk -v heading='## [$(VERSION)]' \
+	  '/^## / {on = index($$0, heading) == 1; found += on; next} on; \
+	  END {if (!found) {print "CHANGELOG.md has no section " heading > "/dev/stderr"; exit 1}}' \
+	  CHANGELOG.md
+
 # A stack that fails its check loses its stamp, so that the next call installs it again.
-install: $(STACK)  ## the pinned stack and this package, about 6 GB
+install: $(STACK)  ## install the pinned packages and this one into .venv, about 6 GB
 	@$(PY) tools/check_environment.py || { rm -f $(STACK); exit 1; }
 
-ops: announce $(OPS)  ## install, and the operators of mmcv that detection needs
+ops: announce $(OPS)  ## install, and compile mmcv's operators, which detection needs
 	@$(PY) tools/check_environment.py --ops || { rm -f $(STACK) $(OPS); exit 1; }
 
-clean:  ## remove .venv and caches; compiled operators are kept in the user's cache
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist
+clean:  ## remove .venv and caches; compiled operators stay in the user's cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
 
-# Before anything long, so that a missing compiler is known at once.
+# This comes before all long steps, so that a missing compiler is reported at once.
 announce: $(CREATED)
 	@test -e $(OPS) || $(PY) tools/install_mmcv_ops.py --announce
 
 $(CREATED):
 	@$(PYTHON) --version || { echo 'There is no $(PYTHON). Install Python 3.11, 3.12 or 3.13,' \
-	  'or name yours: make demo PYTHON=...' >&2; exit 1; }
+	  'or name the one to use: make demo PYTHON=...' >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
-	  echo 'The pinned packages are made for Python 3.11, 3.12 and 3.13.' \
+	  echo 'The pinned packages exist for Python 3.11, 3.12 and 3.13.' \
 	  'Name one of them: make demo PYTHON=python3.12' >&2; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' || { echo 'This Python cannot make virtual' \
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo 'This Python cannot create virtual' \
 	  'environments. On Debian and Ubuntu: sudo apt install python3-venv' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# The headless OpenCV once more, so that it lies on top: see requirements.txt.
+# The headless OpenCV is installed once more, over the desktop one: see requirements.txt.
 $(STACK): requirements.txt constraints.txt pyproject.toml | $(CREATED)
 	$(PIP) install -r requirements.txt -c constraints.txt
 	$(PIP) install --no-deps --force-reinstall $$(grep '^opencv-python-headless==' requirements.txt)
@@ -71,4 +108,13 @@ $(TOOLS): requirements-test.txt | $(CREATED)
 
 $(OPS): $(STACK) $(TOOLS)
 	$(PY) tools/install_mmcv_ops.py
+	@touch $@
+
+# --upgrade moves an environment from one version of torch to another.
+$(CORE): pyproject.toml requirements-test.txt
+	$(PYTHON) -m venv $(CORE_VENV)
+	rm -f $(CORE_VENV)/.torch-*
+	$(CORE_PIP) install --upgrade -c requirements-test.txt 'torch$(TORCH:%===%)' timm numpy pytest \
+	  pytest-timeout pytest-xdist hypothesis onnx onnxscript onnxruntime
+	$(CORE_PIP) install --no-deps -e .
 	@touch $@

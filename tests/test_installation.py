@@ -201,6 +201,27 @@ def test_pins_are_exact_and_within_the_ranges():
         assert requirement.specifier.contains(pins[requirement.name]), requirement
 
 
+def test_the_core_needs_torch_timm_and_numpy_alone_and_any_newer_version():
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+    core = [Requirement(text) for text in project['dependencies']]
+    assert {requirement.name for requirement in core} == {'torch', 'timm', 'numpy'}
+    for requirement in core:
+        assert requirement.specifier.contains('999'), requirement
+        floor = next(iter(requirement.specifier)).version
+        assert not requirement.specifier.contains(f'{int(floor.split(".")[0]) - 1}.99')
+
+
+def test_only_openmmlab_bounds_torch():
+    extras = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['optional-dependencies']
+    bounds = {
+        name: [Requirement(text) for text in texts if Requirement(text).name == 'torch']
+        for name, texts in extras.items()
+    }
+    (bound,) = bounds.pop('openmmlab')
+    assert bound.specifier.contains('2.13.0') and not bound.specifier.contains('2.14.0')
+    assert not any(bounds.values())
+
+
 def test_stack_of_the_check_is_what_is_pinned():
     checked = {name for p in check.STACK for name in (p.distribution, *p.others)}
     assert read_pins().keys() <= checked
@@ -240,7 +261,7 @@ def test_wheel_contains_configs_and_tools(wheel_names, room):
 
 def test_wheel_contains_every_module_and_nothing_else(wheel_names):
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / 'gfnet_dense').rglob('*.py')}
-    assert modules <= wheel_names
+    assert modules | {'gfnet_dense/py.typed'} <= wheel_names
     assert {name.split('/')[0] for name in wheel_names if '.dist-info/' not in name} == {
         'gfnet_dense'
     }

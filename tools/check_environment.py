@@ -54,9 +54,10 @@ STACK = (
     Package('mmcv', 'onedl-mmcv', ('mmcv', 'mmcv-full', 'mmcv-lite')),
     Package('mmseg', 'onedl-mmsegmentation', ('mmsegmentation',), probe='mmseg.models'),
     Package('mmdet', 'onedl-mmdetection', ('mmdet',)),
+    Package('pycocotools', 'pycocotools', probe='pycocotools.mask'),
+    Package('matplotlib', 'matplotlib', probe='matplotlib.figure'),
     Package('sklearn', 'scikit-learn'),
     Package('PIL', 'pillow', probe='PIL.Image'),
-    Package('pycocotools', 'pycocotools', probe='pycocotools.mask'),
 )
 OPERATORS = 'mmcv.ops'
 

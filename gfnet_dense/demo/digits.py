@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.progress import track
+from tqdm import tqdm
 
 from .pictures import label_grid
 
@@ -417,7 +417,7 @@ def _write_folder(folder: Path, spec: DigitsSpec) -> None:
                 {'id': number, 'name': name} for number, name in enumerate(CLASSES) if number > 0
             ],
         }
-        for index in track(range(spec.counts[subset]), description=f'Drawing {subset} scenes'):
+        for index in tqdm(range(spec.counts[subset]), desc=f'drawing {subset} scenes'):
             scene = draw_scene(material, spec, subset, index)
             name = f'{prefix}_{index + 1:08}'
             Image.fromarray(scene.image).save(images / f'{name}.jpg', quality=95)
