@@ -212,7 +212,9 @@ def test_the_core_needs_torch_timm_and_numpy_alone_and_any_newer_version():
 
 
 def test_only_openmmlab_bounds_torch():
-    extras = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['optional-dependencies']
+    extras = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project'][
+        'optional-dependencies'
+    ]
     bounds = {
         name: [Requirement(text) for text in texts if Requirement(text).name == 'torch']
         for name, texts in extras.items()

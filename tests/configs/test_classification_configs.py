@@ -118,9 +118,11 @@ def test_sizes_and_hyperparameters_are_the_official_ones(name):
     assert cfg.custom_hooks == []
 
 
-# As the README says them, in a config of one's own.
+# As docs/training.md says them, in a config of one's own.
 SWITCHES = re.findall(
-    r'^\| [\w ]+ \| `(\w+ = .*)` \|$', (CONFIGS.parent / 'README.md').read_text(), re.MULTILINE
+    r'^\| [\w ]+ \| `(\w+ = .*)` \|$',
+    (CONFIGS.parent / 'docs/training.md').read_text(),
+    re.MULTILINE,
 )
 
 
@@ -136,7 +138,7 @@ def own(tmp_path):
     return own
 
 
-def test_switches_of_the_readme_switch(own):
+def test_switches_of_the_docs_switch(own):
     erasing, repeated, average = SWITCHES
     erases = build(own(erasing)).data_preprocessor.random_erasing
     assert (erases.probability, erases.rand_color, erases.per_pixel) == (0.25, False, True)
