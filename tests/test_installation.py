@@ -279,7 +279,7 @@ def test_wheel_folder_carries_what_a_binary_depends_on(monkeypatch, tmp_path):
         assert part in folder.name
 
 
-@pytest.mark.parametrize(('torch', 'said'), [('2.12.1+cu130', 'reuses'), ('2.6.0', 'must be')])
+@pytest.mark.parametrize(('torch', 'said'), [('2.12.1+cu130', 'reused'), ('2.6.0', 'must be')])
 def test_announces_to_compile_unless_a_wheel_for_the_pins_is_there(
     monkeypatch, tmp_path, capsys, torch, said
 ):

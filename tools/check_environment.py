@@ -1,9 +1,9 @@
-"""Import the dependency stack, print what was found, and say how to mend what is wrong.
+"""Import the dependencies, print what was found, and say how to repair what is wrong.
 
     python tools/check_environment.py [--ops]
 
-It exits with 1 if something does not work; with --ops, missing operators of mmcv count as well.
-Nothing outside the standard library is needed, so it also speaks where the stack is broken.
+The exit status is 1 if something does not work. With --ops, missing operators of mmcv count, too.
+This needs the standard library alone, so it also works where the dependencies are broken.
 """
 
 import argparse
@@ -28,13 +28,13 @@ PIP = f'{sys.executable} -m pip'
 
 @dataclass(frozen=True)
 class Package:
-    """A package of the stack.
+    """A dependency.
 
     Attributes:
-        module: The name it is imported by.
-        distribution: The name it is installed by.
+        module: The name for `import`.
+        distribution: The name for pip.
         others: Other distributions that install the same module.
-        probe: What to import to know that it works, where that is more than `module`.
+        probe: The module whose import shows that the package works, if it is not `module`.
     """
 
     module: str
@@ -43,7 +43,7 @@ class Package:
     probe: str = ''
 
 
-# In the order of their dependencies: what is reported first is the cause of what follows.
+# In the order of their dependencies, so that a cause is reported before its consequences.
 STACK = (
     Package('numpy', 'numpy'),
     Package('torch', 'torch'),
@@ -61,24 +61,24 @@ STACK = (
 )
 OPERATORS = 'mmcv.ops'
 
-# Why a version is out of the bounds of pyproject.toml, for bounds that users run into.
+# Reasons for the bounds of pyproject.toml that users run into.
 REASONS = {
-    'torch': 'safe loading needs 2.6, and mmcv cannot compile against the C++20 headers of 2.14',
+    'torch': 'safe loading needs 2.6, and mmcv does not compile against the C++20 headers of 2.14',
     'numpy': 'mmsegmentation needs numpy 2',
 }
 
 
 @dataclass
 class Facts:
-    """What was observed of an environment.
+    """The state of an environment.
 
     Attributes:
         installed: Version of every installed distribution, by its name.
         pinned: The versions of requirements.txt, by distribution.
         allowed: Whether pyproject.toml allows a version, by distribution.
-        errors: What importing a package or `OPERATORS` raised, by module.
-        has_operators: Whether mmcv holds a compiled extension, be it one that loads or not.
-        package: The folder that `import gfnet_dense` finds, None if it finds none.
+        errors: The error of importing a package or `OPERATORS`, by module.
+        has_operators: Whether mmcv has a compiled extension, even one that does not load.
+        package: The folder that `import gfnet_dense` finds, or None.
     """
 
     installed: dict[str, str] = field(default_factory=dict)
@@ -89,21 +89,21 @@ class Facts:
     package: Path | None = None
 
     def found(self, package: Package) -> tuple[str, str] | None:
-        """The distribution that provides `package` and its version, None if there is none."""
+        """Return the distribution that provides `package` and its version, or None."""
         for name in (package.distribution, *package.others):
             if name in self.installed:
                 return name, self.installed[name]
         return None
 
     def requirement(self, distribution: str) -> str:
-        """What to ask pip for, such as `'torch==2.12.1'`."""
+        """Return the argument for pip, such as `'torch==2.12.1'`."""
         pin = self.pinned.get(distribution)
         return f'{distribution}=={pin}' if pin else distribution
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something wrong: with which modules, in plain words, and the command that mends it."""
+    """Something wrong with some modules, and the command that repairs it."""
 
     modules: tuple[str, ...]
     text: str
@@ -112,13 +112,13 @@ class Problem:
 
 
 def diagnose(facts: Facts, ops: bool) -> list[Problem]:
-    """Everything wrong with an environment, in the order in which to mend it.
+    """Return everything wrong with an environment, in the order in which to repair it.
 
-    What is fatally wrong with a package explains whatever later rules would say of it.
+    Once a rule finds something fatal about a package, later rules do not report the package.
 
     Args:
-        facts: What was observed of it.
-        ops: Whether mmcv's operators are wanted.
+        facts: The state of the environment.
+        ops: Whether mmcv's operators are needed.
     """
     wanted_operators = partial(operators, ops=ops)
     rules = (missing, upstream, opencv, out_of_bounds, wanted_operators, imports, not_pinned)
@@ -132,7 +132,7 @@ def diagnose(facts: Facts, ops: bool) -> list[Problem]:
 
 
 def missing(facts: Facts, suspects: list[Package]) -> Iterator[Problem]:
-    """Packages that no distribution provides."""
+    """Find packages that no distribution provides."""
     absent = [package for package in suspects if facts.found(package) is None]
     if absent:
         names = [package.distribution for package in absent]
@@ -142,7 +142,7 @@ def missing(facts: Facts, suspects: list[Package]) -> Iterator[Problem]:
 
 
 def upstream(facts: Facts, suspects: list[Package]) -> Iterator[Problem]:
-    """OpenMMLab's own packages, over the forks or in their place."""
+    """Find upstream packages that were installed over the forks, or in their place."""
     for package in (package for package in suspects if package.distribution.startswith('onedl-')):
         fork = package.distribution
         for name in package.others:
@@ -155,24 +155,24 @@ def upstream(facts: Facts, suspects: list[Package]) -> Iterator[Problem]:
                 text = f'{found} is the upstream package; only its fork {fork} was tested.'
                 yield Problem((package.module,), text, remedy, fatal=False)
                 continue
-            text = f'{found} has been installed over its fork {fork}: both write {package.module}/.'
+            text = f'{found} was installed over its fork {fork}: both write {package.module}/.'
             if name == 'mmsegmentation':
-                text += ' mmengine does that for a config with `_base_ = "mmseg::..."`.'
+                text += ' mmengine does this for a config with `_base_ = "mmseg::..."`.'
             yield Problem((package.module,), text, remedy)
 
 
 def opencv(facts: Facts, suspects: list[Package]) -> Iterator[Problem]:
-    """The two builds of OpenCV, which write the same folder."""
+    """Find two builds of OpenCV with different versions; both write the same folder."""
     both = ('opencv-python', 'opencv-python-headless')
     if len({facts.installed.get(name) for name in both} - {None}) == 2:
-        text = ' and '.join(f'{name} {facts.installed[name]}' for name in both)
+        found = ' and '.join(f'{name} {facts.installed[name]}' for name in both)
         remedy = f'{PIP} install --no-deps --force-reinstall '
         remedy += ' '.join(map(facts.requirement, both))
-        yield Problem(('cv2',), f'{text} have both written the folder cv2/.', remedy)
+        yield Problem(('cv2',), f'{found} have both written the folder cv2/.', remedy)
 
 
 def out_of_bounds(facts: Facts, suspects: list[Package]) -> Iterator[Problem]:
-    """Versions that pyproject.toml excludes."""
+    """Find versions that pyproject.toml excludes."""
     for package in suspects:
         name = package.distribution
         found = facts.installed.get(name)
@@ -183,13 +183,13 @@ def out_of_bounds(facts: Facts, suspects: list[Package]) -> Iterator[Problem]:
 
 
 def operators(facts: Facts, suspects: list[Package], ops: bool) -> Iterator[Problem]:
-    """The compiled operators of mmcv: not there although wanted, or there for another torch."""
+    """Find operators of mmcv that are missing but needed, or compiled for another torch."""
     error = facts.errors.get(OPERATORS)
     if error is None or facts.errors.keys() & {'torch', 'mmcv'}:
         return
     remedy = f'{sys.executable} {ROOT / "tools" / "install_mmcv_ops.py"}'
     if facts.has_operators:
-        # mmseg does without operators, but not with broken ones.
+        # mmseg works without operators, but not with broken ones.
         stopped = [
             package.module for package in suspects if facts.errors.get(package.module) == error
         ]
@@ -207,7 +207,7 @@ def operators(facts: Facts, suspects: list[Package], ops: bool) -> Iterator[Prob
 
 
 def imports(facts: Facts, suspects: list[Package]) -> Iterator[Problem]:
-    """Packages that do not import, told of the first where one error reaches several."""
+    """Find packages that do not import; report an error that reaches several for the first."""
     first: dict[str, Package] = {}
     for package in STACK:
         if error := facts.errors.get(package.module):
@@ -218,21 +218,21 @@ def imports(facts: Facts, suspects: list[Package]) -> Iterator[Problem]:
         text = f'{package.module} does not import ({error}).'
         absent = re.search(r"No module named '(\w+)", error)
         if 'torchvision::nms' in error:
-            text += ' It was built for another torch than the one that is installed.'
+            text += ' It was built for another version of torch.'
             pair = f'{facts.requirement("torch")} {facts.requirement("torchvision")}'
             remedy = f'{PIP} install {pair}'
         elif absent and absent[1] != package.module:
             remedy = f'{PIP} install -r {ROOT / "requirements.txt"}'
         else:
             if 'libGL' in error:
-                text += ' This build of OpenCV is for desktops; the headless one needs no libGL.'
+                text += ' This is the desktop build of OpenCV; the headless one needs no libGL.'
             requirement = facts.requirement(package.distribution)
             remedy = f'{PIP} install --no-deps --force-reinstall {requirement}'
         yield Problem((package.module,), text, remedy)
 
 
 def not_pinned(facts: Facts, suspects: list[Package]) -> Iterator[Problem]:
-    """Versions other than the tested ones."""
+    """Find versions other than the tested ones."""
     others = []
     for package in suspects:
         name, version = facts.found(package) or ('', '')
@@ -246,7 +246,7 @@ def not_pinned(facts: Facts, suspects: list[Package]) -> Iterator[Problem]:
 
 
 def own_package(facts: Facts) -> Iterator[Problem]:
-    """A gfnet_dense that is not installed, or another copy than this one."""
+    """Find out whether gfnet_dense is missing, or another copy than this one."""
     if facts.package not in (ROOT / 'gfnet_dense', ROOT.parent):  # a checkout, an installed wheel
         where = f'comes from {facts.package}' if facts.package else 'is not installed'
         remedy = f'{PIP} install --no-deps -e {ROOT}'
@@ -254,7 +254,7 @@ def own_package(facts: Facts) -> Iterator[Problem]:
 
 
 def observe() -> Facts:
-    """Look at the environment that runs this."""
+    """Return the state of the environment that runs this."""
     facts = Facts()
     for distribution in importlib.metadata.distributions():
         facts.installed.setdefault(canonical(distribution.name), public(distribution.version))
@@ -272,30 +272,30 @@ def observe() -> Facts:
     if 'mmcv' not in facts.errors:
         facts.has_operators = importlib.util.find_spec('mmcv._ext') is not None
 
-    # Found, not imported: the package imports the stack, which may be broken.
+    # Find the package without importing it, because its dependencies may be broken.
     if (spec := importlib.util.find_spec('gfnet_dense')) and spec.origin:
         facts.package = Path(spec.origin).resolve().parent
     return facts
 
 
 def canonical(name: str) -> str:
-    """The name of a distribution as pip compares it."""
+    """Return the name of a distribution in the form that pip compares."""
     return re.sub(r'[-_.]+', '-', name).lower()
 
 
 def public(version: str) -> str:
-    """A version without its local part: `'2.12.1+cu130'` is 2.12.1."""
+    """Return a version without its local part: 2.12.1 for `'2.12.1+cu130'`."""
     return version.partition('+')[0]
 
 
 def bounds() -> dict[str, Callable[[str], bool]]:
-    """The version bounds in the metadata of gfnet-dense, those of its extras included."""
+    """Return the version bounds in the metadata of gfnet-dense, including those of its extras."""
     try:
         from packaging.requirements import Requirement
         from packaging.specifiers import SpecifierSet
 
         texts = importlib.metadata.requires('gfnet-dense') or []
-    except ImportError:  # also what a distribution that is not installed raises
+    except ImportError:  # PackageNotFoundError, for a missing distribution, is one, too
         return {}
     specifiers: dict[str, SpecifierSet] = {}
     for requirement in map(Requirement, texts):
@@ -305,18 +305,18 @@ def bounds() -> dict[str, Callable[[str], bool]]:
 
 
 def import_error(module: str) -> str:
-    """What importing `module` raises, in one line; empty if it imports."""
+    """Return the error of importing `module` in one line; empty if there is none."""
     silence = io.StringIO()
     try:
         with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
             importlib.import_module(module)
-    except Exception as error:  # broken packages raise anything: OSError, AssertionError, ...
+    except Exception as error:  # broken packages raise OSError, AssertionError and others
         return f'{type(error).__name__}: {str(error).partition(chr(10))[0]}'[:200]
     return ''
 
 
 def print_table(facts: Facts, problems: list[Problem]) -> None:
-    """Print a line for each package of the stack."""
+    """Print a line for each package."""
     status = {}
     for problem in problems:
         for module in problem.modules:
@@ -332,7 +332,7 @@ def print_table(facts: Facts, problems: list[Problem]) -> None:
 
 
 def print_machine(facts: Facts) -> None:
-    """Print what the machine offers."""
+    """Print Python, system, GPUs, and whether mmcv has its operators."""
     system = f'{platform.system()} {platform.machine()}, {os.cpu_count()} processors'
     print(f'Python {platform.python_version()}, {system}')
     if 'torch' not in facts.errors:
@@ -343,7 +343,7 @@ def print_machine(facts: Facts) -> None:
     if 'mmcv' in facts.errors:
         return
     if OPERATORS in facts.errors:
-        print('mmcv operators: no; classification and segmentation do without, detection does not')
+        print('mmcv operators: no; only detection needs them')
     else:
         from mmcv.ops import get_compiling_cuda_version
 
@@ -353,9 +353,9 @@ def print_machine(facts: Facts) -> None:
 
 
 def main() -> int:
-    """Check and report; returns the exit status."""
+    """Check the environment, print a report and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--ops', action='store_true', help="mmcv's operators must be there")
+    parser.add_argument('--ops', action='store_true', help="also require mmcv's operators")
     args = parser.parse_args()
     warnings.simplefilter('ignore')
 
@@ -364,7 +364,9 @@ def main() -> int:
     print_table(facts, problems)
     print_machine(facts)
     for problem in problems:
-        print(f'\n{"ERROR" if problem.fatal else "note"}: {problem.text}\n  mend: {problem.remedy}')
+        print(
+            f'\n{"ERROR" if problem.fatal else "note"}: {problem.text}\n  repair: {problem.remedy}'
+        )
     return int(any(problem.fatal for problem in problems))
 
 

@@ -1,7 +1,8 @@
-"""See GFNet learn to segment, on a CPU, without a download: `make demo`.
+"""Train and evaluate a small segmentor on the embedded digits, on a CPU: `make demo`.
 
-Writes the embedded data set, trains a small UperNet on it, and evaluates on held-out scenes.
-What is there already, data or a finished or interrupted training, is used.
+Write the embedded data set, train a small UperNet with GFNet on it, print the mIoU on held-out
+scenes next to a baseline that always predicts the most frequent class, and draw a picture. Data
+and a finished training are used again; an interrupted training is resumed.
 """
 
 import argparse
@@ -17,14 +18,14 @@ from gfnet_dense.openmmlab import evaluate, find_config, train
 from gfnet_dense.serialization import PLAIN_TYPES
 
 CONFIG = 'upernet_gfnet_nano_digits'
-PICTURED = 8  # validation scenes
+PICTURED = 8  # validation scenes in the picture, an even number
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--data-root', type=Path, default=Path('data/digits'))
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo'))
-    parser.add_argument('--iterations', type=int, help='how long to train')
+    parser.add_argument('--iterations', type=int, help='iterations to train')
     args = parser.parse_args()
 
     print(f'[1/4] data: scenes of handwritten digits on photographs in {args.data_root}')
@@ -38,49 +39,51 @@ def main() -> None:
         config.train_cfg.max_iters = args.iterations
     checkpoint = args.work_dir / f'iter_{config.train_cfg.max_iters}.pth'
     if checkpoint.is_file():
-        print(f'[2/4] training: done before; to train again, remove {args.work_dir}')
+        print(f'[2/4] training: done before; remove {args.work_dir} to train again')
     else:
-        print(f'[2/4] training: {config.train_cfg.max_iters} iterations, some minutes; see eta')
+        print(
+            f'[2/4] training: {config.train_cfg.max_iters} iterations; the log estimates the time'
+        )
         begun = (args.work_dir / 'last_checkpoint').exists()
         train(config, seed=0, resume='auto' if begun else None)
 
-    print('[3/4] evaluation on scenes of digits and photographs that training never saw')
+    print('[3/4] evaluation on held-out scenes')
     miou = evaluate(config, checkpoint)['mIoU']
     frequent, baseline = constant_miou(args.data_root)
 
-    print('[4/4] a picture')
+    print('[4/4] picture')
     picture = draw(config, checkpoint, args.data_root, args.work_dir / 'demo.png')
     logs = sorted(args.work_dir.glob('*/*.log'), key=lambda path: path.stat().st_size)
 
     print(
         f'\nmIoU over {len(CLASSES)} classes on held-out scenes\n'
-        f'  GFNet                     {miou:5.1f} %\n'
-        f'  {"always " + repr(frequent):<25} {baseline:5.1f} %\n'
+        f'  {"GFNet":<30} {miou:5.1f} %\n'
+        f'  {"baseline, always " + repr(frequent):<30} {baseline:5.1f} %\n'
         f'checkpoint  {checkpoint}\n'
         f'log         {logs[-1]}\n'
-        f'picture     {picture}: image, truth and prediction side by side'
+        f'picture     {picture}: image, ground truth and prediction side by side'
     )
 
 
 def read_labels(data_root: Path, subset: str) -> list[np.ndarray]:
-    """Return the label maps of a subset: class indices, 255 where nothing is labelled."""
+    """Return the label maps of a subset: class indices, and 255 for pixels without a label."""
     paths = sorted((data_root / 'annotations' / subset).glob('*.png'))
-    # As mmseg's reduce_zero_label: 0 is no label, and wraps around to 255.
+    # As with mmseg's reduce_zero_label, 0 means no label and wraps around to 255.
     return [np.asarray(Image.open(path)) - np.uint8(1) for path in paths]
 
 
 def constant_miou(data_root: Path) -> tuple[str, float]:
-    """Return the class most frequent in training, and the mIoU in % of always answering it."""
+    """Return the most frequent class of training, and the mIoU in % of always predicting it."""
     training = np.concatenate([label.ravel() for label in read_labels(data_root, 'training')])
     frequent = int(np.bincount(training[training != 255]).argmax())
     validation = np.concatenate([label.ravel() for label in read_labels(data_root, 'validation')])
-    # Only the class that is answered has an intersection.
+    # All other classes have no intersection.
     iou = np.mean(validation[validation != 255] == frequent)
     return CLASSES[frequent], 100 * iou / len(CLASSES)
 
 
 def draw(config: Config, checkpoint: Path, data_root: Path, path: Path) -> Path:
-    """Draw the first validation scenes with truth and prediction."""
+    """Draw the first validation scenes with ground truth and prediction."""
     from mmseg.apis import inference_model, init_model
 
     with torch.serialization.safe_globals(PLAIN_TYPES):
@@ -93,7 +96,7 @@ def draw(config: Config, checkpoint: Path, data_root: Path, path: Path) -> Path:
             images, read_labels(data_root, 'validation')[:PICTURED], results, strict=True
         )
     ]
-    # Two scenes in a row, so that the picture fits a screen.
+    # Each row of the picture has two scenes, so that it fits a screen.
     rows = [left + right for left, right in zip(rows[::2], rows[1::2], strict=True)]
     titles = ('image', 'truth', 'prediction') * 2
     return label_grid(rows, path, titles=titles, classes=CLASSES, palette=PALETTE)

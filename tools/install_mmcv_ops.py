@@ -1,14 +1,14 @@
-"""Give the installed mmcv its compiled operators, which detection needs.
+"""Compile and install the operators of mmcv, which detection needs.
 
     python tools/install_mmcv_ops.py
 
-compiles them for the mmcv and the torch of the Python that runs this, and puts the wheel into the
-user's cache folder, from where every later environment with the same versions installs it within a
-minute. Operators that are there and load are left alone.
+compiles them for the mmcv and the torch of the Python that runs this. The wheel is kept in the
+user's cache folder, from where later environments with the same versions install it within a
+minute. Operators that load already are kept.
 
 pip alone is not enough. Its isolated build finds no torch and leaves the operators out without a
-word; and it caches the wheel under one key, whatever torch it was compiled for and even without
-operators.
+message. It also caches the wheel under one key, whether it has operators or not and whatever torch
+they were compiled for.
 """
 
 import argparse
@@ -31,38 +31,38 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTION = 'onedl-mmcv'
-BUILD_TOOLS = ('setuptools>=80,<82', 'wheel', 'packaging', 'ninja')  # torch 2.12 asks for <82
+BUILD_TOOLS = ('setuptools>=80,<82', 'wheel', 'packaging', 'ninja')  # torch 2.12 needs <82
 HEARTBEAT_SECONDS = 30
 GIB_PER_JOB = 2  # one compiler process takes about 1 GiB
 
 
 class InstallError(Exception):
-    """The operators cannot be installed; the message says why and what to do."""
+    """The operators cannot be installed; the message gives reason and remedy."""
 
 
 def cache_root() -> Path:
-    """The folder in the user's cache that holds the compiled wheels, outside every checkout."""
+    """Return the folder for compiled wheels, in the user's cache and outside every checkout."""
     base = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
     return Path(base) / 'gfnet-dense'
 
 
 def wheel_folder(root: Path, mmcv: str, torch: str, device: str) -> Path:
-    """Where the wheel of these versions lies: one folder for everything a binary depends on."""
+    """Return the folder of a wheel; its name has everything that the binary depends on."""
     python = f'cp{sys.version_info.major}{sys.version_info.minor}'
     platform = sysconfig.get_platform()
     return root / f'mmcv-{mmcv}-torch{torch}-{device}-{python}-{platform}'
 
 
 def find_wheel(folder: Path) -> Path | None:
-    """The wheel in `folder`, None where there is none; it was moved there whole or not at all."""
+    """Return the wheel in `folder`, or None; it is moved there only when it is complete."""
     return next(folder.glob('*.whl'), None)
 
 
 def target_device() -> str:
-    """What to compile for: `'cuda'` or `'cpu'`.
+    """Return the device to compile for, `'cuda'` or `'cpu'`.
 
-    mmcv's setup.py compiles CUDA operators where torch sees a GPU or FORCE_CUDA=1 asks for them,
-    and fails without an nvcc of torch's own CUDA version.
+    mmcv's setup.py compiles CUDA operators where torch sees a GPU or FORCE_CUDA=1 is set. It fails
+    without an nvcc of torch's CUDA version.
     """
     import torch
 
@@ -80,25 +80,26 @@ def target_device() -> str:
     if f'release {major}.' in nvcc:
         return 'cuda'
     print(
-        f'There is a GPU but no nvcc of CUDA {major}: the operators are for the CPU only,\n'
-        f'and detection cannot train on the GPU. Install CUDA {major} with nvcc, run this again.'
+        f'There is a GPU but no nvcc of CUDA {major}. The operators are compiled for the CPU\n'
+        'only, and detection cannot train on the GPU. To change this, install CUDA '
+        f'{major}\nwith nvcc and run this again.'
     )
     return 'cpu'
 
 
 def operators_work(device: str) -> bool:
-    """Whether a fresh interpreter loads mmcv's operators, and for `'cuda'` their CUDA half."""
+    """Tell whether a new process loads mmcv's operators, for `'cuda'` with their CUDA part."""
     code = 'import mmcv.ops; print(mmcv.ops.get_compiling_cuda_version())'
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     return result.returncode == 0 and (device == 'cpu' or 'not available' not in result.stdout)
 
 
 def require_compiler() -> None:
-    """Raise `InstallError` unless a C++17 program that includes Python's headers compiles."""
+    """Raise InstallError unless a C++17 program that includes Python's headers compiles."""
     compiler = shlex.split(os.environ.get('CXX', 'c++'))
     if shutil.which(compiler[0]) is None:
         raise InstallError(
-            f"There is no C++ compiler ({compiler[0]}), and mmcv's operators must be compiled.\n"
+            f"mmcv's operators must be compiled, but there is no C++ compiler ({compiler[0]}).\n"
             'On Debian and Ubuntu: sudo apt install g++'
         )
     python_dev = f'python{sys.version_info.major}.{sys.version_info.minor}-dev'
@@ -110,7 +111,7 @@ def require_compiler() -> None:
         result = subprocess.run(command, capture_output=True, text=True)
     if 'Python.h' in result.stderr:
         raise InstallError(
-            "The header Python.h is missing, and mmcv's operators must be compiled against it.\n"
+            "mmcv's operators must be compiled, but the header Python.h is missing.\n"
             f'On Debian and Ubuntu: sudo apt install {python_dev}'
         )
     if result.returncode != 0:
@@ -118,7 +119,7 @@ def require_compiler() -> None:
 
 
 def require_build_tools() -> None:
-    """Raise `InstallError` where a Python package that the build imports is missing."""
+    """Raise InstallError if a Python package that the build imports is missing."""
     names = [re.match(r'\w+', tool)[0] for tool in BUILD_TOOLS]
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
@@ -129,16 +130,16 @@ def require_build_tools() -> None:
 
 
 def announce() -> None:
-    """Say what is going to happen, before anything long, and raise where it cannot."""
+    """Print what installing will do, and raise InstallError if it cannot."""
     if operators_work('cpu'):
         return
-    # Neither is installed yet; torch adds to its version what it was built for.
+    # Neither is installed yet. torch appends to its version what it was built for.
     pins = (ROOT / 'requirements.txt').read_text()
     mmcv = re.search(rf'^{DISTRIBUTION}==(.+)', pins, re.MULTILINE)[1]
     torch = re.search('^torch==(.+)', pins, re.MULTILINE)[1]
     wanted = wheel_folder(cache_root(), mmcv, torch=f'{torch}*', device='*')
     if any(wanted.parent.glob(f'{wanted.name}/*.whl')):
-        print("mmcv's operators were compiled before; this reuses them.")
+        print("mmcv's operators were compiled before and are reused.")
         return
     print(
         "mmcv's operators must be compiled: half an hour to an hour on 2 CPU cores, once. The\n"
@@ -148,7 +149,7 @@ def announce() -> None:
 
 
 def parallel_jobs() -> int:
-    """As many compilers at once as there are processors, and memory for them."""
+    """Return how many compilers to run at once, by the number of processors and the memory."""
     processors = len(os.sched_getaffinity(0)) if sys.platform == 'linux' else os.cpu_count() or 1
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30
     return max(1, min(processors, int(memory / GIB_PER_JOB)))
@@ -156,18 +157,18 @@ def parallel_jobs() -> int:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` alone; the system lets go when this process ends, however it ends."""
+    """Lock `folder`; the system releases the lock when this process ends, however it ends."""
     with open(folder / 'lock', 'w') as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print('Another process compiles the same wheel; waiting for it.')
+            print('Waiting for another process that compiles the same wheel.')
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def progress(build: Path) -> str:
-    """`'12 of 78 files'`, read off ninja's build file and the object files there are."""
+    """Count the object files of a build against ninja's plan, as in `'12 of 78 files'`."""
     plan = next(build.rglob('build.ninja'), None)
     if plan is None:
         return 'preparing'
@@ -177,9 +178,9 @@ def progress(build: Path) -> str:
 
 
 def compile_wheel(mmcv: str, device: str, folder: Path) -> Path:
-    """Compile the wheel and move it into `folder`, which the caller has locked."""
+    """Compile the wheel and move it into `folder`, which the caller must have locked."""
     build, log = folder / 'build', folder / 'build.log'
-    shutil.rmtree(build, ignore_errors=True)  # of a build that was interrupted
+    shutil.rmtree(build, ignore_errors=True)  # remains of an interrupted build
     build.mkdir()
     scripts = sysconfig.get_path('scripts')
     environment = {
@@ -216,14 +217,14 @@ def compile_wheel(mmcv: str, device: str, folder: Path) -> Path:
 
 
 def excerpt(log: Path) -> str:
-    """The compiler's error messages in a log, or else its last lines."""
+    """Return the compiler's error messages from a log, or else its last lines."""
     lines = log.read_text(errors='replace').splitlines()
     errors = [line for line in lines if re.search(r'\berror ?:|\bKilled\b|No space left', line)]
     return '\n'.join(line[:300] for line in (errors[:5] or lines[-20:]))
 
 
 def install() -> None:
-    """Make `import mmcv.ops` work in this environment, or raise `InstallError`."""
+    """Make `import mmcv.ops` work in this environment, or raise InstallError."""
     try:
         import torch
 
@@ -248,20 +249,20 @@ def install() -> None:
     pip = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--force-reinstall']
     subprocess.run([*pip, '--no-index', str(wheel)], check=True)
     if not operators_work(device):
-        raise InstallError(f'The operators of {wheel} do not load. Delete it and run this again.')
+        raise InstallError(f'The operators of {wheel} do not load. Delete it and try again.')
     print("mmcv's operators are installed and load.")
 
 
 def main() -> None:
-    """Parse the command line and report an `InstallError` without a traceback."""
+    """Parse the command line and report an InstallError without a traceback."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         '--announce',
         action='store_true',
-        help='only say what will be done, and fail if the means are missing; needs no torch',
+        help='only print what will be done, and fail if a compiler is missing; needs no torch',
     )
     args = parser.parse_args()
-    sys.stdout.reconfigure(line_buffering=True)  # so that progress is seen through a pipe
+    sys.stdout.reconfigure(line_buffering=True)  # shows the progress through a pipe, too
     try:
         if args.announce:
             announce()

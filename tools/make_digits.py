@@ -1,7 +1,7 @@
-"""Write the embedded data set: handwritten digits on photographs, laid out as ADE20K and COCO.
+"""Write the embedded data set, digits on photographs, in the layouts of ADE20K and COCO.
 
-With --scans write the digits alone, as an image folder for classification. A folder that holds the
-data already, with the same parameters, is left as it is.
+With --scans, write the digits alone, as an image folder for classification. A folder that already
+holds the data with the same parameters is left unchanged.
 """
 
 import argparse
@@ -22,10 +22,10 @@ def main() -> None:
         nargs='?',
         type=Path,
         default=SCENES,
-        help=f'folder, with --scans {SCANS} unless it is given',
+        help=f'folder to write; with --scans the default is {SCANS}',
     )
     parser.add_argument(
-        '--scans', action='store_true', help='write the scans, as they are; takes no other option'
+        '--scans', action='store_true', help='write the scans alone; allows no other option'
     )
     parser.add_argument(
         '--num-training', type=int, default=3000, metavar='N', help='training scenes'
@@ -52,8 +52,10 @@ def main() -> None:
         metavar=('LO', 'HI'),
         help='lowest and highest digit in pixels',
     )
-    parser.add_argument('--seed', type=int, default=0, metavar='N', help='seed of the scenes')
-    parser.add_argument('--preview', type=Path, metavar='PNG', help='picture of the first scenes')
+    parser.add_argument(
+        '--seed', type=int, default=0, metavar='N', help='seed of the random numbers'
+    )
+    parser.add_argument('--preview', type=Path, metavar='PNG', help='also draw the first scenes')
     args = vars(parser.parse_args())
 
     root, scans = args.pop('root'), args.pop('scans')
@@ -73,7 +75,7 @@ def main() -> None:
             f'scenes of {args["image_size"]}x{args["image_size"]} pixels'
         )
         if preview:
-            print(f'{preview_digits(root, preview)}: the first of them, with their labels')
+            print(f'{preview_digits(root, preview)}: the first scenes, with their labels')
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

@@ -1,7 +1,7 @@
 """Write the model zoo, configs/README.md and the metafiles: `python tools/model_zoo.py [--check]`.
 
-Parameters and multiply-accumulates are counted in the configs. Accuracies carry their source, those
-measured here their command, and where there is none it says so.
+Parameters and multiply-accumulates are counted in the configs. Every accuracy has its source, or
+the command that measured it here. Where there is none, the page says so.
 """
 
 import argparse
@@ -23,9 +23,9 @@ NOT_PUBLISHED = 'not published for GFNet'
 NOT_MEASURED = 'not measured here'
 
 SIZES = ('ti', 'xs', 's', 'b', 'h_ti', 'h_s', 'h_b')
-# Families in the order of the page. `shape` is that of the image that multiply-accumulates are
-# counted for, where it is not the one that tools/get_flops.py takes. `published` is what is known
-# beside ACCURACIES.
+# Families in the order of the page. `shape` is the image size for which multiply-accumulates are
+# counted, if it is not the default of tools/get_flops.py. `published` is what is known besides
+# REPORTED_ACCURACIES.
 FAMILIES: dict[str, dict[str, Any]] = {
     'GFNet': dict(
         configs='gfnet_{}_imagenet',
@@ -127,8 +127,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         recipe='3 epochs, batch 16',
     ),
 }
-# What the paper reports, in the order of the metrics of the family.
-ACCURACIES = {
+# Accuracies that the paper reports, in the order of the metrics of the family.
+REPORTED_ACCURACIES = {
     'gfnet_ti_imagenet': (74.6, 92.2),
     'gfnet_xs_imagenet': (78.6, 94.2),
     'gfnet_s_imagenet': (80.0, 94.9),
@@ -143,48 +143,49 @@ ACCURACIES = {
     'fpn_gfnet_h_s_ade20k': (42.5,),
     'fpn_gfnet_h_b_ade20k': (44.8,),
 }
-# What was measured here, in the same order: on held-out data, of the last checkpoint. What there is
-# to compare with is a constant answer, or the network as it is initialised with seed 0, through
-# tools/test.py; RetinaNet then finds nothing that scores 0.05, and 0.0 with every threshold.
+# Accuracies that were measured here, in the same order, with the last checkpoint on held-out data.
+# `baseline` is what a constant prediction reaches, or a detector as initialised with seed 0,
+# evaluated by tools/test.py. The untrained RetinaNet has no box with a score of 0.05, and an AP of
+# 0.0 with any threshold.
 MEASURED = {
     'gfnet_nano_digits': dict(
         values=(94.5,),
         command='python tools/train.py gfnet_nano_digits --seed 0',
         time='2 minutes',
-        untrained='10, of ten classes',
+        baseline='10, one of ten classes',
     ),
     'upernet_gfnet_nano_digits': dict(
         values=(75.8,),
         command='make demo',
-        time='6 minutes, on cores with other work, too',
-        untrained='7.6, always background',
+        time='6 minutes on cores with other work',
+        baseline='7.6, always background',
     ),
     'retinanet_gfnet_nano_digits': dict(
         values=(72.4,),
         command='python tools/train.py retinanet_gfnet_nano_digits --seed 0',
         time='5 min 24 s',
-        untrained='0.0',
+        baseline='0.0, untrained',
     ),
     'mask_rcnn_gfnet_nano_digits': dict(
         values=(72.1, 80.2),
         command='python tools/train.py mask_rcnn_gfnet_nano_digits --seed 0',
         time='6 min 59 s',
-        untrained='0.0 / 0.0',
+        baseline='0.0 / 0.0, untrained',
     ),
 }
 
 DIGITS = """\
 ## The embedded digits
 
-What follows shows that an installation works. It is no evidence about the data sets above. The data
-are written by `python tools/make_digits.py`, those for classification with `--scans`; the times are
-those of two CPU cores. Without training: a constant answer, and of the detectors the network as it
-is initialised with seed 0, through `tools/test.py`.
+These results show that an installation works. They say nothing about the data sets above.
+`python tools/make_digits.py` writes the data, with `--scans` those for classification. Times are
+those of two CPU cores. The baseline is a constant prediction; for detectors it is the network as
+initialised with seed 0, evaluated by `tools/test.py`.
 """
 
 
 def names(family: str) -> list[str]:
-    """Return the configs of a family."""
+    """Return the names of the configs of a family."""
     candidates = dict.fromkeys(FAMILIES[family]['configs'].format(size) for size in SIZES)
     return [name for name in candidates if (CONFIGS / f'{name}.py').exists()]
 
@@ -203,7 +204,7 @@ def model(family: str, name: str) -> dict[str, Any]:
         'Image Size': list(counted.shape),
     }
     result: dict[str, Any] = dict(Task=about['task'], Dataset=about['data'])
-    measured, reported = MEASURED.get(name), ACCURACIES.get(name)
+    measured, reported = MEASURED.get(name), REPORTED_ACCURACIES.get(name)
     values = measured['values'] if measured else reported or [None] * len(about['metrics'])
     result['Metrics'] = dict(zip(about['metrics'], values, strict=True))
     if measured:
@@ -254,12 +255,12 @@ def section(family: str, models: list[dict[str, Any]]) -> list[str]:
     for entry in models:
         name, data = entry['Name'], entry['Metadata']
         gmacs = data['FLOPs'] / 1e9
-        reported = _joined(ACCURACIES.get(name)) or about.get('published', NOT_PUBLISHED)
+        reported = _joined(REPORTED_ACCURACIES.get(name)) or about.get('published', NOT_PUBLISHED)
         found = NOT_MEASURED
         if measured := MEASURED.get(name):
             found = (
                 f'{_joined(measured["values"])} by `{measured["command"]}` in {measured["time"]}; '
-                f'without training {measured["untrained"]}'
+                f'baseline {measured["baseline"]}'
             )
         lines.append(
             f'| [{name}]({name}.py) | {data["Parameters"] / 1e6:.2f}M '
@@ -273,14 +274,15 @@ def _joined(values: tuple[float, ...] | None) -> str:
 
 
 def files() -> dict[Path, str]:
-    """Return path and content of everything that is written."""
+    """Return path and content of every file that is written."""
     page = [
         '# Model zoo',
         '',
-        'Written by `python tools/model_zoo.py`, which counts parameters and multiply-accumulates',
-        '(MACs) in the configs, as `tools/get_flops.py` does. Accuracies are those that the paper',
-        f'reports ([arXiv 2107.00645]({URL})), of its own training; nothing on this page but the',
-        'networks of the embedded digits was trained here. Nobody has published GFNet on COCO.',
+        'This page is written by `python tools/model_zoo.py`, which counts parameters and',
+        'multiply-accumulates (MACs) in the configs, as `tools/get_flops.py` does. Accuracies',
+        f'marked "reported" are those of the paper ([arXiv 2107.00645]({URL})) and its own',
+        'training. Only the networks for the embedded digits were trained here. Nobody has published',
+        'GFNet on COCO.',
         '',
     ]
     written, index = {}, []
@@ -299,7 +301,7 @@ def files() -> dict[Path, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description='Write the model zoo.')
-    parser.add_argument('--check', action='store_true', help='only say what differs')
+    parser.add_argument('--check', action='store_true', help='only print which files differ')
     check = parser.parse_args().check
     different = 0
     for path, text in files().items():

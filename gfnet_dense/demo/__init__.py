@@ -1,4 +1,4 @@
-"""The embedded digits and their pictures; needs scikit-learn."""
+"""The embedded digits and their pictures; needs the extra `demo`."""
 
 from .digits import CLASSES, PALETTE, preview_digits, write_digit_scans, write_digits
 from .pictures import label_grid

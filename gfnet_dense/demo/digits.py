@@ -2,9 +2,9 @@
 
 Every pixel comes with scikit-learn: 1,797 scans of handwritten digits (`load_digits`, 8x8, from
 the UCI set "Optical Recognition of Handwritten Digits") are drawn onto crops of its two sample
-photographs (`load_sample_images`). So the check of an installation, or of a change, trains on real
-pixels and downloads nothing. Validation scenes are made of scans and of photograph regions that no
-training scene uses. :func:`write_digits` makes this folder::
+photographs (`load_sample_images`). Training on them tests an installation or a change on real
+pixels, without a download. Validation scenes use scans and photograph regions that no training
+scene uses. :func:`write_digits` writes this folder::
 
     images/training/ADE_train_00000001.jpg       RGB
     images/validation/ADE_val_00000001.jpg
@@ -12,11 +12,11 @@ training scene uses. :func:`write_digits` makes this folder::
     annotations/validation/ADE_val_00000001.png
     annotations/instances_training.json          COCO: boxes, areas and RLE masks, same scenes
     annotations/instances_validation.json
-    digits.json                                  the parameters and the format's version
+    digits.json                                  the parameters and the version of the format
 
-:func:`write_digit_scans` writes the scans alone, divided in the same way, for classification::
+:func:`write_digit_scans` writes the scans alone, for classification, with the same split::
 
-    train/0/0000.png    8x8, grey; by digit, in the order of the file
+    train/0/0000.png    8x8, grey; a folder for each digit, in scikit-learn's order
     val/0/0000.png
     digits.json
 """
@@ -24,7 +24,6 @@ training scene uses. :func:`write_digits` makes this folder::
 import dataclasses
 import json
 import math
-import numbers
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -50,7 +49,7 @@ CLASSES = (
     'eight',
     'nine',
 )
-"""The classes, in the order of their indices once `reduce_zero_label` has removed label 0."""
+"""The classes, in the order of their indices after `reduce_zero_label` has removed label 0."""
 
 PALETTE = (
     (56, 56, 56),
@@ -67,7 +66,7 @@ PALETTE = (
 )
 """One RGB colour for each of :data:`CLASSES`."""
 
-# To be raised whenever the same parameters come to mean other scenes or other files.
+# Raise these whenever the same parameters produce other scenes or other files.
 FORMAT_VERSION = 1
 SCANS_FORMAT_VERSION = 1
 MANIFEST = 'digits.json'
@@ -77,17 +76,18 @@ SCAN_SPLITS = {'train': 'training', 'val': 'validation'}
 PREVIEW_ROWS = 6
 
 TRAINING_SHARE = 0.8  # of the scans of every digit
-TRAINING_ROWS = 288  # of every photograph; on a border of its JPEG blocks, which so stay apart
+# Of every photograph. The split follows a border of JPEG blocks, so that no block is in both parts.
+TRAINING_ROWS = 288
 CROP_SIDE = (64, 128)  # pixels of the photograph
-BRIGHTNESS = (0.3, 0.6)  # what the darkened photograph keeps
-INK_COLOUR = (165, 255)  # each channel
+BRIGHTNESS = (0.3, 0.6)  # factor that darkens the photograph
+INK_COLOUR = (165, 255)  # range of each channel
 ROTATION = (-12, 12)  # degrees
-PLACEMENTS = 25  # tried for ink that covers no other ink
+PLACEMENTS = 25  # tries to place a digit without covering another one
 
-# Enlarged scans are soft. This table turns their ink, 0 to 255, into opacity: none up to the first
-# fraction, full from the second, so that strokes get edges and loops stay open. Where ink hides at
-# least half of the photograph the pixel is digit; where it hides a quarter to a half nobody can
-# say, and the pixel is not labelled.
+# Enlarged scans are blurred. This table maps their ink, 0 to 255, to opacity: zero up to the first
+# fraction, full from the second. Strokes get edges and loops stay open. A pixel belongs to the
+# digit where the opacity is at least one half. Between a quarter and a half it is ambiguous, and
+# not labelled.
 OPACITY = np.rint(np.interp(np.arange(256) / 255, (0.2, 0.65), (0, 255))).astype(np.uint8)
 DIGIT_OPACITY = 128
 RIM_OPACITY = 64
@@ -98,7 +98,7 @@ RIM = -1
 
 @dataclasses.dataclass(frozen=True)
 class DigitsSpec:
-    """What determines a data set to the last pixel; :func:`write_digits` describes the fields."""
+    """The parameters of a data set, see :func:`write_digits`; they determine every pixel."""
 
     num_training: int
     num_validation: int
@@ -109,17 +109,17 @@ class DigitsSpec:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many scenes each subset has."""
+        """The number of scenes in each subset."""
         return {'training': self.num_training, 'validation': self.num_validation}
 
 
 @dataclasses.dataclass(frozen=True)
 class Material:
-    """What the scenes of one subset are made of.
+    """The scans and photographs that the scenes of one subset are drawn from.
 
     Attributes:
         scans: Ink from 0 to 255, (N, 8, 8) uint8.
-        digits: What is on each scan, 0 to 9, (N,).
+        digits: The digit on each scan, 0 to 9, (N,).
         photographs: Regions of the photographs, RGB.
     """
 
@@ -134,8 +134,9 @@ class Scene:
 
     Attributes:
         image: RGB, (S, S, 3) uint8.
-        owner: Whose every pixel is, (S, S) int8: `BACKGROUND`, `RIM`, or k for the k-th digit.
-        digits: What the first, second, ... digit is, 0 to 9.
+        owner: What each pixel belongs to, (S, S) int8: `BACKGROUND`, `RIM`, or k for the k-th
+            digit.
+        digits: The first, second, ... digit, 0 to 9.
     """
 
     image: np.ndarray
@@ -144,8 +145,8 @@ class Scene:
 
     @property
     def labels(self) -> np.ndarray:
-        """ADE20K's map, (S, S) uint8: 0 not labelled, 1 background, 2 to 11 the digits 0 to 9."""
-        label_of = [1, *(digit + 2 for digit in self.digits), 0]  # RIM, -1, reads the last
+        """Labels as in ADE20K, (S, S) uint8: 0 not labelled, 1 background, 2 to 11 the digits."""
+        label_of = [1, *(digit + 2 for digit in self.digits), 0]  # RIM, -1, indexes the last
         return np.array(label_of, np.uint8)[self.owner]
 
 
@@ -159,24 +160,24 @@ def write_digits(
     digit_height: tuple[int, int] = (26, 46),
     seed: int = 0,
 ) -> Path:
-    """Write the data set to `root`, or find it there.
+    """Write the data set to `root`, unless it is there already.
 
-    The folder appears under its name when it is complete and not before. A folder that holds the
-    data set with these parameters is left as it is; one that holds anything else is an error, and
-    nothing in it is touched. Several processes may call this at once.
+    The folder appears under its name only when it is complete. A folder that holds the data set
+    with these parameters is left unchanged. A folder that holds anything else is an error and is
+    left unchanged, too. Several processes may call this at once.
 
-    Scene i of a subset depends on the seed and on i, not on how many scenes there are. Pixels and
-    annotations are drawn alike on every machine; the bytes of the JPEG and PNG files are the same
+    Scene i of a subset depends on the seed and on i, not on the number of scenes. Pixels and
+    annotations are the same on every machine. The bytes of the JPEG and PNG files are the same
     wherever Pillow brings the same versions of their codecs.
 
     Args:
-        root: The folder; those above it are made.
+        root: The folder. Missing folders above it are created.
         num_training: Number of training scenes, 1 or more.
         num_validation: Number of validation scenes, 1 or more.
         image_size: Height and width of a scene in pixels, 8 to 4096.
         digits_per_image: The fewest and the most digits in a scene, 1 to 20.
         digit_height: Height of the lowest and the highest digit in pixels, 8 to `image_size`.
-        seed: Seed of all that is random, 0 to 2**32 - 1.
+        seed: Seed of the random numbers, 0 to 2**32 - 1.
 
     Returns:
         `root`.
@@ -201,15 +202,15 @@ def write_digits(
 
 
 def write_digit_scans(root: str | os.PathLike[str]) -> Path:
-    """Write the scans as images of ten classes to `root`, or find them there.
+    """Write the scans as images of ten classes to `root`, unless they are there already.
 
-    1,433 scans for training and 364 for validation, divided as in :func:`load_material`. Nothing
-    is drawn or random: a pixel is the scan's, from 0 to 255.
+    There are 1,433 scans for training and 364 for validation, with the split of
+    :func:`load_material`. Images are the scans, with values scaled to 0 to 255.
 
-    What is said of the folder in :func:`write_digits` holds here, too.
+    The folder is handled as in :func:`write_digits`.
 
     Args:
-        root: The folder; those above it are made.
+        root: The folder. Missing folders above it are created.
 
     Returns:
         `root`.
@@ -228,11 +229,11 @@ def write_digit_scans(root: str | os.PathLike[str]) -> Path:
 
 
 def preview_digits(root: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
-    """Write a PNG of the first scenes that lie in `root`, with their labels beside them.
+    """Write a PNG of the first scenes in `root`, next to their labels.
 
     Args:
         root: A folder that :func:`write_digits` wrote.
-        path: The PNG to write; missing folders above it are made.
+        path: The PNG to write. Missing folders above it are created.
 
     Returns:
         `path`.
@@ -245,7 +246,7 @@ def preview_digits(root: str | os.PathLike[str], path: str | os.PathLike[str]) -
         images = sorted(Path(root, 'images', subset).glob('*.jpg'))[:PREVIEW_ROWS]
         labels = sorted(Path(root, 'annotations', subset).glob('*.png'))[:PREVIEW_ROWS]
         columns.append([np.asarray(Image.open(file)) for file in images])
-        # As reduce_zero_label does: label 0 wraps around to 255.
+        # As with reduce_zero_label, label 0 wraps around to 255.
         columns.append([np.asarray(Image.open(file)) - np.uint8(1) for file in labels])
     return label_grid(
         list(zip(*columns, strict=False)),  # the smaller subset ends the sheet
@@ -257,20 +258,20 @@ def preview_digits(root: str | os.PathLike[str], path: str | os.PathLike[str]) -
 
 
 def load_material(subset: str) -> Material:
-    """The scans and photograph regions of a subset, `'training'` or `'validation'`.
+    """Load the scans and photograph regions of a subset, `'training'` or `'validation'`.
 
-    Training has the upper part of the photographs, and of the scans of every digit the first 80%
-    in the order of the file. Neighbours in the file tend to be by one hand (scikit-learn MOOC,
-    "Sample grouping"), so a random split would show the writers of validation in training.
+    Training gets the upper part of the photographs and the first 80% of the scans of every digit,
+    in scikit-learn's order. Neighbouring scans are often by the same writer (scikit-learn MOOC,
+    "Sample grouping"), so a random split would put the same writers into training and validation.
 
     Raises:
         ValueError: If there is no such subset.
     """
-    # Imported here: scikit-learn takes seconds to import, and training does without it.
+    # Imported here, because scikit-learn takes seconds to import and training does not need it.
     from sklearn.datasets import load_digits, load_sample_images
 
     scans, digits = load_digits(return_X_y=True)
-    scans = np.rint(scans.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # 16 is all ink
+    scans = np.rint(scans.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # 16 is full ink
     for_training = np.zeros(len(digits), bool)
     for digit in range(10):
         found = np.flatnonzero(digits == digit)
@@ -287,7 +288,7 @@ def load_material(subset: str) -> Material:
 
 
 def draw_scene(material: Material, spec: DigitsSpec, subset: str, index: int) -> Scene:
-    """Draw scene `index`, counted from 0, of a subset."""
+    """Draw a scene of a subset; `index` counts from 0."""
     stream = np.random.SeedSequence(spec.seed, spawn_key=(list(SUBSETS).index(subset), index))
     rng = np.random.Generator(np.random.PCG64(stream))
 
@@ -308,11 +309,11 @@ def draw_scene(material: Material, spec: DigitsSpec, subset: str, index: int) ->
 def _draw_background(
     photographs: tuple[Image.Image, ...], size: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """A darkened crop of one of the photographs, (size, size, 3) float64."""
+    """Return a darkened crop of one of the photographs, (size, size, 3) float64."""
     photograph = photographs[rng.integers(len(photographs))]
-    side = rng.integers(*CROP_SIDE, endpoint=True)
-    left = rng.integers(photograph.width - side, endpoint=True)
-    top = rng.integers(photograph.height - side, endpoint=True)
+    side = int(rng.integers(*CROP_SIDE, endpoint=True))
+    left = int(rng.integers(photograph.width - side, endpoint=True))
+    top = int(rng.integers(photograph.height - side, endpoint=True))
     crop = photograph.resize(
         (size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
     )
@@ -325,14 +326,14 @@ def _place_digit(
     heights: tuple[int, int],
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """The opacity, (S, S) uint8, of a scan's ink somewhere in the scene.
+    """Place a scan at random and return the opacity of its ink, (S, S) uint8.
 
-    Size, place and angle are drawn until the ink leaves the `occupied` (S, S) pixels alone, or
-    else the try that covers fewest of them counts.
+    Size, place and angle are drawn until the ink covers none of the `occupied` (S, S) pixels. If
+    no try succeeds, the one that covers the fewest is taken.
     """
     columns = np.flatnonzero(scan.any(axis=0))
     scan = scan[:, columns[0] : columns[-1] + 1]
-    padded = Image.fromarray(np.pad(scan, 2))  # for the cubic kernel to fade into
+    padded = Image.fromarray(np.pad(scan, 2))  # a margin for the bicubic kernel
     size = len(occupied)
     fewest = math.inf
     for _ in range(PLACEMENTS):
@@ -354,9 +355,9 @@ def _place_digit(
 def _enlarge(
     scan: Image.Image, scale: float, angle: float, centre: tuple[float, float], size: int
 ) -> np.ndarray:
-    """Opacity, (size, size) uint8, of a scan turned by `angle` radians around `centre`."""
+    """Enlarge a scan, rotate it by `angle` radians, centre it, and return (size, size) opacity."""
     x, y = centre
-    # Pillow asks for the way back, from a pixel of the scene to a cell of the scan.
+    # Pillow takes the inverse map, from pixels of the scene to pixels of the scan.
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
     across = (cos, sin, scan.width / 2 - cos * x - sin * y)
     down = (-sin, cos, scan.height / 2 + sin * x - cos * y)
@@ -372,12 +373,12 @@ def _publish(
     files: Mapping[str, int],
     write: Callable[[Path], None],
 ) -> Path:
-    """Let `write` fill a folder that becomes `root` when it is complete, unless it is there."""
+    """Let `write` fill a temporary folder and rename it to `root`, unless the data are there."""
     if _holds(root, manifest, files):
         return root
     target = root.resolve()  # a link is followed, not replaced
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, and so on its file system, where a rename is atomic.
+    # The temporary folder is on the same file system as the target, where a rename is atomic.
     with TemporaryDirectory(prefix=f'.{target.name}.', dir=target.parent) as scratch:
         complete = Path(scratch) / target.name
         complete.mkdir()
@@ -386,7 +387,7 @@ def _publish(
         try:
             complete.rename(target)
         except OSError:
-            # Another process may have been faster: then its folder is as good as ours.
+            # Another process may have been faster. Its folder then holds the same data.
             if not _holds(root, manifest, files):
                 raise
     return root
@@ -433,7 +434,7 @@ def _add_to_coco(coco: dict[str, Any], scene: Scene, file_name: str, image_id: i
     )
     for number, digit in enumerate(scene.digits, start=1):
         mask = scene.owner == number
-        if not mask.any():  # later digits cover all of it
+        if not mask.any():  # later digits cover it completely
             continue
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         left, right, top, bottom = columns[0], columns[-1], rows[0], rows[-1]
@@ -451,14 +452,14 @@ def _add_to_coco(coco: dict[str, Any], scene: Scene, file_name: str, image_id: i
 
 
 def _run_lengths(mask: np.ndarray) -> list[int]:
-    """COCO's uncompressed RLE: runs down the columns, of zeros, ones, zeros, ..., zeros first."""
+    """Encode a mask as COCO's uncompressed RLE: runs of zeros, ones, zeros, ... down columns."""
     pixels = mask.ravel(order='F').astype(np.int8)
     changes = np.flatnonzero(np.diff(pixels, prepend=0))
     return np.diff([0, *changes, pixels.size]).tolist()
 
 
 def _manifest(spec: DigitsSpec) -> dict[str, Any]:
-    """The manifest as JSON gives it back."""
+    """Return the manifest as it reads back from JSON, with lists in place of tuples."""
     content = {'format': 'gfnet_dense digits', 'version': FORMAT_VERSION}
     return json.loads(json.dumps(content | dataclasses.asdict(spec)))
 
@@ -468,7 +469,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _holds(root: Path, manifest: Mapping[str, Any], files: Mapping[str, int]) -> bool:
-    """Whether `root` holds the data set; False if nothing is there, an error if anything else."""
+    """Tell whether `root` holds the data set; raise FileExistsError if it holds anything else."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     remedy = 'choose another folder, or move this one away'
@@ -476,10 +477,10 @@ def _holds(root: Path, manifest: Mapping[str, Any], files: Mapping[str, int]) ->
         found = dict(json.loads((root / MANIFEST).read_text(encoding='utf-8')))
     except (OSError, ValueError, TypeError) as error:
         raise FileExistsError(
-            f'{root} exists and is no digits data set, {MANIFEST} is not readable; {remedy}'
+            f'{root} is not a digits data set: {MANIFEST} cannot be read; {remedy}'
         ) from error
     differences = [
-        f'{key}={found.get(key)} where {value} is asked for'
+        f'{key}={found.get(key)} instead of {value}'
         for key, value in manifest.items()
         if found.get(key) != value
     ]
@@ -488,12 +489,12 @@ def _holds(root: Path, manifest: Mapping[str, Any], files: Mapping[str, int]) ->
     for pattern, count in files.items():
         met = sum(1 for _ in root.glob(pattern))
         if met != count:
-            raise FileExistsError(f'{root}/{pattern} are {met} files instead of {count}; {remedy}')
+            raise FileExistsError(f'{root} has {met} files {pattern} instead of {count}; {remedy}')
     return True
 
 
 def _files(spec: DigitsSpec) -> dict[str, int]:
-    """How many files of each pattern a complete folder has."""
+    """Return the number of files of each pattern in a complete folder."""
     files = {'annotations/instances_*.json': len(SUBSETS)}
     for subset, count in spec.counts.items():
         files[f'images/{subset}/*.jpg'] = files[f'annotations/{subset}/*.png'] = count
@@ -501,7 +502,7 @@ def _files(spec: DigitsSpec) -> dict[str, int]:
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:
-    if not isinstance(value, numbers.Integral) or not low <= value <= high:
+    if not isinstance(value, (int, np.integer)) or not low <= value <= high:
         raise ValueError(f'{name} must be an integer from {low} to {high}, got {value!r}')
     return int(value)
 

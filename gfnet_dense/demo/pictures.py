@@ -1,4 +1,4 @@
-"""Pictures for people to look at."""
+"""Pictures of images and label maps."""
 
 import math
 import os
@@ -21,35 +21,39 @@ def label_grid(
     classes: Sequence[str],
     palette: Sequence[Sequence[int]],
 ) -> Path:
-    """Write a PNG of images and label maps side by side, with a legend of the classes in them.
+    """Write a PNG of images and label maps side by side, with a legend of their classes.
 
     Args:
-        rows: Rows of as many cells as there are titles. A cell of shape (H, W, 3), uint8, is an
-            RGB image. A cell of shape (H, W) is a map of class indices, where anything that is
-            no index of `classes`, such as mmseg's 255, is not labelled and drawn white.
-        path: The PNG to write; missing folders above it are made.
-        titles: What stands over the columns.
+        rows: Rows with one cell for each title. A cell of shape (H, W, 3), uint8, is an RGB image.
+            A cell of shape (H, W) is a map of class indices. Values that are no index of `classes`,
+            such as mmseg's 255, are drawn white, as not labelled.
+        path: The PNG to write. Missing folders above it are created.
+        titles: Titles of the columns.
         classes: Names of the classes.
-        palette: An RGB colour, 0 to 255, for every class.
+        palette: RGB colours of the classes, 0 to 255.
 
     Returns:
         `path`.
 
     Raises:
-        ValueError: If there are no rows, their lengths are not that of `titles`, or `palette`
-            has another length than `classes`.
+        ValueError: If there are no rows, a row has another length than `titles`, or `palette` has
+            another length than `classes`.
         OSError: If `path` cannot be written.
     """
-    # Imported here: matplotlib is slow to import, and training does without it. A Figure of its
-    # own, rather than pyplot, needs no display and leaves the caller's figures alone.
+    # Imported here, because matplotlib is slow to import and training does not need it. A Figure
+    # without pyplot needs no display and does not change the caller's figures.
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     lengths = [len(row) for row in rows]
     if set(lengths) != {len(titles)}:
-        raise ValueError(f'rows must have {len(titles)} cells, one a title, got {lengths}')
+        raise ValueError(
+            f'each row needs {len(titles)} cells, one for each title, but got {lengths}'
+        )
     if len(palette) != len(classes):
-        raise ValueError(f'{len(classes)} classes need as many colours, got {len(palette)}')
+        raise ValueError(
+            f'palette needs {len(classes)} colours, one for each class, but got {len(palette)}'
+        )
     names = [*classes, NOT_LABELLED[0]]
     colours = np.array([*palette, NOT_LABELLED[1]], np.uint8)
     cells = [_index_colours(cell, len(classes)) for row in rows for cell in row]
@@ -85,7 +89,7 @@ def label_grid(
 
 
 def _index_colours(cell: np.ndarray, num_classes: int) -> np.ndarray:
-    """A label map with `num_classes` for everything that is no class; an image as it is."""
+    """Replace what is no class in a label map by `num_classes`; return images unchanged."""
     if cell.ndim == 3:
         return cell
     return np.where((cell >= 0) & (cell < num_classes), cell.astype(int), num_classes)

@@ -241,7 +241,9 @@ def test_a_link_is_followed(tmp_path):
 
 def test_other_parameters_are_an_error_and_touch_nothing(small):
     before = times(small)
-    with pytest.raises(FileExistsError, match=r'digits holds .*seed=3 where 5 is .*another folder'):
+    with pytest.raises(
+        FileExistsError, match=r'digits holds .*seed=3 instead of 5; .*another folder'
+    ):
         write_digits(small, **{**SMALL, 'seed': 5})
     assert times(small) == before
 
@@ -259,7 +261,7 @@ def test_a_foreign_folder_is_an_error_and_touches_nothing(tmp_path, manifest):
 
 def test_a_foreign_file_is_an_error(tmp_path):
     (tmp_path / 'digits').write_text('no folder')
-    with pytest.raises(FileExistsError, match='no digits data set'):
+    with pytest.raises(FileExistsError, match='not a digits data set'):
         write_digits(tmp_path / 'digits', **TINY)
     assert (tmp_path / 'digits').read_text() == 'no folder'
 
@@ -267,7 +269,7 @@ def test_a_foreign_file_is_an_error(tmp_path):
 def test_a_folder_that_lost_files_is_an_error(tmp_path):
     root = write_digits(tmp_path / 'digits', **TINY)
     next(root.glob('annotations/validation/*.png')).unlink()
-    with pytest.raises(FileExistsError, match=r'annotations/validation/\*.png are 1 files instead'):
+    with pytest.raises(FileExistsError, match=r'has 1 files annotations/validation/\*.png instead'):
         write_digits(root, **TINY)
 
 
@@ -311,7 +313,7 @@ def test_the_slower_of_two_writers_takes_what_the_faster_wrote(tmp_path, monkeyp
 def test_the_slower_of_two_writers_rejects_other_parameters(tmp_path, monkeypatch):
     winner = write_digits(tmp_path / 'winner', **{**TINY, 'seed': 1})
     overtake(monkeypatch, winner, tmp_path / 'digits')
-    with pytest.raises(FileExistsError, match='seed=1 where 0'):
+    with pytest.raises(FileExistsError, match='seed=1 instead of 0'):
         write_digits(tmp_path / 'digits', **TINY)
     assert contents(tmp_path / 'digits') == contents(winner)
 
@@ -430,7 +432,7 @@ def test_the_tool_writes_data_and_preview(tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (['{small}'], r'.*/digits holds digits with .*num_training=40 where 3000 is asked for'),
+        (['{small}'], r'.*/digits holds digits with .*num_training=40 instead of 3000'),
         (['new', '--digit-height', '46', '26'], r'digit_height .* got \[46, 26\]'),
         (['new', '--seed', 'zero'], r"argument --seed: invalid int value: 'zero'"),
     ],

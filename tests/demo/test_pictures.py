@@ -36,7 +36,7 @@ def test_images_and_labels_show_in_their_colours(tmp_path):
 @pytest.mark.parametrize('titles', [['image'], ['image', 'truth', 'prediction']])
 def test_rows_and_titles_must_match(tmp_path, titles):
     row = (np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), int))
-    with pytest.raises(ValueError, match=rf'must have {len(titles)} cells, .*\[2\]'):
+    with pytest.raises(ValueError, match=rf'needs {len(titles)} cells, .*\[2\]'):
         label_grid([row], tmp_path / 'a.png', titles=titles, classes=CLASSES, palette=PALETTE)
     with pytest.raises(ValueError, match=r'got \[\]'):
         label_grid([], tmp_path / 'a.png', titles=titles, classes=CLASSES, palette=PALETTE)
@@ -45,5 +45,5 @@ def test_rows_and_titles_must_match(tmp_path, titles):
 
 def test_every_class_needs_a_colour(tmp_path):
     row = [np.zeros((4, 4), int)]
-    with pytest.raises(ValueError, match=r'3 classes .* got 2'):
+    with pytest.raises(ValueError, match=r'needs 3 colours.* got 2'):
         label_grid([row], tmp_path / 'a', titles=['a'], classes=CLASSES, palette=PALETTE[:2])
