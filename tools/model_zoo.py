@@ -281,8 +281,8 @@ def files() -> dict[Path, str]:
         'This page is written by `python tools/model_zoo.py`, which counts parameters and',
         'multiply-accumulates (MACs) in the configs, as `tools/get_flops.py` does. Accuracies',
         f'marked "reported" are those of the paper ([arXiv 2107.00645]({URL})) and its own',
-        'training. Only the networks for the embedded digits were trained here. Nobody has published',
-        'GFNet on COCO.',
+        'training. Only the networks for the embedded digits were trained here. Nobody has',
+        'published GFNet on COCO.',
         '',
     ]
     written, index = {}, []

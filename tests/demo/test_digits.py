@@ -407,6 +407,7 @@ def test_scans_are_written_once_and_whole(scans, tmp_path, monkeypatch):
 # The command line.
 
 
+@pytest.mark.slow
 def test_the_tool_writes_data_and_preview(tmp_path):
     arguments = ['--num-training', '3', '--num-validation', '2', '--image-size', '48']
     arguments += ['--preview', 'sheets/preview.png']
