@@ -1,20 +1,41 @@
 """GFNet (Global Filter Networks, arXiv 2107.00645) for dense prediction.
 
-Importing the package registers its modules in mmengine's registries, where mmsegmentation and
-mmdetection find them: `custom_imports = dict(imports=['gfnet_dense'])` in a config.
+The operator, :mod:`gfnet_dense.spectral`, needs torch alone; the networks need timm, too, and
+importing the package registers them there: `timm.create_model('gfnet_h_s')`. Where mmengine is
+installed, importing also registers backbones, hooks and data sets for mmsegmentation and
+mmdetection: `custom_imports = dict(imports=['gfnet_dense'])` in a config.
 """
 
 import importlib.util
+import warnings
+from typing import Any
 
-if importlib.util.find_spec('mmengine') is None:
-    raise ModuleNotFoundError(
-        'gfnet_dense needs mmengine: pip install "gfnet-dense[openmmlab]", or onedl-mmengine alone '
-        'for backbones and timm',
-        name='mmengine',
-    )
-
-from . import data, durable, models, openmmlab
+from .spectral import global_filter, resize_spectrum
 
 __version__ = '0.1.0'
 
-__all__ = ['__version__', 'data', 'durable', 'models', 'openmmlab']
+__all__ = [
+    'GFNet',
+    'GFNetPyramid',
+    'GlobalFilter',
+    '__version__',
+    'global_filter',
+    'resize_spectrum',
+]
+
+if importlib.util.find_spec('timm') is not None:
+    from .models import GFNet, GFNetPyramid, GlobalFilter
+
+    if importlib.util.find_spec('mmengine') is not None:
+        try:
+            from . import openmmlab  # noqa: F401
+        except ImportError as e:
+            warnings.warn(
+                f'GFNet is not registered in mmengine, which cannot be imported: {e}', stacklevel=2
+            )
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        raise ImportError(f'{name} needs timm: pip install timm')
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -8,15 +8,14 @@ import pickle
 import re
 import socket
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors.torch
 import torch
-from mmengine.logging import HistoryBuffer
 from torch import Tensor
 
 
@@ -35,7 +34,7 @@ def load_file(path: str | Path, *, mmap: bool = False) -> Any:
         OSError: If it cannot be opened.
         CheckpointError: If it is no such file or holds anything else, which is not executed.
     """
-    with Path(path).open('rb') as file, torch.serialization.safe_globals(PLAIN_TYPES):
+    with Path(path).open('rb') as file, plain_types():
         try:
             if file.peek(9)[8:9] == b'{':  # the length of a header, and the header, in JSON
                 return safetensors.torch.load(file.read())
@@ -122,25 +121,47 @@ def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
             raise OSError(errno.EIO, 'not what was written is read back', str(path))
 
 
-def _history_method(owner: object, name: str) -> Callable:
+def plain_types() -> AbstractContextManager[None]:
+    """Allow `torch.load(weights_only=True)` the types of :data:`PLAIN_TYPES`, and nothing else."""
+    types = [(value, name) for name, value in PLAIN_TYPES.items()]
+    context: AbstractContextManager[None] = torch.serialization.safe_globals(types)
+    return context
+
+
+class _HistoryBuffer:
+    """Stands for mmengine's logs where mmengine is not installed; they are read and not used."""
+
+    min = max = current = mean = None
+
+
+def _history_method(owner: object, name: str) -> Any:
     # The getattr of mmengine's own list would reach builtins.eval, attribute by attribute.
-    if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
-        raise pickle.UnpicklingError(f'GLOBAL {type(owner).__name__}.{name}')  # in torch's words
+    if owner is not PLAIN_TYPES[HISTORY] or name not in ('min', 'max', 'current', 'mean'):
+        # in torch's words
+        raise pickle.UnpicklingError(f'GLOBAL {type(owner).__name__}.{name}')
     return getattr(owner, name)
 
 
-# Beside what torch takes by itself: the arguments in official files, and the logs, of numpy
-# numbers, in those of mmengine. Each is a type, or a function with the name it has in files.
-PLAIN_TYPES: list[Any] = [
-    argparse.Namespace,
-    HistoryBuffer,
-    (_history_method, 'builtins.getattr'),
-    np.ndarray,
-    np.dtype,
-    np._core.multiarray._reconstruct,
-    np._core.multiarray.scalar,
+def _full_name(value: Any) -> str:
+    return f'{value.__module__}.{value.__qualname__}'
+
+
+HISTORY = 'mmengine.logging.history_buffer.HistoryBuffer'
+_rebuild, _scalar = np._core.multiarray._reconstruct, np._core.multiarray.scalar
+
+# Types and functions that a file may hold beside what torch allows by itself, by their name in
+# files: the arguments in official files, and the logs, of numpy numbers, in those of mmengine.
+# gfnet_dense.durable puts mmengine's own class under HISTORY.
+PLAIN_TYPES: dict[str, Any] = {
+    'argparse.Namespace': argparse.Namespace,
+    HISTORY: _HistoryBuffer,
+    'builtins.getattr': _history_method,
+    'numpy.ndarray': np.ndarray,
+    'numpy.dtype': np.dtype,
+    'numpy._core.multiarray._reconstruct': _rebuild,
+    'numpy._core.multiarray.scalar': _scalar,
     # as numpy 1 named them
-    (np._core.multiarray._reconstruct, 'numpy.core.multiarray._reconstruct'),
-    (np._core.multiarray.scalar, 'numpy.core.multiarray.scalar'),
-    *(type(np.dtype(kind)) for kind in '?bhilqBHILQefd'),
-]
+    'numpy.core.multiarray._reconstruct': _rebuild,
+    'numpy.core.multiarray.scalar': _scalar,
+    **{_full_name(kind): kind for kind in (type(np.dtype(code)) for code in '?bhilqBHILQefd')},
+}

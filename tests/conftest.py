@@ -1,6 +1,7 @@
 """Helpers that tests of several folders share."""
 
 import functools
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +9,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from mmengine.config import utils as config_utils
 from safetensors.torch import load_file
 from torch import Tensor
-from yapf.yapflib import yapf_api
 
 # The same examples on every machine, and no folder of examples left behind.
 hypothesis.settings.register_profile('repeatable', deadline=None, database=None, derandomize=True)
@@ -25,10 +24,15 @@ os.environ['no_proxy'] = '127.0.0.1'
 torch.set_num_threads(1)
 
 
-# What mmengine spends seconds on: all of mmdet's metafiles are read for each `mmdet::` base of a
-# config, and five times a run its config is laid out nicely.
-config_utils.load = functools.cache(config_utils.load)
-yapf_api.FormatCode = lambda text, **kwargs: (text, False)
+# The tests of the operator and the networks run without mmengine, too. Where it is, it spends
+# seconds on reading all of mmdet's metafiles for each `mmdet::` base of a config, and on formatting
+# the config of a run five times.
+if importlib.util.find_spec('mmengine') is not None:
+    from mmengine.config import utils as config_utils
+    from yapf.yapflib import yapf_api
+
+    config_utils.load = functools.cache(config_utils.load)
+    yapf_api.FormatCode = lambda text, **kwargs: (text, False)
 
 
 @pytest.fixture(autouse=True)

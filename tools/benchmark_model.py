@@ -49,9 +49,9 @@ def training_step(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
 def compare(args: argparse.Namespace) -> None:
     """Print GFNet-H-S beside networks of its size."""
     models = {
-        'GFNet-H-S, filter by its definition': plain(GFNetPyramid('h-s')),
-        'GFNet-H-S': GFNetPyramid('h-s'),
-        'GFNet-H-S, compiled': torch.compile(GFNetPyramid('h-s')),
+        'GFNet-H-S, filter by its definition': plain(GFNetPyramid('h-s', num_classes=0)),
+        'GFNet-H-S': GFNetPyramid('h-s', num_classes=0),
+        'GFNet-H-S, compiled': torch.compile(GFNetPyramid('h-s', num_classes=0)),
         'Swin-T (timm)': timm.create_model('swin_tiny_patch4_window7_224', num_classes=0),
         'ConvNeXt-T (timm)': timm.create_model('convnext_tiny', num_classes=0),
     }
@@ -73,7 +73,7 @@ def compare(args: argparse.Namespace) -> None:
 def scale(args: argparse.Namespace) -> None:
     """Print nanoseconds a pixel of the image, as images grow."""
     filter_weights = {side: torch.randn(side, side // 2 + 1, 96, 2) for side in SIDES}
-    gfnet = GFNetPyramid('h-s')
+    gfnet = GFNetPyramid('h-s', num_classes=0)
 
     def vit(side: int) -> nn.Module:
         return timm.create_model('vit_small_patch16_224', num_classes=0, img_size=side)

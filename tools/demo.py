@@ -9,13 +9,12 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
 from mmengine.config import Config
 from PIL import Image
 
 from gfnet_dense.demo import CLASSES, PALETTE, label_grid, write_digits
 from gfnet_dense.openmmlab import evaluate, find_config, train
-from gfnet_dense.serialization import PLAIN_TYPES
+from gfnet_dense.serialization import plain_types
 
 CONFIG = 'upernet_gfnet_nano_digits'
 PICTURED = 8  # validation scenes in the picture, an even number
@@ -86,7 +85,7 @@ def draw(config: Config, checkpoint: Path, data_root: Path, path: Path) -> Path:
     """Draw the first validation scenes with ground truth and prediction."""
     from mmseg.apis import inference_model, init_model
 
-    with torch.serialization.safe_globals(PLAIN_TYPES):
+    with plain_types():
         model = init_model(config.copy(), str(checkpoint), device='cpu')
     images = sorted((data_root / 'images' / 'validation').glob('*.jpg'))[:PICTURED]
     results = inference_model(model, [str(image) for image in images])

@@ -1,13 +1,6 @@
-"""The networks: what is learned."""
+"""The networks with timm's interface; importing registers them in timm."""
 
 from .gfnet import GFNet, GFNetPyramid
 from .global_filter import GlobalFilter
-from .timm_models import TimmGFNet, TimmGFNetPyramid
 
-__all__ = [
-    'GFNet',
-    'GFNetPyramid',
-    'GlobalFilter',
-    'TimmGFNet',
-    'TimmGFNetPyramid',
-]
+__all__ = ['GFNet', 'GFNetPyramid', 'GlobalFilter']

@@ -1,28 +1,23 @@
 """Weights from files: official ones, this project's, and segmentors or detectors that hold one.
 
-Reading executes nothing from a file. Loading is strict: of a GFNet only its classifier, the norms
-of its outputs and the channels of its images may differ from the file, everything else must be
-there and be used.
+Reading executes nothing from a file. Fitting weights to a network is strict: only the classifier,
+the norms of the outputs and the channels of the images may differ from the file; everything else
+must be there and be used. What the parameters of a network are called is asked of the network.
 """
 
-import re
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from mmengine.logging import print_log
-from mmengine.registry import MODELS
 from timm.models import adapt_input_conv
 from torch import Tensor
 
 from gfnet_dense.serialization import CheckpointError, load_file
-from gfnet_dense.spectral import resize_position_embedding, resize_spectrum
+from gfnet_dense.spectral import Grid, resize_position_embedding, resize_spectrum
 
-from .architectures import DOWNSAMPLING, HIERARCHICAL, ISOTROPIC, coarser
 from .global_filter import GlobalFilter
 from .hub import OFFICIAL_WEIGHTS, fetch
 
@@ -30,41 +25,14 @@ if TYPE_CHECKING:
     from .gfnet import GFNetBase
 
 
-def load_pretrained(model: 'GFNetBase', path: str | Path) -> None:
-    """Load a checkpoint into a GFNet, resizing what lives on another grid.
-
-    Says in the log what was loaded, which parameters were resized, and which were left as they
-    were initialised.
-
-    Args:
-        model: The network.
-        path: What :func:`find_weights` takes.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        DownloadError: If official weights are not there yet and cannot be downloaded.
-        CheckpointError: If the file cannot be read safely or does not fit the network.
-    """
-    path = find_weights(path)
-    state = read_state_dict(path)
-    with naming(path):
-        state, notes = adapt_state_dict(state, model)
-    # What may be missing is settled by adapt_state_dict, and named below.
-    missing, _ = model.load_state_dict(state, strict=False)
-    model.loaded_from = str(path)
-    print_log(f'loaded {len(state)} tensors from {path}', logger='current')
-    for note in notes:
-        print_log(note, logger='current')
-    if missing:
-        print_log(f'not in the file, newly initialised: {", ".join(missing)}', logger='current')
-
-
-def find_weights(name: str | Path) -> Path:
+def find_weights(name: str | Path, official_network: Callable[[str], 'GFNetBase']) -> Path:
     """Return the path of a file of weights.
 
     Args:
         name: A path, or a name of :data:`gfnet_dense.models.hub.OFFICIAL_WEIGHTS`, whose file is
             downloaded on first use.
+        official_network: Returns the network of official weights by name; a download has to match
+            it.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -74,7 +42,7 @@ def find_weights(name: str | Path) -> Path:
     if path.is_file():
         return path
     if str(name) in OFFICIAL_WEIGHTS:
-        return fetch(str(name), partial(_check_official, str(name)))
+        return fetch(str(name), partial(check_official, official_network, str(name)))
     raise FileNotFoundError(
         f'no checkpoint at {name}: give a path, or to download official weights '
         f'(github.com/raoyongming/GFNet) one of {", ".join(OFFICIAL_WEIGHTS)}, or train from '
@@ -82,21 +50,16 @@ def find_weights(name: str | Path) -> Path:
     )
 
 
-def _check_official(name: str, path: Path) -> None:
-    """Raise a CheckpointError unless a file holds the very network that its name says."""
-    arch = name.removeprefix('gfnet-')
-    # By the registry, for the module of the networks imports this one.
-    network = MODELS.get('GFNetPyramid' if arch in HIERARCHICAL else 'GFNet')
-    with torch.device('meta'):
-        model = network(arch, num_classes=1000)
+def check_official(official_network: Callable[[str], 'GFNetBase'], name: str, path: Path) -> None:
+    """Raise a CheckpointError unless a file holds exactly the network that its name says."""
     state = read_state_dict(path)
-    with naming(path):
-        match_state_dict(state, model)
+    with prefix_errors(path):
+        match_state_dict(state, official_network(name))
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Put the path of a file before what is wrong with its weights."""
+def prefix_errors(path: Path) -> Iterator[None]:
+    """Put the path of a file before the message of a :class:`CheckpointError`."""
     try:
         yield
     except CheckpointError as e:
@@ -131,11 +94,11 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 def adapt_state_dict(
     state: Mapping[str, Tensor], model: 'GFNetBase'
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Bring the weights of a network to the outputs and grids of another one of its size.
+    """Fit the weights of a network to the outputs and grids of another network of its size.
 
     Args:
         state: Weights of a GFNet, alone or as the `backbone.` of a segmentor or detector.
-        model: The network to bring them to.
+        model: The network to fit them to.
 
     Returns:
         A state dict that lacks nothing of `model` but output norms or a head, and notes that
@@ -146,35 +109,31 @@ def adapt_state_dict(
     """
     state = backbone_weights(state)
     own = model.state_dict()
-    found, wanted = recognize_size(state), recognize_size(own)
-    complete = model.arch.embed_dims, model.arch.depths, wanted[2]
-    # Levels that the model does not build may be in the file, as of the whole network.
-    if found not in (complete, wanted):
-        raise CheckpointError(
-            f'holds {describe_size(found)}, but the model is {describe_size(complete)}'
-        )
+    found = model.recognize_size(state)
+    # The file may hold levels that the model does not build, as a whole network does.
+    if found not in (model.size, model.recognize_size(own)):
+        raise CheckpointError(f'holds {found}, but the model is {model.size}')
 
     # The final norm of a classifier is the norm of a backbone's last level.
-    num_levels = model.arch.depths[0] if not wanted[2] else len(model.arch.depths)
-    final = f'norm{num_levels - 1}.'
+    finals = {'norm', f'norm{len(model.feature_info) - 1}'}
     adapted, unused, unknown = {}, [], []
     for key, value in state.items():
-        name = key
-        if key.startswith(('norm.', final)):
-            name = ('norm.' if 'norm.weight' in own else final) + key.partition('.')[2]
-        if name in own and not (name.startswith('head.') and value.shape != own[name].shape):
+        module, _, parameter = key.rpartition('.')
+        name = f'{model.final_norm}.{parameter}' if module in finals else key
+        level = model.get_level(key)
+        if name in own and not (module == 'head' and value.shape != own[name].shape):
             adapted[name] = value
-        elif _OUTPUT.fullmatch(key) or _is_beyond(key, len(model.blocks)):
+        elif _is_output(key) or (level is not None and level >= len(model.blocks)):
             unused.append(key)
         else:
             unknown.append(key)
-    missing = [key for key in own if key not in adapted and not _OUTPUT.fullmatch(key)]
+    missing = [key for key in own if key not in adapted and not _is_output(key)]
     if missing or unknown:
         faults = [f'lacks {", ".join(missing)}'] if missing else []
         faults += [f'holds {", ".join(unknown)}, which the model has not'] if unknown else []
         raise CheckpointError('; '.join(faults))
 
-    notes = _resize(adapted, own, model) + _adapt_channels(adapted, own)
+    notes = _resize(adapted, model) + _adapt_channels(adapted, own)
     for key, value in adapted.items():
         if value.shape != own[key].shape:
             raise CheckpointError(
@@ -187,11 +146,11 @@ def adapt_state_dict(
 
 
 def match_state_dict(state: Mapping[str, Tensor], model: 'GFNetBase') -> dict[str, Tensor]:
-    """Return the weights of a network that is the very one, outputs and grids included.
+    """Return the weights of a network that equals `model`, outputs and grids included.
 
     Args:
         state: As for :func:`adapt_state_dict`.
-        model: The network that the weights should be of.
+        model: The network that the weights should belong to.
 
     Raises:
         CheckpointError: If anything is missing, left over, or of another shape.
@@ -211,64 +170,33 @@ def backbone_weights(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return found or state
 
 
-_BLOCK = re.compile(r'blocks\.(?:(\d+)\.)?\d+\.\D')  # blocks.{stage}.{i}. or blocks.{i}.
-_OUTPUT = re.compile(r'(?:norm\d*|head)\.(?:weight|bias)')  # what may differ from the file
-_LEVEL = re.compile(r'(?:blocks|patch_embed)\.(\d+)\.')
-_Size = tuple[tuple[int, ...], tuple[int, ...], bool]
+def _is_output(key: str) -> bool:
+    """Tell whether a parameter belongs to a head or a norm of an output, which may differ."""
+    module, _, parameter = key.rpartition('.')
+    return parameter in ('weight', 'bias') and (
+        module == 'head' or (module.rstrip('0123456789') == 'norm')
+    )
 
 
-def recognize_size(state: Mapping[str, Tensor]) -> _Size:
-    """Return embed_dims, depths, and whether the network is hierarchical.
-
-    Raises:
-        CheckpointError: If these are no weights of a GFNet.
-    """
-    dims: dict[int, int] = {}
-    depths: Counter[int] = Counter()
-    hierarchical = False
-    for key, value in state.items():
-        match = _BLOCK.match(key)
-        if match and key.endswith('.norm1.weight'):
-            hierarchical |= match[1] is not None
-            dims[_stage(key)] = value.numel()
-            depths[_stage(key)] += 1
-    if not depths:
-        raise CheckpointError('holds no weights of a GFNet, which has keys like blocks.0.…')
-    stages = sorted(depths)
-    return tuple(dims[i] for i in stages), tuple(depths[i] for i in stages), hierarchical
-
-
-def describe_size(size: _Size) -> str:
-    """Return embed_dims and depths in words, with the name of `arch` where they have one."""
-    embed_dims, depths, hierarchical = size
-    table = HIERARCHICAL if hierarchical else ISOTROPIC
-    for name, arch in table.items():
-        if (arch.embed_dims, arch.depths) == (embed_dims, depths):
-            return f'{name} (embed_dims {embed_dims}, depths {depths})'
-    kind = 'a hierarchical' if hierarchical else 'an isotropic'
-    return f'{kind} network of embed_dims {embed_dims}, depths {depths}'
-
-
-def _resize(state: dict[str, Tensor], own: Mapping[str, Tensor], model: 'GFNetBase') -> list[str]:
+def _resize(state: dict[str, Tensor], model: 'GFNetBase') -> list[str]:
     """Resize position embedding and filters in `state` to the model's grids; say which."""
     filters = {
         f'{name}.complex_weight': module
         for name, module in model.named_modules()
         if isinstance(module, GlobalFilter)
     }
-    # A half spectrum does not tell the width of its grid, but the number of positions does, and
-    # the grids of later stages follow.
-    resized = defaultdict(list)
+    resized: dict[tuple[Grid, Grid, str], list[str]] = defaultdict(list)
     try:
+        # A half spectrum does not tell the width of its grid, but the number of positions does,
+        # and the grids of later stages follow.
         rows = state[next(iter(filters))].shape[0]
-        grid = rows, state['pos_embed'].shape[1] // rows
-        if grid != model.grid:
-            state['pos_embed'] = resize_position_embedding(state['pos_embed'], grid, model.grid)
-            resized[grid, model.grid, 'bicubic'].append('pos_embed')
-        stage = 0
+        first = rows, state['pos_embed'].shape[1] // rows
+        if first != model.grid:
+            state['pos_embed'] = resize_position_embedding(state['pos_embed'], first, model.grid)
+            resized[first, model.grid, 'bicubic'].append('pos_embed')
+        grids = model.stage_grids(first)
         for key, module in filters.items():
-            while stage < _stage(key):
-                grid, stage = coarser(grid, DOWNSAMPLING), stage + 1
+            grid = grids[model.get_stage(key) or 0]
             if grid != module.grid:
                 state[key] = resize_spectrum(state[key], grid, module.grid, module.resize)
                 resized[grid, module.grid, module.resize].append(key)
@@ -281,21 +209,10 @@ def _resize(state: dict[str, Tensor], own: Mapping[str, Tensor], model: 'GFNetBa
 
 
 def _adapt_channels(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """Bring the first convolution from RGB to the model's image channels, as timm does."""
-    key = next(key for key in own if re.fullmatch(r'patch_embed\.(0\.)?proj\.weight', key))
+    """Fit the first convolution, made for RGB, to the model's image channels, as timm does."""
+    key = next(key for key in own if key.startswith('patch_embed.') and key.endswith('.weight'))
     old, new = state[key].shape[1], own[key].shape[1]
     if old != 3 or new == old:
         return []
     state[key] = adapt_input_conv(new, state[key])
     return [f'adapted from {old} to {new} image channels: {key}']
-
-
-def _stage(key: str) -> int:
-    """Return the stage of a block's parameter, 0 in an isotropic network."""
-    match = _BLOCK.match(key)
-    return int(match[1] or 0)
-
-
-def _is_beyond(key: str, num_levels: int) -> bool:
-    match = _LEVEL.match(key)
-    return match is not None and int(match[1]) >= num_levels

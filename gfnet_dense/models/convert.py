@@ -1,24 +1,22 @@
-"""Clean checkpoints: the weights of a GFNet and nothing else, seen to work."""
+"""Clean checkpoints: the weights of a GFNet and nothing else, after a forward pass with them."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from timm.layers import LayerNorm
+from torch import Tensor, nn
 
 from gfnet_dense.serialization import CheckpointError, save_weights
 
 from .checkpoint import (
     backbone_weights,
-    describe_size,
     find_weights,
     match_state_dict,
-    naming,
+    prefix_errors,
     read_state_dict,
-    recognize_size,
 )
-from .gfnet import GFNet, GFNetBase, GFNetPyramid
+from .gfnet import GFNetBase, network_of, official_network
 
 
 def convert_checkpoint(source: str | Path, target: str | Path, overwrite: bool = False) -> str:
@@ -35,67 +33,49 @@ def convert_checkpoint(source: str | Path, target: str | Path, overwrite: bool =
 
     Raises:
         FileExistsError: If the target exists and is not to be replaced.
-        OSError: If the source cannot be opened or the target not be written.
+        OSError: If the source cannot be opened or the target cannot be written.
         CheckpointError: If the source cannot be read safely, does not hold the whole of a GFNet,
-            or gives values that are not finite.
+            or computes values that are not finite.
     """
-    source, target = find_weights(source), Path(target)
+    source, target = find_weights(source, official_network), Path(target)
     if target.exists() and not overwrite:
         raise FileExistsError(f'{target} exists: choose another name or overwrite it (--force)')
     state = backbone_weights(read_state_dict(source))
-    with naming(source):
+    with prefix_errors(source):
         model = network_of(state)
-        state = match_state_dict(state, model)
-        model.load_state_dict(state)
-        _check_forward(model)
+        norms = _intermediate_norms(state, model)
+        rest = {key: value for key, value in state.items() if key.partition('.')[0] not in norms}
+        model.load_state_dict(match_state_dict(rest, model))
+        _check_forward(model, norms)
     save_weights(state, target)
-    size = describe_size(recognize_size(state))
     height, width = model.grid
-    outputs = f'{model.num_classes} classes' if model.num_classes else f'maps {model.out_indices}'
-    return f'{type(model).__name__} {size}, grid {height}x{width}, {outputs}'
+    levels = sorted(int(name.removeprefix('norm')) for name in norms)
+    levels.append(len(model.blocks) - 1)
+    outputs = f'{model.num_classes} classes' if model.num_classes else f'maps {tuple(levels)}'
+    return f'{type(model).__name__} {model.size}, grid {height}x{width}, {outputs}'
 
 
-def network_of(state: Mapping[str, Tensor]) -> GFNetBase:
-    """Build the network that weights are of, by their keys and shapes; the weights are not loaded.
-
-    Raises:
-        CheckpointError: If there is no such network.
-    """
-    embed_dims, depths, hierarchical = recognize_size(state)
-    if hierarchical:
-        network, stem, block = GFNetPyramid, 'patch_embed.0', 'blocks.0.0'
-    else:
-        network, stem, block = GFNet, 'patch_embed', 'blocks.0'
-    norms = [int(match[1]) for key in state if (match := re.fullmatch(r'norm(\d+)\.weight', key))]
-    try:
-        _, in_channels, patch_size, _ = state[f'{stem}.proj.weight'].shape
-        rows = state[f'{block}.filter.complex_weight'].shape[0]
-        columns = state['pos_embed'].shape[1] // rows
-        return network(
-            {
-                'embed_dims': embed_dims,
-                'depths': depths,
-                'patch_size': patch_size,
-                'layer_scale_init_value': 1.0 if f'{block}.gamma' in state else None,
-            },
-            img_size=(rows * patch_size, columns * patch_size),
-            in_channels=in_channels,
-            num_classes=state['head.weight'].shape[0] if 'head.weight' in state else 0,
-            out_indices=sorted(norms) or None,
-        )
-    except KeyError as e:
-        raise CheckpointError(f'lacks {e.args[0]}') from None
-    except (ValueError, IndexError, ZeroDivisionError) as e:
-        raise CheckpointError(f'its shapes are those of no GFNet: {e}') from None
+def _intermediate_norms(state: Mapping[str, Tensor], model: GFNetBase) -> dict[str, nn.Module]:
+    """Return the norms of a backbone's outputs before the last one, by name: `norm0`, `norm1`..."""
+    norms: dict[str, nn.Module] = {}
+    for level, info in enumerate(model.feature_info[:-1]):
+        name = f'norm{level}'
+        own = {k: state[f'{name}.{k}'] for k in ('weight', 'bias') if f'{name}.{k}' in state}
+        if own:
+            norms[name] = LayerNorm(info['num_chs'])
+            try:
+                norms[name].load_state_dict(own)
+            except RuntimeError as e:
+                raise CheckpointError(f'{name} does not fit: {" ".join(str(e).split())}') from None
+    return norms
 
 
 @torch.no_grad()
-def _check_forward(model: GFNetBase) -> None:
+def _check_forward(model: GFNetBase, norms: Mapping[str, nn.Module]) -> None:
     image_size = [side * model.arch.patch_size for side in model.grid]
-    noise = torch.rand(
-        1, model.in_channels, *image_size, generator=torch.Generator().manual_seed(0)
-    )
-    outputs = model.eval()(noise)
-    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+    noise = torch.rand(1, model.in_chans, *image_size, generator=torch.Generator().manual_seed(0))
+    features, maps = model.eval().forward_intermediates(noise, output_fmt='NHWC')
+    outputs = [model.forward_head(features)]
+    outputs += [norm(maps[int(name.removeprefix('norm'))]) for name, norm in norms.items()]
     if not all(output.isfinite().all() for output in outputs):
         raise CheckpointError('computes values that are not finite')

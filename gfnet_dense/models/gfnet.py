@@ -1,66 +1,157 @@
-"""GFNet, for classification and for dense prediction on images of any size.
+"""GFNet (Global Filter Networks): sizes, blocks, networks and timm's entry points, in this order.
 
 Papers: "Global Filter Networks for Image Classification" (NeurIPS 2021, arXiv 2107.00645) and
 "GFNet: Global Filter Networks for Visual Recognition" (TPAMI 45(9), 2023,
 doi 10.1109/TPAMI.2023.3263824). State dicts have the keys and shapes of the official
 implementation, github.com/raoyongming/GFNet (MIT); none of its code is used here.
 
-Inside a network a map stays `(B, H, W, C)`; it is copied to `(B, C, H, W)` on its way out.
+The networks have the interface of timm's own models, take images of any size, and run under
+torch.compile, torch.export, torch.fx and torch.jit.trace. They do not run under torch.jit.script:
+TorchScript supports neither autograd functions nor the cache of resized filters.
+
+Inside a network a map has the shape `(B, H, W, C)`.
 """
 
 import dataclasses
+import itertools
+import logging
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.fx
 import torch.nn.functional as F
-from mmengine.model import BaseModule, PretrainedInit, initialize
-from mmengine.registry import MODELS
-from mmengine.utils.dl_utils.parrots_wrapper import _BatchNorm, _InstanceNorm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
     LayerNorm,
     Mlp,
     calculate_drop_path_rates,
+    create_classifier,
     register_notrace_module,
     to_2tuple,
 )
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gfnet_dense.serialization import CheckpointError
 from gfnet_dense.spectral import Grid, resize_position_embedding
 
-from .architectures import DOWNSAMPLING, HIERARCHICAL, ISOTROPIC, Architecture, coarser
-from .checkpoint import load_pretrained
+from .checkpoint import adapt_state_dict, find_weights, prefix_errors, read_state_dict
 from .global_filter import GlobalFilter
+from .hub import OFFICIAL_WEIGHTS
+
+_logger = logging.getLogger(__name__)
 
 _MLP_RATIO = 4
-_PRETRAINED = ('Pretrained', 'mmengine.Pretrained', PretrainedInit)
+_DOWNSAMPLING = 2  # between the stages of a hierarchical network
 
 
-# torch.fx knows no sizes while it traces. What asks for them becomes one node of its graph: modules
-# by timm's register_notrace_module, functions by torch.fx.wrap.
-@register_notrace_module
-class PatchEmbed(nn.Module):
-    """Projection of patches that do not overlap, `(B, C, H, W)` to `(B, H', W', C')`.
+# Sizes
 
-    `H' = ceil(H / patch_size)`: what a side lacks is filled with zeros at its end.
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """The values that distinguish one size of GFNet from another.
+
+    Attributes:
+        embed_dims: Channels of each stage; an isotropic network has one stage.
+        depths: Number of blocks of each stage.
+        patch_size: Side of the patches of the first embedding, in pixels.
+        layer_scale_init_value: Initial LayerScale; None for a network without LayerScale.
+        drop_path_rate: Drop path rate of the last block in the official training.
+
+    Raises:
+        ValueError: If a value is not positive, or `embed_dims` and `depths` differ in length.
     """
 
-    def __init__(self, in_channels: int, embed_dims: int, patch_size: int) -> None:
+    embed_dims: Sequence[int]
+    depths: Sequence[int]
+    patch_size: int
+    layer_scale_init_value: float | None = None
+    drop_path_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in ('embed_dims', 'depths'):
+            value = getattr(self, field)
+            value = (value,) if isinstance(value, int) else tuple(value)
+            if not value or not all(isinstance(v, int) and v > 0 for v in value):
+                raise ValueError(f'{field} must be positive integers, but got {value}')
+            object.__setattr__(self, field, value)
+        if self.patch_size < 1:
+            raise ValueError(f'patch_size must be positive, but got {self.patch_size}')
+        if len(self.embed_dims) != len(self.depths):
+            raise ValueError(
+                'embed_dims and depths must have the same length, '
+                f'but got {self.embed_dims} and {self.depths}'
+            )
+
+
+# Sizes of the official repository; drop path rates of its training commands.
+ISOTROPIC = {
+    'ti': Architecture(256, 12, 16),  # type: ignore[arg-type]
+    'xs': Architecture(384, 12, 16),  # type: ignore[arg-type]
+    's': Architecture(384, 19, 16, drop_path_rate=0.15),  # type: ignore[arg-type]
+    'b': Architecture(512, 19, 16, drop_path_rate=0.25),  # type: ignore[arg-type]
+}
+HIERARCHICAL = {
+    'h-ti': Architecture((64, 128, 256, 512), (3, 3, 10, 3), 4, 1e-3, 0.1),
+    'h-s': Architecture((96, 192, 384, 768), (3, 3, 10, 3), 4, 1e-5, 0.2),
+    'h-b': Architecture((96, 192, 384, 768), (3, 3, 27, 3), 4, 1e-6, 0.4),
+}
+
+
+class Size(NamedTuple):
+    """The size of a network as its weights tell it."""
+
+    embed_dims: tuple[int, ...]
+    depths: tuple[int, ...]
+    hierarchical: bool
+
+    def __str__(self) -> str:
+        table = HIERARCHICAL if self.hierarchical else ISOTROPIC
+        values = f'embed_dims {self.embed_dims}, depths {self.depths}'
+        for name, arch in table.items():
+            if (arch.embed_dims, arch.depths) == (self.embed_dims, self.depths):
+                return f'{name} ({values})'
+        return f'{"a hierarchical" if self.hierarchical else "an isotropic"} network of {values}'
+
+
+def downsampled_grid(grid: Grid, stride: int) -> Grid:
+    """Return the grid `(h, w)` after a patch embedding with this stride, rounded up."""
+    return -(-grid[0] // stride), -(-grid[1] // stride)
+
+
+# Blocks. torch.fx knows no sizes while it traces, so whatever asks for a size becomes one node of
+# its graph: modules through timm's register_notrace_module, functions through torch.fx.wrap.
+
+
+@register_notrace_module
+class PatchEmbed(nn.Module):
+    """Projection of patches that do not overlap, `(B, H, W, C)` to `(B, H', W', C')`.
+
+    `H' = ceil(H / patch_size)`: a side that is no multiple of `patch_size` is padded with zeros at
+    its end.
+    """
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: int) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_channels, embed_dims, patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Project a map of shape `(B, C, H, W)`."""
-        height, width = x.shape[-2:]
+        """Project a map `(B, H, W, C)`."""
+        height, width = x.shape[1:3]
+        x = x.permute(0, 3, 1, 2)
         pad = (0, -width % self.patch_size, 0, -height % self.patch_size)
         if any(pad):
             x = F.pad(x, pad)
-        # In this memory format the result is contiguous, as whatever follows wants it.
+        # In this memory format the result, seen as (B, H', W', C'), is contiguous.
         x = x.contiguous(memory_format=torch.channels_last)
         return self.proj(x).permute(0, 2, 3, 1)
 
@@ -88,90 +179,95 @@ class Block(nn.Module):
             self.gamma = nn.Parameter(torch.full((dim,), float(layer_scale_init_value)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Process a map of shape `(B, H, W, C)`."""
+        """Process a map `(B, H, W, C)`; the shape stays the same."""
         y = self.drop_path(self.mlp(self.norm2(self.filter(self.norm1(x)))))
         return x + y if self.gamma is None else torch.addcmul(x, self.gamma, y)
 
 
+MakeBlock = Callable[[int, Grid], Block]
+
+
 def init_linear(module: nn.Module) -> None:
-    """Initialise a linear layer as the official code does; leave anything else."""
+    """Initialise a linear layer as the official code does; leave any other module."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
 
 
 @torch.fx.wrap
-def _check_images(x: Tensor, in_channels: int, network: str) -> None:
-    if x.ndim != 4 or x.shape[1] != in_channels or 0 in x.shape[2:]:
+def _check_images(x: Tensor, in_chans: int, network: str) -> None:
+    if x.ndim != 4 or x.shape[1] != in_chans or 0 in x.shape[2:]:
         raise ValueError(
-            f'{network} takes images of shape (B, {in_channels}, H, W), but got {tuple(x.shape)}'
+            f'{network} takes images of shape (B, {in_chans}, H, W), but got {tuple(x.shape)}'
         )
 
 
 @torch.fx.wrap
 def _add_position(x: Tensor, pos_embed: Tensor, grid: Grid) -> Tensor:
-    """Add a position embedding of that grid to a map `(B, H, W, C)`."""
+    """Add a position embedding `(1, h * w, C)` of grid `(h, w)` to a map `(B, H, W, C)`."""
     size = x.shape[1], x.shape[2]
     return x + resize_position_embedding(pos_embed, grid, size).unflatten(1, size)
 
 
-class GFNetBase(BaseModule):
-    """What the isotropic and the hierarchical network share.
+# Networks
 
-    A subclass arranges the blocks in levels, the parts of the network after each of which a map
-    can be taken. Levels after the last one that is asked for are not built.
+
+class GFNetBase(nn.Module):
+    """The common part of the isotropic and the hierarchical network.
+
+    A network is a sequence of levels, the parts after which a map can be taken: the blocks of an
+    isotropic network, the stages of a hierarchical one.
 
     Args:
-        arch: A name of the subclass's table or a dict of the fields of :class:`Architecture`.
-        img_size: Image size in pixels, int or (H, W), whose grid position embedding and filters
-            live on. Other images are taken too: both are resized in forward.
-        in_channels: Channels of the images.
-        num_classes: Classes of the head; 0 for a backbone without one.
-        out_indices: Levels whose maps a backbone returns; None for the default of the subclass.
+        arch: A name of the subclass's table, or a dict of the fields of :class:`Architecture`.
+        img_size: Image size in pixels, int or (H, W), whose grid the position embedding and the
+            filters live on. Other images are taken too: both are resized in forward.
+        in_chans: Channels of the images.
+        num_classes: Classes of the head; 0 for pooled features.
+        global_pool: A pooling of timm; `'avg'` as in the official networks, `''` for none.
+        drop_rate: Dropout before the head.
+        drop_path_rate: Drop path rate of the last block, growing linearly from 0 at the first
+            block. 0 by default, as elsewhere in timm; None for the official rate of `arch`.
         filter_resize: How a filter reaches another grid: `'bilinear'`, `'bicubic'`,
             `'centered'` or `'spatial'`, see :func:`gfnet_dense.spectral.resize_spectrum`.
         filter_backend: How filters are computed, see :func:`gfnet_dense.spectral.global_filter`.
-        drop_path_rate: Drop path rate of the last block, growing linearly from 0 at the first;
-            None for the official one of `arch`.
-        frozen_stages: 0 freezes the first patch embedding and the position embedding, n also
-            the first n levels with the norms of their outputs; -1 freezes nothing.
-        norm_eval: Keep norms in evaluation mode while training. This matters for norms with
-            running statistics put in place of the LayerNorms, which have none.
-        with_cp: Recompute the blocks in the backward pass to save memory.
-        init_cfg: See :class:`mmengine.model.BaseModule`; `dict(type='Pretrained',
-            checkpoint=...)` takes a path, of an official file, too, or the name of official
-            weights, such as `'gfnet-h-s'`, which are downloaded on first use.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: If an argument is not one of the above.
     """
 
-    architectures: Mapping[str, Architecture]
-    default_patch_size: int
-    loaded_from: str | None = None  # the file that init_weights loaded
+    architectures: ClassVar[Mapping[str, Architecture]]
+    default_patch_size: ClassVar[int]
+    hierarchical: ClassVar[bool]
+    output_fmt = 'NHWC'  # timm's name for the layout of forward_features and of unpooled outputs
+
+    patch_embed: nn.Module
+    blocks: nn.ModuleList
+    feature_info: list[dict[str, Any]]
+    loaded_from: str | None = None  # the file that load_pretrained has loaded
 
     def __init__(
         self,
-        arch: str | Mapping,
+        arch: str | Mapping[str, Any],
         img_size: int | tuple[int, int] = 224,
-        in_channels: int = 3,
-        num_classes: int = 0,
-        out_indices: Sequence[int] | None = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = 'avg',
+        drop_rate: float = 0.0,
+        drop_path_rate: float | None = 0.0,
         filter_resize: str = 'bilinear',
         filter_backend: str = 'auto',
-        drop_path_rate: float | None = None,
-        frozen_stages: int = -1,
-        norm_eval: bool = False,
-        with_cp: bool = False,
-        init_cfg: dict | list[dict] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(init_cfg)
-        spec = self._architecture(arch)
-        level_dims = self._level_dims(spec)
-        if in_channels < 1 or num_classes < 0:
+        super().__init__()
+        self.arch = spec = self._architecture(arch)
+        if in_chans < 1 or num_classes < 0:
             raise ValueError(
-                'in_channels must be positive and num_classes not negative, '
-                f'but got {in_channels} and {num_classes}'
+                'in_chans must be positive and num_classes not negative, '
+                f'but got {in_chans} and {num_classes}'
             )
         size = to_2tuple(img_size)
         if len(size) != 2 or min(size) < 1:
@@ -179,17 +275,9 @@ class GFNetBase(BaseModule):
         drop_path_rate = spec.drop_path_rate if drop_path_rate is None else drop_path_rate
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must be within [0, 1), but got {drop_path_rate}')
-        if not -1 <= frozen_stages <= len(level_dims):
-            raise ValueError(
-                f'frozen_stages must be within -1..{len(level_dims)}, but got {frozen_stages}'
-            )
-        self.arch = spec
-        self.in_channels = in_channels
-        self.num_classes = num_classes
-        self.out_indices = self._resolve(out_indices, len(level_dims))
-        self.frozen_stages = frozen_stages
-        self.norm_eval = norm_eval
-        self.with_cp = with_cp
+        self.in_chans = in_chans
+        self.num_features = spec.embed_dims[-1]
+        self.grad_checkpointing = False
 
         rates = iter(calculate_drop_path_rates(drop_path_rate, sum(spec.depths)))
 
@@ -198,16 +286,18 @@ class GFNetBase(BaseModule):
                 dim, grid, filter_resize, filter_backend, next(rates), spec.layer_scale_init_value
             )
 
-        self.grid = coarser(size, spec.patch_size)
+        self.grid = downsampled_grid(size, spec.patch_size)
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), spec.embed_dims[0]))
         self._build(spec, make_block)
-        self._build_outputs(level_dims)
-        # The filters and LayerScales are made as they start; convolutions keep torch's default.
+        self.norm: nn.Module = LayerNorm(self.num_features)
+        self.head_drop = nn.Dropout(drop_rate)
+        # Filters and LayerScales have their initial values; convolutions keep torch's default.
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(init_linear)
-        self._freeze()
+        self.reset_classifier(num_classes, global_pool)
+        self.to(device=device, dtype=dtype)
 
-    def _architecture(self, arch: str | Mapping) -> Architecture:
+    def _architecture(self, arch: str | Mapping[str, Any]) -> Architecture:
         network, table = type(self).__name__, self.architectures
         if isinstance(arch, str):
             if arch not in table:
@@ -225,205 +315,540 @@ class GFNetBase(BaseModule):
         return Architecture(**{'patch_size': self.default_patch_size, **arch})
 
     @abstractmethod
-    def _level_dims(self, spec: Architecture) -> Sequence[int]:
-        """Return the channels of each level of the whole network."""
+    def _build(self, spec: Architecture, make_block: MakeBlock) -> None:
+        """Make `patch_embed`, `blocks` and `feature_info`."""
 
     @abstractmethod
-    def _build(self, spec: Architecture, make_block: Callable[[int, Grid], Block]) -> None:
-        """Make `patch_embed` and `blocks`, up to the last level of `out_indices`."""
+    def _forward_level(self, x: Tensor, level: int) -> Tensor:
+        """Compute a level from the map `(B, H, W, C)` of the level before it, or from images."""
 
-    @abstractmethod
-    def _levels(self) -> Iterator[tuple[PatchEmbed | None, Sequence[nn.Module]]]:
-        """Yield the patch embedding, where there is one, and the blocks of each level."""
+    def _forward_block(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            y: Tensor = checkpoint(block, x, use_reentrant=False)
+            return y
+        return block(x)  # type: ignore[no-any-return]
 
-    def _build_outputs(self, level_dims: Sequence[int]) -> None:
-        """Make what follows the maps: norm and head of a classifier, the norms of a backbone."""
-        if self.num_classes:
-            self.norm = LayerNorm(level_dims[-1])
-            self.head = nn.Linear(level_dims[-1], self.num_classes)
-        else:
-            for i in self.out_indices:
-                self.add_module(f'norm{i}', LayerNorm(level_dims[i]))
+    def _to_maps(self, images: Tensor) -> Tensor:
+        """Check images `(B, C, H, W)` and return them as maps `(B, H, W, C)`."""
+        _check_images(images, self.in_chans, type(self).__name__)
+        return images.permute(0, 2, 3, 1)
 
-    def _default_out_indices(self, num_levels: int) -> Sequence[int]:
-        return [num_levels - 1]
+    def forward(self, x: Tensor) -> Any:
+        """Compute logits `(B, num_classes)` of images `(B, in_chans, H, W)` of any size.
 
-    def _resolve(self, out_indices: Sequence[int] | None, num_levels: int) -> tuple[int, ...]:
-        if self.num_classes:
-            if out_indices is not None:
-                raise ValueError(
-                    f'a classifier has no out_indices, but got {out_indices} '
-                    f'with num_classes={self.num_classes}'
-                )
-            return (num_levels - 1,)
-        if out_indices is None:
-            out_indices = self._default_out_indices(num_levels)
-        resolved = tuple(i + num_levels if i < 0 else i for i in out_indices)
-        if not resolved or list(resolved) != sorted({*resolved} & {*range(num_levels)}):
-            raise ValueError(
-                f'out_indices must be increasing and within 0..{num_levels - 1} '
-                f'(or negative, from the end), but got {tuple(out_indices)}'
-            )
-        return resolved
+        Raises:
+            ValueError: If `x` does not have that shape.
+        """
+        return self.forward_head(self.forward_features(x))
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Compute logits or maps of a batch of images.
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Compute the last map `(B, H', W', C)`, after the norm."""
+        x = self._to_maps(x)
+        for level in range(len(self.blocks)):
+            x = self._forward_level(x, level)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool and classify a map of :meth:`forward_features`, or only pool it (`pre_logits`)."""
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.head(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Compute the last map and intermediate ones.
 
         Args:
-            x: Images of shape `(B, in_channels, H, W)`, any H and W from 1 up.
+            x: Images `(B, in_chans, H, W)`.
+            indices: Levels: n for the last n, None for all; negative ones count from the end.
+            norm: Apply the norm to the maps that have its channels.
+            stop_early: Compute nothing after the last map that is asked for.
+            output_fmt: `'NCHW'` or `'NHWC'`.
+            intermediates_only: Return the intermediate maps alone.
 
         Returns:
-            Logits of shape `(B, num_classes)`, or without a head the maps of `out_indices`, each
-            through its LayerNorm, of shape `(B, C_i, H_i, W_i)` in contiguous memory.
+            The map of :meth:`forward_features`, or with `stop_early` the map of the level where it
+            stopped, and the intermediate maps, in the order of the network.
 
         Raises:
-            ValueError: If `x` is not of that shape.
+            ValueError: If `output_fmt` is neither of the two.
         """
-        maps = [y for i, y in enumerate(self._forward_levels(x)) if i in self.out_indices]
-        if self.num_classes:
-            return self.head(self.norm(maps[-1]).mean(dim=(1, 2)))
-        return tuple(
-            # Operators of mmcv, RoIAlign among them, read any other memory format as this one.
-            self.get_submodule(f'norm{i}')(y).permute(0, 3, 1, 2).contiguous()
-            for i, y in zip(self.out_indices, maps, strict=True)
+        if output_fmt not in ('NCHW', 'NHWC'):
+            raise ValueError(f'output_fmt must be NCHW or NHWC, but got {output_fmt!r}')
+        taken, last = feature_take_indices(len(self.blocks), indices)
+        intermediates = []
+        y = self._to_maps(x)
+        for level in range(last + 1 if stop_early else len(self.blocks)):
+            y = self._forward_level(y, level)
+            if level in taken:
+                z = self._normalize(y) if norm else y
+                if output_fmt == 'NCHW':
+                    # In memory too: operators of mmcv such as RoIAlign do not look at strides.
+                    z = z.permute(0, 3, 1, 2).contiguous()
+                intermediates.append(z)
+        return intermediates if intermediates_only else (self._normalize(y), intermediates)
+
+    def _normalize(self, y: Tensor) -> Tensor:
+        return self.norm(y) if y.shape[-1] == self.num_features else y
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | Sequence[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Remove what the maps of :meth:`forward_intermediates` do not need.
+
+        Norm and head are removed in any case if the last map left has other channels than theirs.
+
+        Args:
+            indices: The maps, as in :meth:`forward_intermediates`.
+            prune_norm: Remove the norm.
+            prune_head: Remove the head.
+
+        Returns:
+            The indices, none of them negative.
+        """
+        taken, last = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last + 1]
+        if isinstance(self.patch_embed, nn.ModuleList):
+            self.patch_embed = self.patch_embed[: last + 1]
+        num_features = self.feature_info[last]['num_chs']
+        changed = num_features != self.num_features
+        self.num_features = num_features
+        if prune_norm or changed:
+            self.norm = nn.Identity()
+        if prune_head or changed:
+            self.reset_classifier(0, '')
+        return list(taken)
+
+    def get_classifier(self) -> nn.Module:
+        """Return the classifier."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one; None keeps the pooling."""
+        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
+        self.global_pool, self.head = create_classifier(
+            self.num_features, num_classes, pool_type, input_fmt=self.output_fmt
         )
+        self.head.apply(init_linear).to(self.pos_embed).train(self.training)
+        self.num_classes = num_classes
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
-    def _forward_levels(self, x: Tensor) -> Iterator[Tensor]:
-        """Yield the map `(B, H_i, W_i, C_i)` after each level, before any norm."""
-        _check_images(x, self.in_channels, type(self).__name__)
-        for level, (patch_embed, blocks) in enumerate(self._levels()):
-            if patch_embed is not None:
-                x = patch_embed(x if level == 0 else x.permute(0, 3, 1, 2))
-            if level == 0:
-                x = _add_position(x, self.pos_embed, self.grid)
-            for block in blocks:
-                if self.with_cp and torch.is_grad_enabled():
-                    x = checkpoint(block, x, use_reentrant=False)
-                else:
-                    x = block(x)
-            yield x
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass to save memory."""
+        self.grad_checkpointing = enable
 
-    def init_weights(self) -> None:
-        """Load what `init_cfg` names; without it the initialisation of the constructor stands.
+    def no_weight_decay(self) -> set[str]:
+        """Name the parameters without weight decay, besides norms, biases and LayerScale."""
+        return {'pos_embed'}
 
-        A `Pretrained` file is loaded by :func:`gfnet_dense.models.checkpoint.load_pretrained`,
-        which is strict where mmengine's own loading only logs what does not fit.
+    # Names. What the parameters are called is known here and nowhere else.
+
+    @abstractmethod
+    def get_level(self, name: str) -> int | None:
+        """Return the level of a parameter or module; None for norm, head and anything foreign."""
+
+    @abstractmethod
+    def get_stage(self, name: str) -> int | None:
+        """Return the stage of a parameter or module; None for head and anything foreign."""
+
+    @abstractmethod
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Return the layer of a parameter for layer decay, and the number of layers.
+
+        Layer 0 is the stem; then every block is a layer, with the patch embedding before it; the
+        last layer is the norm, the head and anything that is not of this network.
+
+        Args:
+            param_name: Name of the parameter.
+            prefix: What the names of this network begin with, such as `'backbone.'`.
+        """
+
+    @staticmethod
+    def recognize_size(state: Mapping[str, Tensor]) -> Size:
+        """Return the size of the network that weights belong to.
 
         Raises:
-            ValueError: If there is no `type`, or a `Pretrained` has more or less than a
-                `checkpoint`.
+            CheckpointError: If these are no weights of a GFNet.
         """
-        cfgs = self.init_cfg or []
-        cfgs = [cfgs] if isinstance(cfgs, Mapping) else cfgs
-        for cfg in cfgs:
-            if 'type' not in cfg:
-                raise ValueError(
-                    f'init_cfg of {type(self).__name__} has no type, but is {dict(cfg)}: give '
-                    'type=Pretrained, too'
-                )
-        files = [cfg for cfg in cfgs if cfg['type'] in _PRETRAINED]
-        if not files:
-            super().init_weights()
-            return
-        for cfg in files:
-            if set(cfg) != {'type', 'checkpoint'}:
-                raise ValueError(
-                    f'init_cfg of {type(self).__name__} takes type and checkpoint alone (it finds '
-                    f'the backbone of a segmentor or detector by itself), but got {dict(cfg)}'
-                )
-        initialize(self, [cfg for cfg in cfgs if cfg not in files])
-        for cfg in files:
-            load_pretrained(self, cfg['checkpoint'])
-        self._is_init = True
+        dims: dict[int, int] = {}
+        depths: dict[int, int] = {}
+        hierarchical = False
+        for key, value in state.items():
+            first, *rest = key.split('.')
+            if first == 'blocks' and rest[-2:] == ['norm1', 'weight']:
+                numbers = rest[:-2]  # of stage and block, or of the block alone
+                if len(numbers) in (1, 2) and all(number.isdecimal() for number in numbers):
+                    hierarchical |= len(numbers) == 2
+                    stage = int(numbers[0]) if len(numbers) == 2 else 0
+                    dims[stage] = value.numel()
+                    depths[stage] = depths.get(stage, 0) + 1
+        if not depths:
+            raise CheckpointError('holds no weights of a GFNet, which has keys like blocks.0.…')
+        stages = sorted(depths)
+        return Size(tuple(dims[i] for i in stages), tuple(depths[i] for i in stages), hierarchical)
 
-    def train(self, mode: bool = True) -> 'GFNetBase':
-        """Set the mode; what is frozen, and with `norm_eval` every norm, stays in evaluation."""
-        super().train(mode)
-        self._freeze()
-        if mode and self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, (nn.LayerNorm, _BatchNorm, _InstanceNorm)):
-                    module.eval()
-        return self
+    def stage_grids(self, grid: Grid) -> list[Grid]:
+        """Return the grid of each stage for maps whose first grid is `grid`."""
+        grids = [grid]
+        for _ in self.arch.depths[1:]:
+            grids.append(downsampled_grid(grids[-1], _DOWNSAMPLING))
+        return grids
 
-    def _freeze(self) -> None:
-        if self.frozen_stages < 0:
-            return
-        self.pos_embed.requires_grad = False
-        for level, (patch_embed, blocks) in enumerate(self._levels()):
-            frozen = [patch_embed] if level in range(max(1, self.frozen_stages)) else []
-            if level < self.frozen_stages:
-                frozen += [*blocks, getattr(self, f'norm{level}', None)]
-            for module in frozen:
-                if module is not None:
-                    module.eval().requires_grad_(False)
+    @property
+    def final_norm(self) -> str:
+        """The name of the norm after the last level."""
+        return 'norm'
+
+    @property
+    def size(self) -> Size:
+        """The size of the whole network, also if levels were pruned."""
+        return Size(tuple(self.arch.embed_dims), tuple(self.arch.depths), self.hierarchical)
+
+    # Weights
+
+    def load_pretrained(self, checkpoint_path: str | Path) -> None:
+        """Load a checkpoint, resizing what lives on another grid.
+
+        Loading is strict: only the classifier, the norms of the outputs and the channels of the
+        images may differ from the file. The log says what was loaded, which parameters were
+        resized, and which keep their initial values.
+
+        Args:
+            checkpoint_path: A file, or a name of official weights such as `'gfnet-h-s'`, which are
+                downloaded on first use.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            DownloadError: If official weights are not there yet and cannot be downloaded.
+            CheckpointError: If the file cannot be read safely or does not fit the network.
+        """
+        path = find_weights(checkpoint_path, official_network)
+        state = read_state_dict(path)
+        with prefix_errors(path):
+            state, notes = adapt_state_dict(state, self)
+        # adapt_state_dict has settled what may be missing; it is named below.
+        missing, _ = self.load_state_dict(state, strict=False)
+        self.loaded_from = str(path)
+        _logger.info('loaded %d tensors from %s', len(state), path)
+        for note in notes:
+            _logger.info(note)
+        if missing:
+            _logger.info('not in the file, newly initialised: %s', ', '.join(missing))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Also take the weights of a classifier that holds the network as `backbone`."""
+        outer = f'{prefix}backbone.'
+        for key in [key for key in state_dict if key.startswith(outer)]:
+            state_dict[prefix + key.removeprefix(outer)] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-@MODELS.register_module()
+def _index(parts: Sequence[str]) -> int | None:
+    """Return the first part of a dotted name as a number; None if it is no number."""
+    return int(parts[0]) if parts and parts[0].isdecimal() else None
+
+
+# timm's mark for parameters that belong to the layer before them.
+_LAST = ('^norm', (99999,))
+
+
 class GFNet(GFNetBase):
-    """Isotropic GFNet: one patch embedding, blocks of one width; each block is a level.
+    """Isotropic GFNet: one patch embedding, blocks of one width. Each block is a level.
 
-    As a backbone it returns maps `(B, C, ceil(H / p), ceil(W / p))` of the patch size p, by
-    default that of the last block. For heads over a pyramid take several blocks and resample
-    them as with other isotropic backbones, for example with mmseg's
-    `neck=dict(type='Feature2Pyramid', embed_dim=384, rescales=[4, 2, 1, 0.5])`.
-
-    See :class:`GFNetBase` for the arguments; `arch` is `'ti'`, `'xs'`, `'s'`, `'b'` or a dict.
+    Maps have the stride of the patches, 16 pixels by default. See :class:`GFNetBase` for the
+    arguments; `arch` is `'ti'`, `'xs'`, `'s'`, `'b'` or a dict.
     """
 
     architectures = ISOTROPIC
     default_patch_size = 16
+    hierarchical = False
 
-    def _level_dims(self, spec: Architecture) -> Sequence[int]:
+    def _build(self, spec: Architecture, make_block: MakeBlock) -> None:
         if len(spec.depths) != 1:
             raise ValueError(f'GFNet has one stage, but got depths {spec.depths}')
-        return spec.embed_dims * spec.depths[0]
+        (dim,), (depth,) = spec.embed_dims, spec.depths
+        self.patch_embed = PatchEmbed(self.in_chans, dim, spec.patch_size)
+        self.blocks = nn.ModuleList(make_block(dim, self.grid) for _ in range(depth))
+        self.feature_info = [
+            dict(num_chs=dim, reduction=spec.patch_size, module=f'blocks.{i}') for i in range(depth)
+        ]
 
-    def _build(self, spec: Architecture, make_block: Callable[[int, Grid], Block]) -> None:
-        (dim,) = spec.embed_dims
-        self.patch_embed = PatchEmbed(self.in_channels, dim, spec.patch_size)
-        self.blocks = nn.ModuleList(
-            make_block(dim, self.grid) for _ in range(self.out_indices[-1] + 1)
-        )
+    def _forward_level(self, x: Tensor, level: int) -> Tensor:
+        if level == 0:
+            x = _add_position(self.patch_embed(x), self.pos_embed, self.grid)
+        return self._forward_block(self.blocks[level], x)
 
-    def _levels(self) -> Iterator[tuple[PatchEmbed | None, Sequence[nn.Module]]]:
-        for i, block in enumerate(self.blocks):
-            yield (self.patch_embed if i == 0 else None), [block]
+    def get_level(self, name: str) -> int | None:
+        """Return the level of a parameter or module; None for norm, head and anything foreign."""
+        first, *rest = name.split('.')
+        if first in ('pos_embed', 'patch_embed'):
+            return 0
+        return _index(rest) if first == 'blocks' else None
+
+    def get_stage(self, name: str) -> int | None:
+        """Return 0 for parameters and modules of this network; None for head and others."""
+        is_norm = name.partition('.')[0] == self.final_norm
+        return None if self.get_level(name) is None and not is_norm else 0
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """See :meth:`GFNetBase.get_layer_depth`."""
+        num_layers = len(self.blocks) + 2
+        if not param_name.startswith(prefix):
+            return num_layers - 1, num_layers
+        name = param_name.removeprefix(prefix)
+        level = self.get_level(name)
+        if level is None:
+            return num_layers - 1, num_layers
+        return level + name.startswith('blocks.'), num_layers
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Tell timm the layers: the stem, then each block; the norm belongs to the last block."""
+        return dict(stem='^(?:pos_embed|patch_embed)', blocks=[(r'^blocks\.(\d+)', None), _LAST])
 
 
-@MODELS.register_module()
 class GFNetPyramid(GFNetBase):
-    """Hierarchical GFNet: stages of strides 4, 8, 16 and 32; each stage is a level.
-
-    As a backbone it returns maps `(B, C_i, ceil(H / s_i), ceil(W / s_i))`, by default of all
-    stages, each through a LayerNorm of its own, `norm0` to `norm3`. The pretrained networks
-    have a norm after the last stage only, which becomes `norm3`.
+    """Hierarchical GFNet: stages of strides 4, 8, 16 and 32. Each stage is a level.
 
     See :class:`GFNetBase` for the arguments; `arch` is `'h-ti'`, `'h-s'`, `'h-b'` or a dict.
     """
 
     architectures = HIERARCHICAL
     default_patch_size = 4
+    hierarchical = True
 
-    def _level_dims(self, spec: Architecture) -> Sequence[int]:
-        return spec.embed_dims
-
-    def _default_out_indices(self, num_levels: int) -> Sequence[int]:
-        return range(num_levels)
-
-    def _build(self, spec: Architecture, make_block: Callable[[int, Grid], Block]) -> None:
+    def _build(self, spec: Architecture, make_block: MakeBlock) -> None:
         self.patch_embed = nn.ModuleList()
         self.blocks = nn.ModuleList()
-        in_channels, patch_size, grid = self.in_channels, spec.patch_size, self.grid
-        for stage in range(self.out_indices[-1] + 1):
-            dim = spec.embed_dims[stage]
-            if stage > 0:
-                in_channels, patch_size = spec.embed_dims[stage - 1], DOWNSAMPLING
-                grid = coarser(grid, DOWNSAMPLING)
-            self.patch_embed.append(PatchEmbed(in_channels, dim, patch_size))
-            self.blocks.append(
-                nn.ModuleList(make_block(dim, grid) for _ in range(spec.depths[stage]))
-            )
+        self.feature_info = []
+        in_chans, patch_size, reduction = self.in_chans, spec.patch_size, spec.patch_size
+        stages = zip(spec.embed_dims, spec.depths, self.stage_grids(self.grid), strict=True)
+        for stage, (dim, depth, grid) in enumerate(stages):
+            self.patch_embed.append(PatchEmbed(in_chans, dim, patch_size))
+            self.blocks.append(nn.ModuleList(make_block(dim, grid) for _ in range(depth)))
+            module = f'blocks.{stage}.{depth - 1}'
+            self.feature_info.append(dict(num_chs=dim, reduction=reduction, module=module))
+            in_chans, patch_size, reduction = dim, _DOWNSAMPLING, reduction * _DOWNSAMPLING
 
-    def _levels(self) -> Iterator[tuple[PatchEmbed | None, Sequence[nn.Module]]]:
-        yield from zip(self.patch_embed, self.blocks, strict=True)
+    def _forward_level(self, x: Tensor, level: int) -> Tensor:
+        x = self.patch_embed[level](x)  # type: ignore[index]
+        if level == 0:
+            x = _add_position(x, self.pos_embed, self.grid)
+        for block in self.blocks[level]:  # type: ignore[union-attr]
+            x = self._forward_block(block, x)
+        return x
+
+    def get_level(self, name: str) -> int | None:
+        """Return the stage of a parameter or module; None for norm, head and anything foreign."""
+        first, *rest = name.split('.')
+        if first == 'pos_embed':
+            return 0
+        return _index(rest) if first in ('patch_embed', 'blocks') else None
+
+    def get_stage(self, name: str) -> int | None:
+        """Return the stage of a parameter or module; None for head and anything foreign."""
+        if name.partition('.')[0] == self.final_norm:
+            return len(self.blocks) - 1
+        return self.get_level(name)
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """See :meth:`GFNetBase.get_layer_depth`."""
+        depths = [len(stage) for stage in self.blocks]  # type: ignore[arg-type]
+        num_layers = sum(depths) + 2
+        if not param_name.startswith(prefix):
+            return num_layers - 1, num_layers
+        name = param_name.removeprefix(prefix)
+        level = self.get_level(name)
+        if level is None:
+            return num_layers - 1, num_layers
+        before = list(itertools.accumulate(depths, initial=0))[level]
+        if name.startswith('blocks.'):
+            block = _index(name.split('.')[2:])
+            return before + 1 + (block or 0), num_layers
+        return (before + 1 if level > 0 else 0), num_layers
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Tell timm the layers: the stem, then each block, or each stage if `coarse`.
+
+        A patch embedding belongs to the layer after it, the norm to the layer before it.
+        """
+        blocks = [(r'^patch_embed\.(\d+)', (0,)), (r'^blocks\.(\d+)\.(\d+)', None)]
+        if coarse:
+            blocks = [(r'^(?:patch_embed|blocks)\.(\d+)', None)]
+        return dict(stem=r'^(?:pos_embed|patch_embed\.0)', blocks=[*blocks, _LAST])
+
+
+# From weights to networks
+
+
+def network_of(state: Mapping[str, Tensor]) -> GFNetBase:
+    """Build the network that weights belong to, by their keys and shapes, without loading them.
+
+    Raises:
+        CheckpointError: If there is no such network.
+    """
+    size = GFNetBase.recognize_size(state)
+    network: type[GFNetBase] = GFNetPyramid if size.hierarchical else GFNet
+    first = '.0' if size.hierarchical else ''
+    stem, block = f'patch_embed{first}', f'blocks{first}.0'
+    try:
+        _, in_chans, patch_size, _ = state[f'{stem}.proj.weight'].shape
+        rows = state[f'{block}.filter.complex_weight'].shape[0]
+        columns = state['pos_embed'].shape[1] // rows
+        return network(
+            {
+                'embed_dims': size.embed_dims,
+                'depths': size.depths,
+                'patch_size': patch_size,
+                'layer_scale_init_value': 1.0 if f'{block}.gamma' in state else None,
+            },
+            img_size=(rows * patch_size, columns * patch_size),
+            in_chans=in_chans,
+            num_classes=state['head.weight'].shape[0] if 'head.weight' in state else 0,
+        )
+    except KeyError as e:
+        raise CheckpointError(f'lacks {e.args[0]}') from None
+    except (ValueError, IndexError, ZeroDivisionError) as e:
+        raise CheckpointError(f'its shapes are those of no GFNet: {e}') from None
+
+
+def official_network(name: str) -> GFNetBase:
+    """Return the network of official weights, such as `'gfnet-h-s'`, on the meta device."""
+    arch = name.removeprefix('gfnet-')
+    with torch.device('meta'):
+        return (GFNetPyramid if arch in HIERARCHICAL else GFNet)(arch)
+
+
+# Entry points of timm
+
+_SOURCES = {'url', 'file', 'hf_hub_id', 'state_dict'}  # of weights, in a pretrained_cfg
+
+
+def _create(
+    network: type[GFNetBase],
+    size: str,
+    pretrained: bool,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
+    out_indices: int | Sequence[int] = 4,  # the last four: all stages of a hierarchical network
+    output_stride: int | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    name = f'gfnet_{size.replace("-", "_")}'
+    stride = 32 if network.hierarchical else 16
+    if output_stride not in (None, stride):
+        raise ValueError(
+            f'{name} has an output stride of {stride} and no dilated form, but got output_stride='
+            f'{output_stride}: take a decoder over a pyramid, such as Unet, FPN or UPerNet'
+        )
+    # load_pretrained reads files as strictly as everywhere in this package.
+    overlay = {'custom_load': True, **(pretrained_cfg_overlay or {})}
+    if 'url' in overlay or 'hf_hub_id' in overlay:
+        overlay.setdefault('file', None)  # which timm would prefer
+    official = not (isinstance(kwargs.get('pretrained_cfg'), dict) or overlay.keys() & _SOURCES)
+    if official and pretrained and cache_dir is not None:
+        raise ValueError(
+            f'cache_dir={str(cache_dir)!r} does not apply to official weights: they are in the '
+            'checkpoints folder of torch.hub, which the environment variable TORCH_HOME moves'
+        )
+    model: nn.Module = build_model_with_cfg(
+        network,
+        name,
+        pretrained,
+        pretrained_cfg_overlay=overlay,
+        cache_dir=cache_dir,
+        pretrained_filter_fn=lambda state, model: adapt_state_dict(state, model)[0],
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        **{'arch': size, **kwargs},
+    )
+    return model
+
+
+def _cfg(weights: str, top1: float, top5: float, **kwargs: Any) -> dict[str, Any]:
+    tsinghua, google = OFFICIAL_WEIGHTS[weights]
+    return dict(
+        file=weights,  # a name that load_pretrained downloads
+        url=f'https://cloud.tsinghua.edu.cn/f/{tsinghua}/?dl=1',
+        custom_load=True,
+        num_classes=1000,
+        input_size=(3, 224, 224),
+        interpolation='bicubic',
+        crop_pct=0.875,  # 224 of 256
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        classifier='head',
+        license='mit',
+        origin_url='https://github.com/raoyongming/GFNet',
+        paper_name='Global Filter Networks for Image Classification',
+        paper_ids='arXiv:2107.00645',
+        notes=(
+            f'ImageNet-1K top-1 {top1}%, top-5 {top5}%, as reported by the authors',
+            f'also at https://drive.google.com/file/d/{google}',
+        ),
+        **kwargs,
+    )
+
+
+_ISOTROPIC = dict(pool_size=(14, 14), first_conv='patch_embed.proj')
+_HIERARCHICAL = dict(pool_size=(7, 7), first_conv='patch_embed.0.proj')
+default_cfgs = generate_default_cfgs(
+    {
+        'gfnet_ti.in1k': _cfg('gfnet-ti', 74.6, 92.2, **_ISOTROPIC),
+        'gfnet_xs.in1k': _cfg('gfnet-xs', 78.6, 94.2, **_ISOTROPIC),
+        'gfnet_s.in1k': _cfg('gfnet-s', 80.0, 94.9, **_ISOTROPIC),
+        'gfnet_b.in1k': _cfg('gfnet-b', 80.7, 95.1, **_ISOTROPIC),
+        'gfnet_h_ti.in1k': _cfg('gfnet-h-ti', 80.1, 95.1, **_HIERARCHICAL),
+        'gfnet_h_s.in1k': _cfg('gfnet-h-s', 81.5, 95.6, **_HIERARCHICAL),
+        'gfnet_h_b.in1k': _cfg('gfnet-h-b', 82.9, 96.2, **_HIERARCHICAL),
+    }
+)
+
+
+@register_model
+def gfnet_ti(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """GFNet-Ti; `kwargs` are those of :class:`GFNetBase` and of timm."""
+    return _create(GFNet, 'ti', pretrained, **kwargs)
+
+
+@register_model
+def gfnet_xs(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """GFNet-XS; `kwargs` are those of :class:`GFNetBase` and of timm."""
+    return _create(GFNet, 'xs', pretrained, **kwargs)
+
+
+@register_model
+def gfnet_s(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """GFNet-S; `kwargs` are those of :class:`GFNetBase` and of timm."""
+    return _create(GFNet, 's', pretrained, **kwargs)
+
+
+@register_model
+def gfnet_b(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """GFNet-B; `kwargs` are those of :class:`GFNetBase` and of timm."""
+    return _create(GFNet, 'b', pretrained, **kwargs)
+
+
+@register_model
+def gfnet_h_ti(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """GFNet-H-Ti; `kwargs` are those of :class:`GFNetBase` and of timm."""
+    return _create(GFNetPyramid, 'h-ti', pretrained, **kwargs)
+
+
+@register_model
+def gfnet_h_s(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """GFNet-H-S; `kwargs` are those of :class:`GFNetBase` and of timm."""
+    return _create(GFNetPyramid, 'h-s', pretrained, **kwargs)
+
+
+@register_model
+def gfnet_h_b(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """GFNet-H-B; `kwargs` are those of :class:`GFNetBase` and of timm."""
+    return _create(GFNetPyramid, 'h-b', pretrained, **kwargs)

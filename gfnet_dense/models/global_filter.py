@@ -60,7 +60,7 @@ class GlobalFilter(nn.Module):
         self.resize = resize
         self.backend = backend
         self.complex_weight = nn.Parameter(torch.randn(grid[0], grid[1] // 2 + 1, dim, 2) * 0.02)
-        self._forget()
+        self._clear_cache()
 
     def forward(self, x: Tensor) -> Tensor:
         """Filter a map of shape `(B, H, W, C)`; shape and dtype stay the same.
@@ -109,7 +109,7 @@ class GlobalFilter(nn.Module):
             self._kept = source, dict(latest)
         return resized
 
-    def _forget(self) -> None:
+    def _clear_cache(self) -> None:
         self._kept: tuple[Tensor | None, dict[tuple, Tensor]] = None, {}
 
     def macs(self, shape: Sequence[int]) -> int:
@@ -129,11 +129,11 @@ class GlobalFilter(nn.Module):
 
     def train(self, mode: bool = True) -> 'GlobalFilter':
         """Set the mode, as every module does; kept spectra are dropped."""
-        self._forget()
+        self._clear_cache()
         return super().train(mode)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> 'GlobalFilter':
-        self._forget()
+        self._clear_cache()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict:

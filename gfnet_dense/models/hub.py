@@ -9,18 +9,17 @@ complete stays.
 """
 
 import html
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator
 from http.client import HTTPException
-from logging import WARNING
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import torch
 from filelock import FileLock, Timeout
-from mmengine.logging import print_log
 from tqdm import tqdm
 
 from gfnet_dense.serialization import CheckpointError, write_whole
@@ -44,6 +43,9 @@ ADDRESSES = (
 TIMEOUT = 30.0  # seconds without a byte
 SLOWEST = 10_000  # bytes per second on average; below, a server counts as stalled
 _CHUNK = 1 << 18
+
+
+_logger = logging.getLogger(__name__)
 
 
 class DownloadError(OSError):
@@ -75,7 +77,7 @@ def fetch(name: str, check: Callable[[Path], None]) -> Path:
     try:
         turn = lock.acquire(blocking=False)
     except Timeout:
-        print_log(f'waiting for another process to download {path}', logger='current')
+        _logger.info('waiting for another process to download %s', path)
         turn = lock.acquire()
     with turn:
         if not path.is_file():
@@ -87,7 +89,7 @@ def _download(name: str, path: Path, check: Callable[[Path], None]) -> None:
     failures = []
     for address, file_id in zip(ADDRESSES, OFFICIAL_WEIGHTS[name], strict=True):
         url = address.format(file_id)
-        print_log(f'downloading {name} from {url} to {path}', logger='current')
+        _logger.info('downloading %s from %s to %s', name, url, path)
         try:
             with write_whole(path) as file:
                 for piece in _read(url, name):
@@ -96,9 +98,9 @@ def _download(name: str, path: Path, check: Callable[[Path], None]) -> None:
                 check(Path(file.name))
         except (_AddressError, CheckpointError) as e:
             failures.append(f'{url}: {str(e).replace(file.name, "what came")}')
-            print_log(failures[-1], logger='current', level=WARNING)
+            _logger.warning(failures[-1])
         else:
-            print_log(f'downloaded {path}', logger='current')
+            _logger.info('downloaded %s', path)
             return
     raise DownloadError(
         '\n  '.join([f'the official weights {name} cannot be downloaded:', *failures])

@@ -2,9 +2,7 @@
 
 import copy
 import dataclasses
-import re
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 import timm
@@ -12,8 +10,12 @@ import torch
 from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
+from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from gfnet_dense.models.gfnet import GFNetBase, PatchEmbed
+from gfnet_dense.models.global_filter import GlobalFilter
 
 from .launch import find_config
 
@@ -30,9 +32,7 @@ counted at {PROPOSALS} proposals and {MASKS} masks. Not counted: norms, activati
 pooling, resizing, RoIAlign, NMS, and what acts in training only."""
 
 KINDS = ('patch embedding', 'filters', 'MLPs')
-_FILTER = re.compile(r'(.*?)blocks\.(?:(\d+)\.)?\d+\.filter')
-_STAGE = re.compile(r'(pos_embed|patch_embed|blocks|norm)(?:\.?(\d+))?(?:\.|$)')
-_KINDS = {'patch_embed': KINDS[0], 'filter': KINDS[1], 'mlp': KINDS[2]}
+_KINDS = {PatchEmbed: KINDS[0], GlobalFilter: KINDS[1], Mlp: KINDS[2]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ def count_macs(model: nn.Module, shape: tuple[int, int], name: str = 'model') ->
     model = copy.deepcopy(model).to('meta').eval()
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     by_module = _count_by_module(model, torch.empty(1, channels, *shape, device='meta'))
-    names = _Names(module for module, _ in model.named_modules())
+    names = _Names(model)
     macs, parameters = Counter(), Counter()
     for parameter, value in model.named_parameters():
         parameters[names.part(parameter)] += value.numel()
@@ -203,23 +203,27 @@ class _Forward(nn.Module):
 
 
 class _Names:
-    """What the modules and parameters of a model belong to, by their names."""
+    """The parts of a model that modules and parameters belong to, by their names."""
 
-    def __init__(self, modules: Iterable[str]) -> None:
-        filters = [match.groups() for match in map(_FILTER.fullmatch, modules) if match]
-        # Of a GFNet: what its names begin with, and the index of its last stage.
-        self._prefix, last = filters[-1] if filters else (None, None)
-        self._last = int(last or 0)
+    def __init__(self, model: nn.Module) -> None:
+        modules = dict(model.named_modules())
+        networks = [name for name, module in modules.items() if isinstance(module, GFNetBase)]
+        self._network = modules[networks[0]] if networks else None
+        self._prefix = f'{networks[0]}.' if networks and networks[0] else ''
+        self._kinds = {
+            name: kind
+            for name, module in modules.items()
+            for layer, kind in _KINDS.items()
+            if isinstance(module, layer) and self._in_gfnet(name) is not None
+        }
 
     def part(self, name: str) -> str:
         """Return a stage of a GFNet or a child of the model, of its RoI heads a grandchild."""
         inner = self._in_gfnet(name)
         if inner is not None:
-            if match := _STAGE.match(inner):
-                stage = int(match[2] or 0)
-                if match.groups() == ('norm', None):
-                    stage = self._last
-                return f'stage {min(stage, self._last) + 1}'
+            stage = self._network.get_stage(inner)
+            if stage is not None:
+                return f'stage {stage + 1}'
             name = inner
         first, _, rest = name.partition('.')
         if first == 'roi_head':
@@ -228,10 +232,11 @@ class _Names:
 
     def kind(self, module: str) -> str:
         """Return what a module does in a GFNet, a name of :data:`KINDS`, or `'other'`."""
-        steps = (self._in_gfnet(module) or '').split('.')
-        return next((kind for step, kind in _KINDS.items() if step in steps), 'other')
+        while module and module not in self._kinds:
+            module = module.rpartition('.')[0]
+        return self._kinds.get(module, 'other')
 
     def _in_gfnet(self, name: str) -> str | None:
-        if self._prefix is None or not name.startswith(self._prefix):
+        if self._network is None or not name.startswith(self._prefix):
             return None
         return name.removeprefix(self._prefix)

@@ -1,17 +1,11 @@
 """Parameter groups of GFNet segmentors and detectors: weight decay and layer-wise learning rate."""
 
-import re
-from collections.abc import Iterable
 from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
-
-_BLOCK = re.compile(r'backbone\.blocks\.(?:(\d+)\.)?(\d+)\.\D')
-_STEM = re.compile(r'backbone\.(pos_embed|patch_embed\.(0\.)?proj\.)')
-_DOWNSAMPLING = re.compile(r'backbone\.patch_embed\.([1-9]\d*)\.')
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -60,7 +54,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def add_params(self, params: list[dict], module: nn.Module, **kwargs: Any) -> None:
         """Append the parameter groups of `module` to `params`."""
         named = dict(module.named_parameters())
-        layers = layer_ids(named, self.paramwise_cfg['num_layers'])
+        layers = layer_ids(module, self.paramwise_cfg['num_layers'])
         top = max(layers.values())
         groups: dict[tuple[float, bool], dict] = {}
         for name, param in named.items():
@@ -80,36 +74,38 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         )
 
 
-def layer_ids(names: Iterable[str], num_layers: int | None = None) -> dict[str, int]:
-    """Number the layers of a segmentor, detector or classifier by its parameters' names.
+def layer_ids(model: nn.Module, num_layers: int | None = None) -> dict[str, int]:
+    """Number the layers of a segmentor, detector or classifier.
 
     Args:
-        names: Parameter names; those of the backbone begin with `backbone.`.
-        num_layers: Number of layers that the blocks are divided into, None for one each.
+        model: A model whose `backbone` has `get_layer_depth`, as GFNet has.
+        num_layers: Number of layers that the blocks are divided into; None for one each.
 
     Returns:
-        The layer of each name, see :class:`LayerDecayOptimWrapperConstructor`.
+        The layer of each parameter, see :class:`LayerDecayOptimWrapperConstructor`.
 
     Raises:
-        ValueError: If there is no GFNet, or it has fewer blocks than `num_layers`.
+        ValueError: If there is no such backbone, or it has fewer blocks than `num_layers`.
     """
-    names = list(names)
-    blocks = {match.groups(): None for name in names if (match := _BLOCK.match(name))}
-    # Stages and blocks in order: (stage or None, block).
-    order = sorted(blocks, key=lambda block: [int(i or 0) for i in block])
-    if not order or not 1 <= (num_layers or 1) <= len(order):
+    backbone = getattr(model, 'backbone', None)
+    if not hasattr(backbone, 'get_layer_depth'):
         raise ValueError(
-            f'layer decay needs a GFNet as backbone with at least num_layers blocks, but '
-            f'num_layers is {num_layers} and {len(order)} blocks were found'
+            'layer decay needs a backbone with get_layer_depth, such as GFNet, but got '
+            f'{type(backbone).__name__}'
         )
-    num_layers = num_layers or len(order)
-    layer_of = {block: 1 + i * num_layers // len(order) for i, block in enumerate(order)}
+    _, depths = backbone.get_layer_depth('')
+    num_blocks = depths - 2
+    num_layers = num_blocks if num_layers is None else num_layers
+    if not 1 <= num_layers <= num_blocks:
+        raise ValueError(
+            f'num_layers must be within 1..{num_blocks}, but num_layers is {num_layers} and '
+            f'{num_blocks} blocks were found'
+        )
 
     def layer(name: str) -> int:
-        if match := _BLOCK.match(name):
-            return layer_of[match.groups()]
-        if match := _DOWNSAMPLING.match(name):  # goes with the first block of its stage
-            return layer_of[match[1], '0']
-        return 0 if _STEM.match(name) else num_layers + 1
+        depth, _ = backbone.get_layer_depth(name, prefix='backbone.')
+        if depth > num_blocks:
+            return num_layers + 1
+        return 1 + (depth - 1) * num_layers // num_blocks if depth > 0 else 0
 
-    return {name: layer(name) for name in names}
+    return {name: layer(name) for name, _ in model.named_parameters()}

@@ -14,7 +14,7 @@ from PIL import Image
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 
-from gfnet_dense.models import GFNetPyramid
+from gfnet_dense.openmmlab import GFNetPyramid
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 # With the head, at 224: recomputed from the architecture.

@@ -4,6 +4,7 @@ together: four of one process group load them. takeover: one is killed while it 
 another one waits for it.
 """
 
+import logging
 import multiprocessing
 import os
 import socket
@@ -14,12 +15,11 @@ from pathlib import Path
 import torch
 
 from gfnet_dense.models import GFNet, hub
-from gfnet_dense.models.architectures import ISOTROPIC, Architecture
+from gfnet_dense.models.gfnet import ISOTROPIC, Architecture
 
 
 def load() -> None:
-    model = GFNet('nano', img_size=512, init_cfg=dict(type='Pretrained', checkpoint='gfnet-nano'))
-    model.init_weights()
+    GFNet('nano', img_size=512, num_classes=0).load_pretrained('gfnet-nano')
     print('loaded by a process\n', end='', flush=True)
 
 
@@ -46,11 +46,13 @@ def takeover() -> None:
     )
     waiting = processes.Event()
 
-    def say(message: str, **_) -> None:
-        if message.startswith('waiting for another process'):
+    def notice(record: logging.LogRecord) -> bool:
+        if record.getMessage().startswith('waiting for another process'):
             waiting.set()
+        return True
 
-    hub.print_log = say
+    hub._logger.addFilter(notice)
+    hub._logger.setLevel(logging.INFO)
     first, second = processes.Process(target=load), processes.Process(target=load)
     first.start()
     while not (partial.exists() and partial.stat().st_size):

@@ -1,6 +1,7 @@
 """Official weights by name, from servers on this machine, faults included."""
 
 import hashlib
+import logging
 import os
 import re
 import socket
@@ -18,8 +19,8 @@ import torch
 from torch import nn
 
 from gfnet_dense.models import GFNet, GFNetPyramid, hub
-from gfnet_dense.models.architectures import HIERARCHICAL, ISOTROPIC, Architecture
-from gfnet_dense.models.checkpoint import CheckpointError, _check_official, load_pretrained
+from gfnet_dense.models.checkpoint import CheckpointError, check_official
+from gfnet_dense.models.gfnet import HIERARCHICAL, ISOTROPIC, Architecture, official_network
 from gfnet_dense.models.hub import ADDRESSES, OFFICIAL_WEIGHTS, DownloadError
 
 NANO = Architecture(embed_dims=8, depths=2, patch_size=16)
@@ -89,7 +90,14 @@ def folder(tmp_path) -> Path:
 @pytest.fixture
 def log(monkeypatch) -> list[str]:
     lines = []
-    monkeypatch.setattr(hub, 'print_log', lambda message, **_: lines.append(message))
+
+    def notice(record: logging.LogRecord) -> bool:
+        lines.append(record.getMessage())
+        return False
+
+    monkeypatch.setattr(hub._logger, 'filters', [notice])
+    monkeypatch.setattr(hub._logger, 'level', logging.INFO)
+    hub._logger.manager._clear_cache()
     return lines
 
 
@@ -281,12 +289,12 @@ def test_a_name_is_downloaded_once(server, folder, content, log, answer):
     state = torch.get_rng_state()
     first, second = nano(), nano()
     used = torch.get_rng_state()
-    load_pretrained(first, 'gfnet-nano')
+    first.load_pretrained('gfnet-nano')
     assert torch.equal(torch.get_rng_state(), used)
     assert not torch.equal(used, state)
     asked = list(server.requests)
     assert asked[0] == '/first/one'
-    load_pretrained(second, 'gfnet-nano')
+    second.load_pretrained('gfnet-nano')
     assert server.requests == asked
     assert digest(first) == digest(second)
     assert (folder / 'gfnet-nano.pth').read_bytes() == content
@@ -298,7 +306,7 @@ def test_a_name_is_downloaded_once(server, folder, content, log, answer):
 
 def test_the_file_is_readable_as_any_other(server, folder, content):
     server.answers['first'] = whole(content)
-    load_pretrained(nano(), 'gfnet-nano')
+    nano().load_pretrained('gfnet-nano')
     Path('other').touch()
     assert (folder / 'gfnet-nano.pth').stat().st_mode == Path('other').stat().st_mode
 
@@ -307,7 +315,7 @@ def test_the_file_is_readable_as_any_other(server, folder, content):
 def test_progress_is_drawn_on_terminals_only(server, content, monkeypatch, capsys, terminal):
     server.answers['first'] = whole(content)
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: terminal, raising=False)
-    load_pretrained(nano(), 'gfnet-nano')
+    nano().load_pretrained('gfnet-nano')
     drawn = capsys.readouterr().err
     assert ('100%' in drawn and 'gfnet-nano' in drawn) == terminal
     assert terminal or drawn == ''
@@ -316,7 +324,7 @@ def test_progress_is_drawn_on_terminals_only(server, content, monkeypatch, capsy
 @faults
 def test_the_second_address_stands_in(server, folder, content, log, fault, reason):
     server.answers = {'first': fault(content), 'second': whole(content)}
-    load_pretrained(nano(), 'gfnet-nano')
+    nano().load_pretrained('gfnet-nano')
     assert (folder / 'gfnet-nano.pth').read_bytes() == content
     assert re.search(rf'{server.address}/first/one: .*{reason}', '\n'.join(log), re.DOTALL)
     assert server.requests[-1] == '/second/two'
@@ -332,7 +340,7 @@ def test_nothing_is_kept_and_the_error_says_what_to_do(server, folder, content, 
     model = nano()
     before = digest(model)
     with pytest.raises(DownloadError) as e:
-        load_pretrained(model, 'gfnet-nano')
+        model.load_pretrained('gfnet-nano')
     text = str(e.value)
     assert re.search(rf'{server.address}/first/one: .*{reason}', text, re.DOTALL)
     assert f'{server.address}/second/two: HTTP Error 403' in text
@@ -345,7 +353,7 @@ def test_nothing_is_kept_and_the_error_says_what_to_do(server, folder, content, 
     assert not Path('executed').exists()
 
     server.answers['first'] = whole(content)
-    load_pretrained(model, 'gfnet-nano')
+    model.load_pretrained('gfnet-nano')
     assert digest(model) != before
 
 
@@ -355,7 +363,7 @@ def test_no_network(server, folder, monkeypatch):
         address = f'http://127.0.0.1:{closed.getsockname()[1]}/{{}}'
         monkeypatch.setattr(hub, 'ADDRESSES', (address, 'http://no-such-host.invalid/{}'))
         with pytest.raises(DownloadError, match=r'one: .*refused(.|\n)*invalid/two: .') as e:
-            load_pretrained(nano(), 'gfnet-nano')
+            nano().load_pretrained('gfnet-nano')
     assert str(folder / 'gfnet-nano.pth') in str(e.value)
 
 
@@ -364,7 +372,7 @@ def test_the_published_addresses_are_named(tmp_path, monkeypatch, name):
     """Behind a proxy that does not answer: nothing of this leaves the machine."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     with pytest.raises(DownloadError) as e:
-        load_pretrained(GFNet({'embed_dims': 8, 'depths': 1}, img_size=16), name)
+        GFNet({'embed_dims': 8, 'depths': 1}, img_size=16).load_pretrained(name)
     tsinghua, google = OFFICIAL_WEIGHTS[name]
     for part in (
         f'https://cloud.tsinghua.edu.cn/f/{tsinghua}/?dl=1: ',
@@ -390,10 +398,10 @@ def test_each_name_stands_for_its_own_size(tmp_path):
         # All elements of a tensor are the same one, so that the file is small.
         state = {key: torch.zeros(()).expand(value.shape) for key, value in state.items()}
         torch.save({'model': state}, tmp_path / name)
-        _check_official(name, tmp_path / name)
+        check_official(official_network, name, tmp_path / name)
         size, another = (n.removeprefix('gfnet-') for n in (name, other))
         with pytest.raises(CheckpointError, match=rf'holds {size} \(.* model is {another} \('):
-            _check_official(other, tmp_path / name)
+            check_official(official_network, other, tmp_path / name)
 
 
 # What happens on this side
@@ -409,7 +417,7 @@ def test_an_interrupted_download_leaves_nothing(server, folder, content, monkeyp
     with pytest.raises(KeyboardInterrupt):
         hub.fetch('gfnet-nano', interrupt)
     assert [path.name for path in folder.iterdir()] == ['gfnet-nano.pth.lock']
-    load_pretrained(nano(), 'gfnet-nano')
+    nano().load_pretrained('gfnet-nano')
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(server, folder, content, monkeypatch):
@@ -425,7 +433,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(server, folder, content, m
         synced.append(descriptor)
 
     monkeypatch.setattr(os, 'fsync', fsync)
-    load_pretrained(nano(), 'gfnet-nano')
+    nano().load_pretrained('gfnet-nano')
     assert len(synced) == 2
 
 
@@ -434,21 +442,21 @@ def test_a_full_disk_is_named_and_leaves_nothing(server, folder, content):
     folder.mkdir(parents=True)
     (folder / PARTIAL).symlink_to('/dev/full')
     with pytest.raises(OSError, match='No space left on device') as e:
-        load_pretrained(nano(), 'gfnet-nano')
+        nano().load_pretrained('gfnet-nano')
     assert str(folder / 'gfnet-nano.pth') in str(e.value)
     assert server.requests == ['/first/one']  # the other address would not help
     assert [path.name for path in folder.iterdir()] == ['gfnet-nano.pth.lock']
-    load_pretrained(nano(), 'gfnet-nano')
+    nano().load_pretrained('gfnet-nano')
 
 
 def test_a_file_put_there_by_hand_is_taken_as_it_is(server, folder, content):
     folder.mkdir(parents=True)
     (folder / 'gfnet-nano.pth').write_bytes(content[:-1000])
     with pytest.raises(CheckpointError, match='get the file again') as e:
-        load_pretrained(nano(), 'gfnet-nano')
+        nano().load_pretrained('gfnet-nano')
     assert str(folder / 'gfnet-nano.pth') in str(e.value)
     (folder / 'gfnet-nano.pth').write_bytes(content)
-    load_pretrained(nano(), 'gfnet-nano')
+    nano().load_pretrained('gfnet-nano')
     assert server.requests == []
 
 

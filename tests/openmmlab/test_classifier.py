@@ -12,8 +12,7 @@ from mmengine.runner.checkpoint import load_state_dict
 from mmengine.structures import BaseDataElement
 from torchvision.transforms import v2
 
-from gfnet_dense.models import GFNetPyramid
-from gfnet_dense.openmmlab import ClassificationPreprocessor, ImageClassifier
+from gfnet_dense.openmmlab import ClassificationPreprocessor, GFNetPyramid, ImageClassifier
 
 ISOTROPIC = dict(type='GFNet', arch=dict(embed_dims=16, depths=2), img_size=32, num_classes=5)
 PYRAMID = dict(

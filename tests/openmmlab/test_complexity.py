@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from gfnet_dense.models import GFNet, GFNetPyramid, GlobalFilter
-from gfnet_dense.openmmlab import count_macs, measure_complexity
+from gfnet_dense.models import GlobalFilter
+from gfnet_dense.openmmlab import GFNet, GFNetPyramid, count_macs, measure_complexity
 
 # Parameters and GMACs at 224 x 224, recomputed from the architecture.
 CLASSIFIERS = {

@@ -7,9 +7,8 @@ import pytest
 import torch
 from mmengine.registry import init_default_scope
 
-from gfnet_dense.models import GFNetPyramid
-from gfnet_dense.models.checkpoint import load_pretrained
 from gfnet_dense.models.hub import DownloadError
+from gfnet_dense.openmmlab import GFNetPyramid
 from gfnet_dense.serialization import CheckpointError
 
 NORM = dict(type='BN', requires_grad=True)
@@ -125,7 +124,7 @@ def test_the_official_logits_survive_a_segmentors_checkpoint(golden, relative_er
     torch.save(saved, tmp_path / 'iter_1.pth')
 
     classifier = GFNetPyramid(PYRAMID, img_size=64, num_classes=10).eval()
-    load_pretrained(classifier, tmp_path / 'iter_1.pth')
+    classifier.load_pretrained(tmp_path / 'iter_1.pth')
     # All but the head, which a segmentor has not.
     classifier.head.load_state_dict({k: state[f'head.{k}'] for k in ('weight', 'bias')})
     assert relative_error(classifier(numbers['input']), numbers['logits']) < 1e-5

@@ -3,7 +3,7 @@ import torch
 from mmengine.optim import build_optim_wrapper
 from torch import nn
 
-from gfnet_dense.models import GFNet, GFNetPyramid
+from gfnet_dense.openmmlab import GFNet, GFNetPyramid
 from gfnet_dense.openmmlab.layer_decay import layer_ids
 
 
@@ -20,12 +20,8 @@ def pyramid() -> Segmentor:
     return Segmentor(GFNetPyramid(arch, img_size=16))
 
 
-def names(model: nn.Module) -> list[str]:
-    return [name for name, _ in model.named_parameters()]
-
-
 def test_every_block_is_a_layer_by_default(pyramid):
-    layers = layer_ids(names(pyramid))
+    layers = layer_ids(pyramid)
     assert layers['backbone.pos_embed'] == layers['backbone.patch_embed.0.proj.weight'] == 0
     blocks = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (1, 3)]
     for layer, (stage, i) in enumerate(blocks, start=1):
@@ -39,7 +35,7 @@ def test_every_block_is_a_layer_by_default(pyramid):
 
 
 def test_blocks_are_divided_evenly(pyramid):
-    layers = layer_ids(names(pyramid), num_layers=3)
+    layers = layer_ids(pyramid, num_layers=3)
     of_blocks = [
         layers[f'backbone.blocks.{stage}.{i}.gamma']
         for stage, i in [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (1, 3)]
@@ -50,7 +46,7 @@ def test_blocks_are_divided_evenly(pyramid):
 
 def test_more_than_ten_stages_or_blocks_are_in_numerical_order():
     model = Segmentor(GFNet(dict(embed_dims=4, depths=12), img_size=32))
-    layers = layer_ids(names(model))
+    layers = layer_ids(model)
     assert [layers[f'backbone.blocks.{i}.norm1.weight'] for i in range(12)] == list(range(1, 13))
     assert layers['backbone.patch_embed.proj.weight'] == 0
 
@@ -100,7 +96,7 @@ def test_errors_name_the_value(pyramid, paramwise_cfg, message):
 
 def test_other_backbones_are_refused():
     with pytest.raises(ValueError, match='GFNet'):
-        layer_ids(names(Segmentor(nn.Linear(2, 2))))
+        layer_ids(Segmentor(nn.Linear(2, 2)))
 
 
 def test_without_paramwise_cfg_weight_decay_still_spares_norms(pyramid):

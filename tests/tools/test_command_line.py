@@ -19,8 +19,7 @@ from mmengine.config import Config
 from PIL import Image
 
 from gfnet_dense.demo import CLASSES, write_digits
-from gfnet_dense.models import GFNetPyramid
-from gfnet_dense.models.checkpoint import load_pretrained
+from gfnet_dense.openmmlab import GFNetPyramid
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / 'configs' / 'upernet_gfnet_nano_digits.py'
@@ -112,7 +111,7 @@ def test_training_says_what_it_does_and_saves(trained, digits):
 def test_a_segmentors_checkpoint_is_read_safely_into_a_backbone(trained):
     checkpoint = trained[0] / 'iter_4.pth'
     backbone = GFNetPyramid(ARCH, img_size=64)
-    load_pretrained(backbone, checkpoint)
+    backbone.load_pretrained(checkpoint)
     state = torch.load(checkpoint, weights_only=False)['state_dict']
     for key, value in backbone.state_dict().items():
         assert torch.equal(value, state[f'backbone.{key}']), key

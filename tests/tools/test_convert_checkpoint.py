@@ -15,8 +15,8 @@ import timm.models
 import torch
 from torch import Tensor, nn
 
-from gfnet_dense.models import GFNet, GFNetPyramid
-from gfnet_dense.models.checkpoint import load_pretrained, read_state_dict
+from gfnet_dense.models.checkpoint import read_state_dict
+from gfnet_dense.openmmlab import GFNet, GFNetPyramid
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'convert_checkpoint.py'
 PYRAMID = {'embed_dims': (4, 6, 8, 10), 'depths': (1, 2, 1, 1), 'layer_scale_init_value': 0.5}
@@ -94,7 +94,7 @@ def test_logits_stay_those_of_the_official_code(
     assert '10 classes' in said
 
     model = GOLDEN[kind](img_size=64, num_classes=10).eval()
-    load_pretrained(model, name)
+    model.load_pretrained(name)
     assert relative_error(model(numbers['input']), numbers['logits']) < 1e-5
     assert sorted(os.listdir()) == sorted([name, 'source.pth'])
 
