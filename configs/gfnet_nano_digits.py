@@ -1,7 +1,7 @@
 """A very small GFNet on handwritten digits: minutes on two CPU cores.
 
-It shows that an installation or a change works, and is what upernet_gfnet_nano_digits.py can start
-from. It says nothing about ImageNet.
+It shows that an installation or a change works. upernet_gfnet_nano_digits.py can start from its
+weights. It says nothing about ImageNet.
 """
 
 _base_ = [
@@ -13,7 +13,7 @@ _base_ = [
 ]
 
 model = dict(
-    data_preprocessor=dict(mixup=None),  # in a run this short it costs more than it brings
+    data_preprocessor=dict(mixup=None),  # so short a run loses more than it gains
     # The nano backbone replaces the one of the base as a whole.
     backbone=dict(_delete_=True, **_base_.nano_backbone, num_classes=10),
 )

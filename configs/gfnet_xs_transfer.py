@@ -3,7 +3,7 @@
     TRANSFER_ROOT=data/flowers TRANSFER_CLASSES=102 python tools/train.py gfnet_xs_transfer
 
 Learning rate, weight decay and epochs are those of the official command for CIFAR, Flowers-102 and
-Stanford Cars, 8 GPUs with 64 images each; all else is as on ImageNet.
+Stanford Cars, on 8 GPUs with 64 images each. Other values are those of ImageNet.
 """
 
 _base_ = [
@@ -19,7 +19,7 @@ num_classes = int('{{$TRANSFER_CLASSES:102}}')
 model = dict(
     backbone=dict(
         num_classes=num_classes,
-        # The official code finetunes in evaluation mode, where nothing is dropped.
+        # The official code finetunes in evaluation mode, which switches drop path off.
         drop_path_rate=0.0,
         init_cfg=dict(type='Pretrained', checkpoint='gfnet-xs'),
     ),

@@ -10,10 +10,10 @@ _base_ = [
 model = dict(
     backbone=dict(
         arch='h-b',
-        # Less than ImageNet training's 0.4, for a twenty-fifth of its epochs; as Swin-B on COCO.
+        # As Swin-B on COCO. ImageNet training has 0.4, for 25 times as many epochs.
         drop_path_rate=0.3,
         init_cfg=dict(type='Pretrained', checkpoint='gfnet-h-b'),
     ),
 )
-# As PVT and PoolFormer train Mask R-CNN: twice the rate of RetinaNet.
+# As in PVT and PoolFormer: twice the learning rate of RetinaNet.
 optim_wrapper = dict(optimizer=dict(lr=2e-4))

@@ -10,10 +10,10 @@ _base_ = [
 model = dict(
     backbone=dict(
         arch='h-s',
-        # That of its ImageNet training, and of Swin-T on COCO.
+        # As in its ImageNet training, and as Swin-T on COCO.
         drop_path_rate=0.2,
         init_cfg=dict(type='Pretrained', checkpoint='gfnet-h-s'),
     ),
 )
-# As PVT and PoolFormer train Mask R-CNN: twice the rate of RetinaNet.
+# As in PVT and PoolFormer: twice the learning rate of RetinaNet.
 optim_wrapper = dict(optimizer=dict(lr=2e-4))

@@ -10,11 +10,11 @@ _base_ = [
 model = dict(
     backbone=dict(
         arch='h-ti',
-        # That of its ImageNet training.
+        # As in its ImageNet training.
         drop_path_rate=0.1,
         init_cfg=dict(type='Pretrained', checkpoint='gfnet-h-ti'),
     ),
     neck=dict(in_channels=[64, 128, 256, 512]),
 )
-# As PVT and PoolFormer train Mask R-CNN: twice the rate of RetinaNet.
+# As in PVT and PoolFormer: twice the learning rate of RetinaNet.
 optim_wrapper = dict(optimizer=dict(lr=2e-4))

@@ -10,7 +10,7 @@ _base_ = [
 model = dict(
     backbone=dict(
         arch='h-s',
-        # That of its ImageNet training, and of Swin-T on COCO.
+        # As in its ImageNet training, and as Swin-T on COCO.
         drop_path_rate=0.2,
         init_cfg=dict(type='Pretrained', checkpoint='gfnet-h-s'),
     ),

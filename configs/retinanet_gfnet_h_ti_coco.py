@@ -10,7 +10,7 @@ _base_ = [
 model = dict(
     backbone=dict(
         arch='h-ti',
-        # That of its ImageNet training.
+        # As in its ImageNet training.
         drop_path_rate=0.1,
         init_cfg=dict(type='Pretrained', checkpoint='gfnet-h-ti'),
     ),

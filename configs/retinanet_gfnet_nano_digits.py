@@ -21,7 +21,7 @@ model = dict(
         in_channels=64,
         feat_channels=64,
         stacked_convs=2,
-        # Without norms the head learns so slowly that a run this short does not see its end.
+        # Without norms the head learns too slowly for so short a run.
         norm_cfg=dict(type='GN', num_groups=8),
         num_classes=10,
         anchor_generator=dict(octave_base_scale=2, strides=[8, 16, 32]),

@@ -15,8 +15,8 @@ model = dict(
     data_preprocessor=dict(size=(64, 64)),
     # The nano backbone replaces the one of the base as a whole.
     backbone=dict(_delete_=True, **_base_.nano_backbone),
-    # Without mmseg's init_cfg the classifiers start as torch makes them. mmseg makes them so small
-    # (standard deviation 0.01) that a run this short is spent on answering background.
+    # init_cfg=None initialises the classifiers as torch does. mmseg's initial weights are so small
+    # (standard deviation 0.01) that so short a run would only learn to predict background.
     decode_head=dict(in_channels=[32, 64, 128, 256], channels=64, num_classes=11, init_cfg=None),
     auxiliary_head=dict(in_channels=128, channels=64, num_classes=11, init_cfg=None),
 )

@@ -5,13 +5,13 @@ The training pipeline is the one that PVT, PoolFormer, Swin and ConvNeXt share: 
 distortion. Images are tested at a shorter side of 512.
 """
 
-# The folder with images/ and annotations/ in it: unpack ADEChallengeData2016.zip here, or name
-# the place in the environment.
+# The folder with images/ and annotations/, as in ADEChallengeData2016.zip. Unpack it here, or set
+# the environment variable.
 data_root = '{{$ADE20K_ROOT:data/ade/ADEChallengeData2016}}'
 crop_size = (512, 512)
 scale = (2048, 512)
 
-# Pillow refuses an image that is cut off, where OpenCV makes up the rest.
+# Pillow raises an error for a truncated image. OpenCV would invent the missing part.
 train_pipeline = [
     dict(type='LoadImageFromFile', imdecode_backend='pillow'),
     dict(type='LoadAnnotations'),
@@ -24,7 +24,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile', imdecode_backend='pillow'),
     dict(type='Resize', scale=scale, keep_ratio=True),
-    # After the image is resized: predictions are compared at the size of the original labels.
+    # Labels are loaded after the image is resized, so that they keep their original size.
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]
@@ -44,7 +44,7 @@ tta_pipeline = [
     ),
 ]
 
-# 8 GPUs with 2 images each: the batch of 16 that the schedules are made for.
+# With 8 GPUs, 2 images each give the batch of 16 that the schedules expect.
 train_dataloader = dict(
     batch_size=2,
     num_workers=4,

@@ -6,7 +6,7 @@ Pipelines, loaders and metric are mmdetection's: a shorter side of 800 and a lon
 
 _base_ = 'mmdet::_base_/datasets/coco_detection.py'
 
-# The folder with annotations/, train2017/ and val2017/ in it; or name the place in the environment.
+# The folder with annotations/, train2017/ and val2017/, unless the environment variable is set.
 data_root = '{{$COCO_ROOT:data/coco}}'
 
 train_dataloader = dict(dataset=dict(data_root=data_root))
@@ -15,7 +15,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=f'{data_root}/annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 
-# The scales and flips of mmdetection's own test-time augmentation of RetinaNet.
+# Scales and flips are those of mmdetection's test-time augmentation of RetinaNet.
 tta_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(

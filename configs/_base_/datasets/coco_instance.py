@@ -6,7 +6,7 @@ Pipelines, loaders and metric are mmdetection's: a shorter side of 800 and a lon
 
 _base_ = 'mmdet::_base_/datasets/coco_instance.py'
 
-# The folder with annotations/, train2017/ and val2017/ in it; or name the place in the environment.
+# The folder with annotations/, train2017/ and val2017/, unless the environment variable is set.
 data_root = '{{$COCO_ROOT:data/coco}}'
 
 train_dataloader = dict(dataset=dict(data_root=data_root))

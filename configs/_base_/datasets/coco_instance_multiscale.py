@@ -1,13 +1,13 @@
 """COCO 2017 with boxes and masks, trained at many scales.
 
-The augmentation of DETR and Sparse R-CNN that Swin, PVT v2, ConvNeXt and HorNet train 3x schedules
-with: a shorter side of 480 to 800 pixels, half of the images cropped before. Tests are at a
-shorter side of 800.
+Swin, PVT v2, ConvNeXt and HorNet use this augmentation of DETR and Sparse R-CNN for 3x schedules: a
+shorter side of 480 to 800 pixels, and half of the images cropped before. Evaluation uses a shorter
+side of 800.
 """
 
 _base_ = 'mmdet::_base_/datasets/coco_instance.py'
 
-# The folder with annotations/, train2017/ and val2017/ in it; or name the place in the environment.
+# The folder with annotations/, train2017/ and val2017/, unless the environment variable is set.
 data_root = '{{$COCO_ROOT:data/coco}}'
 
 resize = dict(

@@ -1,11 +1,11 @@
-"""Handwritten digits as a folder of images; `tools/make_digits.py --scans` writes it.
+"""Handwritten digits as an image folder; `tools/make_digits.py --scans` writes it.
 
-1,433 scans for training and 364 for validation, of 8x8 pixels, enlarged to 64.
+1,433 scans for training and 364 for validation, of 8x8 pixels, enlarged to 64x64.
 """
 
 data_root = '{{$DIGIT_SCANS_ROOT:data/digit_scans}}'
 
-# No flip: a mirrored digit is another one, or none.
+# No flip: a mirrored digit is another digit, or none.
 train_transform = dict(
     is_training=True,
     input_size=64,

@@ -12,12 +12,12 @@ metainfo = dict(
     ],
 )  # fmt: skip
 
-# Pillow refuses an image that is cut off, where OpenCV makes up the rest.
+# Pillow raises an error for a truncated image. OpenCV would invent the missing part.
 train_pipeline = [
     dict(type='LoadImageFromFile', imdecode_backend='pillow'),
     dict(type='LoadAnnotations'),
-    # No flip: a mirrored digit is another one, or none. No photometric distortion: the scenes
-    # vary in contrast as they are, and in a run this short it costs more than it brings.
+    # No flip: a mirrored digit is another digit, or none. No photometric distortion: the scenes
+    # vary in contrast already, and so short a run loses more than it gains.
     dict(type='PackSegInputs'),
 ]
 test_pipeline = [

@@ -1,14 +1,14 @@
 """ImageNet-1K: 1,281,167 training and 50,000 validation images, 1,000 classes.
 
-The folder has train/CLASS/*.JPEG and val/CLASS/*.JPEG in it. Images are augmented as the official
-code does, by timm. Evaluation resizes the shorter side to 256 and takes the middle 224. A file
-that is no image stops the run, with its name.
+The folder has train/CLASS/*.JPEG and val/CLASS/*.JPEG. timm augments the images as in the official
+code. Evaluation resizes the shorter side to 256 and crops the central 224. Training stops at a file
+that is not an image and names it.
 """
 
 data_root = '{{$IMAGENET_ROOT:data/imagenet}}'
 num_classes = 1000
 
-# RandAugment takes the place of colour jitter, which timm then leaves out.
+# timm applies RandAugment instead of colour jitter where both are set.
 train_transform = dict(
     is_training=True,
     input_size=224,
@@ -18,14 +18,14 @@ train_transform = dict(
 )
 test_transform = dict(input_size=224, crop_pct=0.875, interpolation='bicubic')
 
-# 8 GPUs with 128 images each, the batch of 1024 of the recipe.
+# With 8 GPUs, 128 images each give the recipe's batch of 1024.
 train_dataloader = dict(
     batch_size=128,
     num_workers=8,
     persistent_workers=True,
     pin_memory=True,
     drop_last=True,
-    # Off in the recipe: repeated augmentation is type='RepeatAugSampler'.
+    # The recipe has no repeated augmentation; type='RepeatAugSampler' switches it on.
     sampler=dict(type='DefaultSampler', shuffle=True),
     collate_fn=dict(type='default_collate'),
     dataset=dict(

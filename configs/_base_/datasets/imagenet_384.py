@@ -1,6 +1,7 @@
-"""ImageNet-1K at 384, 64 images in a batch: the shorter side to 438, of which the middle 384.
+"""ImageNet-1K at 384, 64 images in a batch.
 
-As in the official code that is the share of the image that is evaluated at 224.
+Evaluation resizes the shorter side to 438 and crops the central 384, the same fraction as at 224.
+The official code does this, too.
 """
 
 _base_ = './imagenet.py'

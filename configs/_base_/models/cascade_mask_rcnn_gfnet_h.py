@@ -1,9 +1,8 @@
 """Cascade Mask R-CNN on a hierarchical GFNet, for COCO.
 
-mmdetection's Cascade Mask R-CNN with another backbone, and with the box heads that Swin, PVT v2,
-ConvNeXt and HorNet compare themselves with: four convolutions and one linear layer, SyncBN, GIoU
-loss. Leaves name the size of the backbone, its drop path and weights and, where they differ from
-those of h-s and h-b, the channels.
+mmdetection's Cascade Mask R-CNN with another backbone, and with the box heads of Swin, PVT v2,
+ConvNeXt and HorNet: four convolutions and one linear layer, SyncBN, GIoU loss. Leaves set the size
+of the backbone, its drop path and weights and, unless they are those of h-s and h-b, the channels.
 """
 
 _base_ = 'mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py'
@@ -13,9 +12,8 @@ model = dict(
         _delete_=True,
         type='GFNetPyramid',
         arch='h-s',
-        # COCO images are all of different sizes: position embedding and filters stay on the grid
-        # of the pretraining and are resized to that of each batch, by the backbone's default,
-        # 'bilinear', as the authors run them.
+        # COCO images differ in size. Filters and position embedding stay at the pretraining size
+        # and are resized for each batch, 'bilinear' by default, as the authors do.
         img_size=224,
     ),
     neck=dict(in_channels=[96, 192, 384, 768]),

@@ -1,8 +1,8 @@
 """Semantic FPN on a hierarchical GFNet, for 512 crops of ADE20K.
 
 The head of the paper's table ("we follow PVT v1", issue 1 of the official repository): FPN of
-256 channels, FPNHead of 128. Leaves name the size of the backbone, its weights and, where they
-differ from those of h-s and h-b, the channels.
+256 channels, FPNHead of 128. Leaves set the size of the backbone, its weights and, unless they are
+those of h-s and h-b, the channels.
 """
 
 norm_cfg = dict(type='SyncBN', requires_grad=True)
@@ -20,8 +20,8 @@ model = dict(
     backbone=dict(
         type='GFNetPyramid',
         arch='h-s',
-        # Position embedding and filters live on the grid of the crops, as the parameter counts
-        # of the paper's table tell.
+        # Filters and position embedding have the size of the crops. The parameter counts of the
+        # paper's table imply this.
         img_size=512,
     ),
     neck=dict(type='FPN', in_channels=[96, 192, 384, 768], out_channels=256, num_outs=4),

@@ -1,8 +1,8 @@
 """UperNet on a hierarchical GFNet, for 512 crops of ADE20K.
 
 Heads as in Swin, ConvNeXt and HorNet: UPerHead of 512 channels, an FCN head on stage 3 with
-weight 0.4. Leaves name the size of the backbone, its weights and, where they differ from those
-of h-s and h-b, the channels.
+weight 0.4. Leaves set the size of the backbone, its weights and, unless they are those of h-s and
+h-b, the channels.
 """
 
 norm_cfg = dict(type='SyncBN', requires_grad=True)
@@ -20,7 +20,7 @@ model = dict(
     backbone=dict(
         type='GFNetPyramid',
         arch='h-s',
-        # Position embedding and filters live on the grid of the crops.
+        # Filters and position embedding have the size of the crops.
         img_size=512,
     ),
     decode_head=dict(
@@ -49,6 +49,6 @@ model = dict(
         loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=0.4),
     ),
     train_cfg=dict(),
-    # As Swin; ConvNeXt and HorNet slide a window of the crop's size instead.
+    # As in Swin. ConvNeXt and HorNet slide a window of the crop size.
     test_cfg=dict(mode='whole'),
 )

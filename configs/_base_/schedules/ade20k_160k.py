@@ -2,15 +2,15 @@
 
 As ConvNeXt and HorNet train UperNet: AdamW with learning rate 1e-4 and weight decay 0.05, linear
 warm-up over 1,500 iterations from 1e-6 of it, then linear (poly of power 1) to 0. The learning rate
-shrinks by 0.9 a layer over as many layers as theirs, but the layers here are even runs of blocks,
-theirs are stages. Not tuned for GFNet.
+decays by 0.9 per layer over as many layers as theirs. The layers here are runs of blocks of equal
+length; theirs follow the stages. Not tuned for GFNet.
 """
 
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
     constructor='LayerDecayOptimWrapperConstructor',
-    # Six layers as for ConvNeXt-T; leaves of deeper backbones have more.
+    # Six layers, as for ConvNeXt-T. Leaves with deeper backbones set more.
     paramwise_cfg=dict(decay_rate=0.9, num_layers=6),
 )
 param_scheduler = [

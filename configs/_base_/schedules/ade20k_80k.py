@@ -6,7 +6,8 @@ AdamW with learning rate 1e-4 (equally: 2e-4 at batch 32 for 40k), poly of power
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=1e-4),
-    # The same learning rate everywhere; weight decay spares what it does in all our configs.
+    # One learning rate for all layers. Norms, biases, LayerScale and position embedding have no
+    # weight decay, as in all our configs.
     constructor='LayerDecayOptimWrapperConstructor',
     paramwise_cfg=dict(decay_rate=1.0),
 )

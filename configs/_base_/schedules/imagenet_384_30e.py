@@ -1,7 +1,7 @@
 """30 epochs of finetuning at 384 with a constant learning rate, after the official command.
 
-5e-6 for 512 images, 8 GPUs with 64 each, after a warm-up over 5 epochs from 1e-6; the floor is
-5e-6, too, so that the cosine is flat. All but the values here is as in training at 224.
+The learning rate is 5e-6 for 512 images, 8 GPUs with 64 images each, after a warm-up over 5 epochs
+from 1e-6. The floor is 5e-6, too, so the cosine is flat. Other values are those of training at 224.
 """
 
 _base_ = './imagenet_300e.py'
