@@ -34,7 +34,7 @@ class Accuracy(BaseMetric):
         super().__init__(collect_device, prefix, collect_dir)
         self.topk = tuple(topk)
 
-    def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
+    def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
         """Keep for each image whether its `gt_label` is among the highest of `pred_score`."""
         scores = torch.stack([sample['pred_score'] for sample in data_samples]).cpu()
         labels = torch.tensor([sample['gt_label'] for sample in data_samples])

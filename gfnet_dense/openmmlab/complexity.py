@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -57,7 +58,7 @@ class Complexity:
         rows = [[unit, *kinds, 'total', 'parameters']]
         parts = dict.fromkeys([*self.parameters, *(part for part, _ in self.macs)])
         for part in (*parts, 'total'):
-            within = Counter()
+            within: Counter[str] = Counter()
             for (p, kind), n in self.macs.items():
                 within[kind] += n if part in (p, 'total') else 0
             figures = [*(within[kind] for kind in kinds), within.total()]
@@ -90,7 +91,8 @@ def measure_complexity(name: str | Path, shape: tuple[int, int] | None = None) -
     with torch.device('meta'):  # neither memory nor time
         if Path(name).suffix != '.py' and timm.is_model(str(name)):
             model = timm.create_model(str(name))
-            default = model.pretrained_cfg['input_size'][1:]
+            pretrained: Any = model.pretrained_cfg
+            default = tuple(pretrained['input_size'][1:])
         else:
             cfg = Config.fromfile(_find_config(name))
             with MODELS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
@@ -131,19 +133,20 @@ def count_macs(model: nn.Module, shape: tuple[int, int], name: str = 'model') ->
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     by_module = _count_by_module(model, torch.empty(1, channels, *shape, device='meta'))
     names = _Names(model)
-    macs, parameters = Counter(), Counter()
+    macs: Counter[tuple[str, str]] = Counter()
+    parameters: Counter[str] = Counter()
     for parameter, value in model.named_parameters():
         parameters[names.part(parameter)] += value.numel()
     for module, n in by_module.items():
         macs[names.part(module), names.kind(module)] += n
-    return Complexity(name, tuple(shape), +macs, parameters)
+    return Complexity(name, shape, +macs, parameters)
 
 
 def _count_by_module(model: nn.Module, images: Tensor) -> Counter[str]:
     """Count what each module computes itself, without the modules in it."""
     macs: Counter[str] = Counter()
 
-    def stand_in(name: str, module: nn.Module) -> None:
+    def stand_in(name: str, module: Any) -> None:
         def forward(x: Tensor) -> Tensor:
             macs[name] += module.macs(x.shape)
             return torch.empty_like(x)
@@ -174,6 +177,8 @@ def _count_by_module(model: nn.Module, images: Tensor) -> Counter[str]:
 
 class _Forward(nn.Module):
     """All that a model computes for an image, in one module, so that names begin with it."""
+
+    model: Any
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -208,7 +213,7 @@ class _Names:
     def __init__(self, model: nn.Module) -> None:
         modules = dict(model.named_modules())
         networks = [name for name, module in modules.items() if isinstance(module, GFNetBase)]
-        self._network = modules[networks[0]] if networks else None
+        self._network: Any = modules[networks[0]] if networks else None
         self._prefix = f'{networks[0]}.' if networks and networks[0] else ''
         self._kinds = {
             name: kind

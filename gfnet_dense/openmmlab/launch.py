@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -29,7 +30,7 @@ def train(
     compiled: bool = False,
     seed: int | None = None,
     launcher: str = 'none',
-    cfg_options: Mapping | None = None,
+    cfg_options: Mapping[str, Any] | None = None,
 ) -> Runner:
     """Train the model of a config.
 
@@ -131,7 +132,7 @@ def evaluate(
     show_dir: str | None = None,
     tta: bool = False,
     launcher: str = 'none',
-    cfg_options: Mapping | None = None,
+    cfg_options: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Evaluate a checkpoint on the test data of a config.
 
@@ -211,7 +212,7 @@ def _load(
     config: str | Path | Config,
     work_dir: str | None,
     launcher: str,
-    cfg_options: Mapping | None,
+    cfg_options: Mapping[str, Any] | None,
 ) -> Config:
     if isinstance(config, Config):
         cfg = copy.deepcopy(config)

@@ -32,6 +32,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         ValueError: If `paramwise_cfg` is not such a dict or does not fit the backbone.
     """
 
+    paramwise_cfg: dict[str, Any]
+
     def _validate_cfg(self) -> None:
         super()._validate_cfg()
         unknown = set(self.paramwise_cfg) - {'decay_rate', 'num_layers'}
@@ -51,12 +53,12 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 f'decay_rate must be within (0, 1], but got {self.paramwise_cfg["decay_rate"]}'
             )
 
-    def add_params(self, params: list[dict], module: nn.Module, **kwargs: Any) -> None:
+    def add_params(self, params: list[dict[str, Any]], module: nn.Module, **kwargs: Any) -> None:
         """Append the parameter groups of `module` to `params`."""
         named = dict(module.named_parameters())
         layers = layer_ids(module, self.paramwise_cfg['num_layers'])
         top = max(layers.values())
-        groups: dict[tuple[float, bool], dict] = {}
+        groups: dict[tuple[float, bool], dict[str, Any]] = {}
         for name, param in named.items():
             if not param.requires_grad:
                 continue
@@ -87,7 +89,7 @@ def layer_ids(model: nn.Module, num_layers: int | None = None) -> dict[str, int]
     Raises:
         ValueError: If there is no such backbone, or it has fewer blocks than `num_layers`.
     """
-    backbone = getattr(model, 'backbone', None)
+    backbone: Any = getattr(model, 'backbone', None)
     if not hasattr(backbone, 'get_layer_depth'):
         raise ValueError(
             'layer decay needs a backbone with get_layer_depth, such as GFNet, but got '

@@ -20,7 +20,7 @@ class RepeatAugSampler(timm.data.distributed_sampler.RepeatAugSampler):
         **kwargs: Arguments of timm's sampler, such as `num_repeats`, 3 by default.
     """
 
-    def __init__(self, dataset: Dataset, seed: int | None = None, **kwargs: Any) -> None:
+    def __init__(self, dataset: Dataset[Any], seed: int | None = None, **kwargs: Any) -> None:
         rank, world_size = get_dist_info()
         super().__init__(dataset, num_replicas=world_size, rank=rank, **kwargs)
         self.seed = sync_random_seed() if seed is None else seed
