@@ -1,4 +1,4 @@
-"""Image classification, for pretraining: the network, its loss, and what a batch goes through.
+"""Image classification, for pretraining: preprocessing, network and loss.
 
 The losses and the mixing of images are timm's; the hyperparameters stand in the configs.
 """
@@ -18,14 +18,14 @@ from torch import Tensor
 
 @MODELS.register_module()
 class ClassificationPreprocessor(ImgDataPreprocessor):
-    """Move a batch to the device and normalise it; in training also erase and mix.
+    """Move a batch to the device and normalise it; in training, also erase and mix.
 
     Args:
         num_classes: Number of classes.
         mixup: Arguments of :class:`timm.data.Mixup`, which makes soft targets of the labels;
-            None mixes nothing and leaves the labels as they are.
+            None for no mixing, which leaves labels as they are.
         random_erasing: Arguments of :class:`timm.data.random_erasing.RandomErasing`, which comes
-            before mixing, as in the official training; None erases nothing.
+            before mixing, as in the official training; None for no erasing.
         label_smoothing: Share of a soft target that is spread over all classes.
         **kwargs: `mean` and `std` of the pixels, 0 to 255, and the other arguments of
             :class:`mmengine.model.ImgDataPreprocessor`.

@@ -1,4 +1,4 @@
-"""What a model costs: multiply-accumulates (MACs) for an image, and parameters, part by part."""
+"""Multiply-accumulates (MACs) and parameters of a model, part by part."""
 
 import copy
 import dataclasses
@@ -20,17 +20,17 @@ from gfnet_dense.models.global_filter import GlobalFilter
 
 from .launch import find_config
 
-# The box heads see that many proposals of an image, the mask heads that many boxes: what
-# mmdetection 2 counted, and with it published numbers of two-stage detectors.
+# Proposals for the box heads and boxes for the mask heads, per image. mmdetection 2 counted with
+# these numbers and this image size, and so do published numbers of two-stage detectors.
 PROPOSALS, MASKS = 1000, 100
-DETECTION_SHAPE = 800, 1280  # of those numbers, too
+DETECTION_SHAPE = 800, 1280
 
 CONVENTION = f"""\
-One MAC is one multiplication with its addition, in convolutions and matrix products. A global
-filter of N = H W cells has, by its authors' convention, 2 N ceil(log2(N)) of them a channel for its
-transforms, and 4 H (W // 2 + 1) for the product of spectra, whatever computes it. RoI heads are
-counted at {PROPOSALS} proposals and {MASKS} masks. Not counted: norms, activations, LayerScale,
-pooling, resizing, RoIAlign, NMS, and what acts in training only."""
+One MAC is one multiplication with its addition, in convolutions and matrix products. For a global
+filter of N = H W cells the authors count, per channel, 2 N ceil(log2(N)) MACs for the transforms
+and 4 H (W // 2 + 1) for the product of spectra; the backend does not matter. RoI heads are counted
+at {PROPOSALS} proposals and {MASKS} masks. Not counted: norms, activations, LayerScale, pooling,
+resizing, RoIAlign, NMS, and parts that act in training only."""
 
 KINDS = ('patch embedding', 'filters', 'MLPs')
 _KINDS = {PatchEmbed: KINDS[0], GlobalFilter: KINDS[1], Mlp: KINDS[2]}
@@ -38,7 +38,7 @@ _KINDS = {PatchEmbed: KINDS[0], GlobalFilter: KINDS[1], Mlp: KINDS[2]}
 
 @dataclasses.dataclass(frozen=True)
 class Complexity:
-    """What a model costs; as a string a table.
+    """MACs and parameters of a model; `str()` makes a table of them.
 
     Attributes:
         name: Name of the model.
@@ -88,7 +88,7 @@ def measure_complexity(name: str | Path, shape: tuple[int, int] | None = None) -
         FileNotFoundError: If there is neither such a config nor such a model.
         ValueError: If `shape` is not positive.
     """
-    with torch.device('meta'):  # neither memory nor time
+    with torch.device('meta'):  # takes neither memory nor time
         if Path(name).suffix != '.py' and timm.is_model(str(name)):
             model = timm.create_model(str(name))
             pretrained: Any = model.pretrained_cfg
@@ -115,12 +115,12 @@ def _find_config(name: str | Path) -> Path:
 def count_macs(model: nn.Module, shape: tuple[int, int], name: str = 'model') -> Complexity:
     """Count MACs and parameters of a model that is built already.
 
-    A layer that operators do not tell the cost of, as a global filter, tells it itself by a method
-    `macs(shape)` of the shape of what it takes.
+    A layer whose cost its operators do not show, such as a global filter, has a method
+    `macs(shape)` that counts them for an input of that shape.
 
     Args:
         model: A classifier, segmentor or detector, or any module that takes a batch of images.
-            It stays as it is.
+            It is not changed.
         shape: Height and width of the image in pixels.
         name: What to call it.
 
@@ -143,7 +143,7 @@ def count_macs(model: nn.Module, shape: tuple[int, int], name: str = 'model') ->
 
 
 def _count_by_module(model: nn.Module, images: Tensor) -> Counter[str]:
-    """Count what each module computes itself, without the modules in it."""
+    """Count the MACs of each module without those of the modules in it."""
     macs: Counter[str] = Counter()
 
     def stand_in(name: str, module: Any) -> None:
@@ -176,7 +176,7 @@ def _count_by_module(model: nn.Module, images: Tensor) -> Counter[str]:
 
 
 class _Forward(nn.Module):
-    """All that a model computes for an image, in one module, so that names begin with it."""
+    """A module around the model that runs everything the model computes for an image."""
 
     model: Any
 
@@ -193,7 +193,7 @@ class _Forward(nn.Module):
             self.model(images)
 
     def _detect(self, images: Tensor) -> None:
-        """Run a two-stage detector, with any boxes, since what it would find is not known."""
+        """Run a two-stage detector on boxes of no meaning: only their number counts."""
         self.model.rpn_head(self.model.extract_feat(images))
         roi_head = self.model.roi_head
         for kind, boxes in (('bbox', PROPOSALS), ('mask', MASKS)):

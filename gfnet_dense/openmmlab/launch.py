@@ -1,4 +1,4 @@
-"""From a config to a run: what the command line tools call."""
+"""Training and evaluation from a config; the command line tools call these functions."""
 
 import copy
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ def train(
         work_dir: Folder for checkpoints and logs; by default that of the config, else
             `work_dirs/NAME_OF_CONFIG`.
         resume: `'auto'` continues from the latest checkpoint of `work_dir`, a path from that
-            checkpoint; None starts anew.
+            checkpoint; None starts a new run.
         amp: `'float16'` or `'bfloat16'` for automatic mixed precision.
         auto_scale_lr: Scale the learning rate by the total batch over the batch it is made for,
             the `auto_scale_lr` of the config.
