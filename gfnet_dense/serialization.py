@@ -123,7 +123,7 @@ def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
 
 def plain_types() -> AbstractContextManager[None]:
     """Allow `torch.load(weights_only=True)` the types of :data:`PLAIN_TYPES`, and nothing else."""
-    types = [(value, name) for name, value in PLAIN_TYPES.items()]
+    types: list[Any] = [(value, name) for name, value in PLAIN_TYPES.items()]
     context: AbstractContextManager[None] = torch.serialization.safe_globals(types)
     return context
 
@@ -147,7 +147,7 @@ def _full_name(value: Any) -> str:
 
 
 HISTORY = 'mmengine.logging.history_buffer.HistoryBuffer'
-_rebuild, _scalar = np._core.multiarray._reconstruct, np._core.multiarray.scalar
+_multiarray: Any = np._core.multiarray  # type: ignore[attr-defined]
 
 # Types and functions that a file may hold beside what torch allows by itself, by their name in
 # files: the arguments in official files, and the logs, of numpy numbers, in those of mmengine.
@@ -158,10 +158,10 @@ PLAIN_TYPES: dict[str, Any] = {
     'builtins.getattr': _history_method,
     'numpy.ndarray': np.ndarray,
     'numpy.dtype': np.dtype,
-    'numpy._core.multiarray._reconstruct': _rebuild,
-    'numpy._core.multiarray.scalar': _scalar,
+    'numpy._core.multiarray._reconstruct': _multiarray._reconstruct,
+    'numpy._core.multiarray.scalar': _multiarray.scalar,
     # as numpy 1 named them
-    'numpy.core.multiarray._reconstruct': _rebuild,
-    'numpy.core.multiarray.scalar': _scalar,
+    'numpy.core.multiarray._reconstruct': _multiarray._reconstruct,
+    'numpy.core.multiarray.scalar': _multiarray.scalar,
     **{_full_name(kind): kind for kind in (type(np.dtype(code)) for code in '?bhilqBHILQefd')},
 }

@@ -17,7 +17,7 @@ import itertools
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -246,6 +246,7 @@ class GFNetBase(nn.Module):
     patch_embed: nn.Module
     blocks: nn.ModuleList
     feature_info: list[dict[str, Any]]
+    global_pool: Any  # of timm
     loaded_from: str | None = None  # the file that load_pretrained has loaded
 
     def __init__(
@@ -279,7 +280,7 @@ class GFNetBase(nn.Module):
         self.num_features = spec.embed_dims[-1]
         self.grad_checkpointing = False
 
-        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(spec.depths)))
+        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(spec.depths)))
 
         def make_block(dim: int, grid: Grid) -> Block:
             return Block(
@@ -325,8 +326,9 @@ class GFNetBase(nn.Module):
     def _forward_block(self, block: nn.Module, x: Tensor) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
             y: Tensor = checkpoint(block, x, use_reentrant=False)
-            return y
-        return block(x)  # type: ignore[no-any-return]
+        else:
+            y = block(x)
+        return y
 
     def _to_maps(self, images: Tensor) -> Tensor:
         """Check images `(B, C, H, W)` and return them as maps `(B, H, W, C)`."""
@@ -346,7 +348,8 @@ class GFNetBase(nn.Module):
         x = self._to_maps(x)
         for level in range(len(self.blocks)):
             x = self._forward_level(x, level)
-        return self.norm(x)  # type: ignore[no-any-return]
+        y: Tensor = self.norm(x)
+        return y
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify a map of :meth:`forward_features`, or only pool it (`pre_logits`)."""
@@ -356,7 +359,7 @@ class GFNetBase(nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = 'NCHW',
@@ -399,7 +402,7 @@ class GFNetBase(nn.Module):
 
     def prune_intermediate_layers(
         self,
-        indices: int | Sequence[int] = 1,
+        indices: int | list[int] = 1,
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
@@ -624,6 +627,7 @@ class GFNetPyramid(GFNetBase):
     architectures = HIERARCHICAL
     default_patch_size = 4
     hierarchical = True
+    patch_embed: nn.ModuleList
 
     def _build(self, spec: Architecture, make_block: MakeBlock) -> None:
         self.patch_embed = nn.ModuleList()
@@ -639,10 +643,11 @@ class GFNetPyramid(GFNetBase):
             in_chans, patch_size, reduction = dim, _DOWNSAMPLING, reduction * _DOWNSAMPLING
 
     def _forward_level(self, x: Tensor, level: int) -> Tensor:
-        x = self.patch_embed[level](x)  # type: ignore[index]
+        x = self.patch_embed[level](x)
         if level == 0:
             x = _add_position(x, self.pos_embed, self.grid)
-        for block in self.blocks[level]:  # type: ignore[union-attr]
+        stage: Any = self.blocks[level]
+        for block in stage:
             x = self._forward_block(block, x)
         return x
 

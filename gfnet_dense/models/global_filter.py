@@ -2,30 +2,33 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from gfnet_dense.spectral import BACKENDS, RESIZE_METHODS, global_filter, resize_spectrum
+from gfnet_dense.spectral import BACKENDS, RESIZE_METHODS, Grid, global_filter, resize_spectrum
 from gfnet_dense.spectral.blockwise import is_capturing
 
-# Resized spectra kept in evaluation. One of a large grid takes more memory than the parameter, so
-# few: they serve runs over images of one or two sizes.
-_MAX_KEPT = 2
+# How many resized spectra a layer caches in evaluation. A spectrum of a large grid takes more
+# memory than the parameter, so the cache serves runs over images of one or two sizes.
+_MAX_CACHED = 2
+
+_Cache = tuple[Tensor | None, dict[tuple[Grid, str], Tensor]]
 
 
-@register_notrace_module  # one node in graphs of torch.fx: what it does depends on the size
+@register_notrace_module  # one node in graphs of torch.fx, because its work depends on the size
 class GlobalFilter(nn.Module):
     """Learned filter in the frequency domain for maps of any size.
 
     The spectrum lives on the grid it was made for and is resized in forward whenever the map has
-    another one. In evaluation resized spectra are kept, a few grids of them, for as long as the
-    parameter holds the very values that they were made from.
+    another grid. In evaluation the layer caches the resized spectra of the last grids for as long
+    as the parameter holds the values that they were made from.
 
     Args:
         dim: Number of channels C.
-        grid: Size `(h, w)` in cells of the maps that the spectrum is made for.
+        grid: Size `(h, w)`, in cells, of the maps that the spectrum is made for.
         resize: How the spectrum reaches another grid, see
             :func:`gfnet_dense.spectral.resize_spectrum`.
         backend: How the operator is computed, see :func:`gfnet_dense.spectral.global_filter`.
@@ -37,6 +40,8 @@ class GlobalFilter(nn.Module):
     Raises:
         ValueError: If `dim` or `grid` is not positive, or `resize` or `backend` is unknown.
     """
+
+    _cache: _Cache
 
     def __init__(
         self,
@@ -70,53 +75,55 @@ class GlobalFilter(nn.Module):
         """
         if self.backend == 'fused' and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return global_filter(x, self.spectrum(x.shape[1:3]), self.backend)
+        _, height, width, _ = x.shape
+        return global_filter(x, self.spectrum((height, width)), self.backend)
 
     def spectrum(self, size: tuple[int, int]) -> Tensor:
         """Return the spectrum for maps of `size` `(H, W)`, of shape `(H, W // 2 + 1, C, 2)`."""
-        size = (int(size[0]), int(size[1]))
+        height, width = size
+        grid = int(height), int(width)
         weight = self.complex_weight
-        if size == self.grid:
+        if grid == self.grid:
             return weight
         learning = torch.is_grad_enabled() and weight.requires_grad
-        # A graph that is being captured can neither look at values nor hold what is kept here;
-        # transforms of torch.func put tensors of their own in place of the parameter.
+        # A graph that is being captured can neither compare values nor hold cached tensors;
+        # transforms of torch.func replace the parameter by tensors of their own.
         ordinary = isinstance(weight, nn.Parameter) and not _is_in_cuda_graph(weight)
         if self.training or learning or is_capturing() or not ordinary:
-            return resize_spectrum(weight, self.grid, size, self.resize)
-        return self._kept_spectrum(size)
+            return resize_spectrum(weight, self.grid, grid, self.resize)
+        return self._cached_spectrum(grid)
 
-    # What is kept serves later forwards too, so it is an ordinary tensor in inference mode as well.
+    # Later forwards may need gradients, so cached tensors are no inference tensors.
     @torch.inference_mode(False)
-    def _kept_spectrum(self, size: tuple[int, int]) -> Tensor:
+    def _cached_spectrum(self, grid: Grid) -> Tensor:
         weight = self.complex_weight
-        # Values are compared because nothing less is safe: an edit through `.data`, as EMA does,
-        # leaves version counter and address as they were. On a CPU that costs less than the
-        # resize; on a GPU it waits for the device.
-        source, kept = self._kept
+        # Only comparing values is safe: an edit through `.data`, as EMA does, leaves version
+        # counter and address unchanged. On a CPU comparing costs less than resizing; on a GPU it
+        # waits for the device.
+        source, cached = self._cache
         if (
             source is None
             or source.dtype != weight.dtype
             or source.device != weight.device
             or not torch.equal(source, weight)
         ):
-            source, kept = self._kept = weight.detach().clone(), {}
-        resized = kept.get((size, self.resize))
+            source, cached = self._cache = weight.detach().clone(), {}
+        resized = cached.get((grid, self.resize))
         if resized is None:
-            resized = resize_spectrum(source, self.grid, size, self.resize)
-            # Replaced, never changed: other threads may be reading it.
-            latest = [*kept.items(), ((size, self.resize), resized)][-_MAX_KEPT:]
-            self._kept = source, dict(latest)
+            resized = resize_spectrum(source, self.grid, grid, self.resize)
+            # The dict is replaced and never changed, because other threads may be reading it.
+            latest = [*cached.items(), ((grid, self.resize), resized)][-_MAX_CACHED:]
+            self._cache = source, dict(latest)
         return resized
 
     def _clear_cache(self) -> None:
-        self._kept: tuple[Tensor | None, dict[tuple, Tensor]] = None, {}
+        self._cache = None, {}
 
     def macs(self, shape: Sequence[int]) -> int:
         """Count the multiply-accumulates of a forward as the authors do, whatever the backend.
 
-        Each of the two transforms of N cells has `N * C * ceil(log2(N))` of them (issues 3, 12 and
-        15 of the official repository), each complex product 4.
+        A transform of N cells counts `N * C * ceil(log2(N))` (issues 3, 12 and 15 of the official
+        repository) and there are two; a complex product counts 4.
 
         Args:
             shape: The shape `(B, H, W, C)` of the map.
@@ -128,17 +135,17 @@ class GlobalFilter(nn.Module):
         return batch * channels * (transforms + products)
 
     def train(self, mode: bool = True) -> 'GlobalFilter':
-        """Set the mode, as every module does; kept spectra are dropped."""
+        """Set the mode, as every module does, and clear the cache."""
         self._clear_cache()
         return super().train(mode)
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> 'GlobalFilter':
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'GlobalFilter':
         self._clear_cache()
         return super()._apply(fn, recurse)
 
-    def __getstate__(self) -> dict:
-        # Copies and pickles carry the parameter, not what can be made from it.
-        return {**self.__dict__, '_kept': (None, {})}
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles leave out the cache.
+        return {**self.__dict__, '_cache': (None, {})}
 
     def extra_repr(self) -> str:
         """Say what the layer is made for."""

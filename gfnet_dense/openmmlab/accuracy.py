@@ -1,4 +1,4 @@
-"""Accuracy of a classifier."""
+"""Top-k accuracy of a classifier."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,12 +11,13 @@ from timm.utils import accuracy
 
 @METRICS.register_module()
 class Accuracy(BaseMetric):
-    """Share of images, in %, whose class is among the k highest scores: `accuracy/topK`.
+    """Top-k accuracy in %: the share of images whose class is among the k highest scores.
 
-    Every image counts once, whatever the batches and however many processes there are.
+    The results are called `accuracy/top1` and so on. Every image counts once, for any batch size
+    and any number of processes.
 
     Args:
-        topk: The values of k; one above the number of classes counts as that number.
+        topk: The values of k; a k above the number of classes counts as that number.
         collect_device: See :class:`mmengine.evaluator.BaseMetric`.
         prefix: See :class:`mmengine.evaluator.BaseMetric`.
         collect_dir: See :class:`mmengine.evaluator.BaseMetric`.
@@ -34,7 +35,7 @@ class Accuracy(BaseMetric):
         super().__init__(collect_device, prefix, collect_dir)
         self.topk = tuple(topk)
 
-    def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
+    def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
         """Keep for each image whether its `gt_label` is among the highest of `pred_score`."""
         scores = torch.stack([sample['pred_score'] for sample in data_samples]).cpu()
         labels = torch.tensor([sample['gt_label'] for sample in data_samples])

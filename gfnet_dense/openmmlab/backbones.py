@@ -55,7 +55,7 @@ class BackboneMixin(GFNetBase, BaseModule):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
-        init_cfg: dict | list[dict] | None = None,
+        init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
     ) -> None:
         if in_channels < 1:
             raise ValueError(f'in_channels must be positive, but got {in_channels}')
@@ -79,7 +79,7 @@ class BackboneMixin(GFNetBase, BaseModule):
         self.norm_eval = norm_eval
         self.set_grad_checkpointing(with_cp)
         if not num_classes:
-            self.prune_intermediate_layers(self.out_indices, prune_norm=True)
+            self.prune_intermediate_layers([*self.out_indices], prune_norm=True)
             for i in self.out_indices:
                 self.add_module(f'norm{i}', LayerNorm(self.feature_info[i]['num_chs']))
         self._freeze()
@@ -121,7 +121,7 @@ class BackboneMixin(GFNetBase, BaseModule):
         if self.num_classes:
             return super().forward(x)
         maps = self.forward_intermediates(
-            x, self.out_indices, output_fmt='NHWC', intermediates_only=True
+            x, [*self.out_indices], output_fmt='NHWC', intermediates_only=True
         )
         return tuple(
             # Operators of mmcv such as RoIAlign read any other memory format as this one.
@@ -144,7 +144,7 @@ class BackboneMixin(GFNetBase, BaseModule):
         level = self._output_level(name)
         if level is not None:
             return level if self.hierarchical else 0
-        return super().get_stage(name)
+        return super().get_stage(name)  # type: ignore[safe-super]
 
     def init_weights(self) -> None:
         """Load what `init_cfg` names; without it the initialisation of the constructor stays.

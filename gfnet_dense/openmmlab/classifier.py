@@ -1,4 +1,4 @@
-"""Image classification, for pretraining: the network, its loss, and what a batch goes through.
+"""Image classification, for pretraining: preprocessing, network and loss.
 
 The losses and the mixing of images are timm's; the hyperparameters stand in the configs.
 """
@@ -18,14 +18,14 @@ from torch import Tensor
 
 @MODELS.register_module()
 class ClassificationPreprocessor(ImgDataPreprocessor):
-    """Move a batch to the device and normalise it; in training also erase and mix.
+    """Move a batch to the device and normalise it; in training, also erase and mix.
 
     Args:
         num_classes: Number of classes.
         mixup: Arguments of :class:`timm.data.Mixup`, which makes soft targets of the labels;
-            None mixes nothing and leaves the labels as they are.
+            None for no mixing, which leaves labels as they are.
         random_erasing: Arguments of :class:`timm.data.random_erasing.RandomErasing`, which comes
-            before mixing, as in the official training; None erases nothing.
+            before mixing, as in the official training; None for no erasing.
         label_smoothing: Share of a soft target that is spread over all classes.
         **kwargs: `mean` and `std` of the pixels, 0 to 255, and the other arguments of
             :class:`mmengine.model.ImgDataPreprocessor`.
@@ -48,7 +48,7 @@ class ClassificationPreprocessor(ImgDataPreprocessor):
         if random_erasing is not None:
             self.random_erasing = RandomErasing(**random_erasing)
 
-    def forward(self, data: dict, training: bool = False) -> dict:
+    def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
         """Process a batch.
 
         Args:
@@ -114,7 +114,7 @@ class ImageClassifier(BaseModel):
         backbone: Mapping[str, Any],
         data_preprocessor: Mapping[str, Any],
         label_smoothing: float = 0.1,
-        init_cfg: dict | list[dict] | None = None,
+        init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
     ) -> None:
         network = MODELS.build(backbone)
         if not getattr(network, 'num_classes', 0):
@@ -153,10 +153,9 @@ class ImageClassifier(BaseModel):
         if mode == 'tensor':
             return logits
         if mode == 'loss':
-            if targets.is_floating_point():
-                criterion = SoftTargetCrossEntropy()
-            else:
-                criterion = LabelSmoothingCrossEntropy(self.label_smoothing)
+            soft = targets is not None and targets.is_floating_point()
+            smoothing = LabelSmoothingCrossEntropy(self.label_smoothing)
+            criterion = SoftTargetCrossEntropy() if soft else smoothing
             return dict(loss=criterion(logits.float(), targets))
         if mode == 'predict':
             return self._add_predictions(logits, data_samples)
@@ -175,7 +174,7 @@ class ImageClassifier(BaseModel):
             sample.pred_label = label
         return data_samples
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take the weights of the network alone, too: official files, and those of timm models."""
         if not prefix and isinstance(state_dict.get('model'), Mapping):
             weights = state_dict['model']

@@ -1,9 +1,10 @@
-"""What a model costs: multiply-accumulates (MACs) for an image, and parameters, part by part."""
+"""Multiply-accumulates (MACs) and parameters of a model, part by part."""
 
 import copy
 import dataclasses
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -19,17 +20,17 @@ from gfnet_dense.models.global_filter import GlobalFilter
 
 from .launch import find_config
 
-# The box heads see that many proposals of an image, the mask heads that many boxes: what
-# mmdetection 2 counted, and with it published numbers of two-stage detectors.
+# Proposals for the box heads and boxes for the mask heads, per image. mmdetection 2 counted with
+# these numbers and this image size, and so do published numbers of two-stage detectors.
 PROPOSALS, MASKS = 1000, 100
-DETECTION_SHAPE = 800, 1280  # of those numbers, too
+DETECTION_SHAPE = 800, 1280
 
 CONVENTION = f"""\
-One MAC is one multiplication with its addition, in convolutions and matrix products. A global
-filter of N = H W cells has, by its authors' convention, 2 N ceil(log2(N)) of them a channel for its
-transforms, and 4 H (W // 2 + 1) for the product of spectra, whatever computes it. RoI heads are
-counted at {PROPOSALS} proposals and {MASKS} masks. Not counted: norms, activations, LayerScale,
-pooling, resizing, RoIAlign, NMS, and what acts in training only."""
+One MAC is one multiplication with its addition, in convolutions and matrix products. For a global
+filter of N = H W cells the authors count, per channel, 2 N ceil(log2(N)) MACs for the transforms
+and 4 H (W // 2 + 1) for the product of spectra; the backend does not matter. RoI heads are counted
+at {PROPOSALS} proposals and {MASKS} masks. Not counted: norms, activations, LayerScale, pooling,
+resizing, RoIAlign, NMS, and parts that act in training only."""
 
 KINDS = ('patch embedding', 'filters', 'MLPs')
 _KINDS = {PatchEmbed: KINDS[0], GlobalFilter: KINDS[1], Mlp: KINDS[2]}
@@ -37,7 +38,7 @@ _KINDS = {PatchEmbed: KINDS[0], GlobalFilter: KINDS[1], Mlp: KINDS[2]}
 
 @dataclasses.dataclass(frozen=True)
 class Complexity:
-    """What a model costs; as a string a table.
+    """MACs and parameters of a model; `str()` makes a table of them.
 
     Attributes:
         name: Name of the model.
@@ -57,7 +58,7 @@ class Complexity:
         rows = [[unit, *kinds, 'total', 'parameters']]
         parts = dict.fromkeys([*self.parameters, *(part for part, _ in self.macs)])
         for part in (*parts, 'total'):
-            within = Counter()
+            within: Counter[str] = Counter()
             for (p, kind), n in self.macs.items():
                 within[kind] += n if part in (p, 'total') else 0
             figures = [*(within[kind] for kind in kinds), within.total()]
@@ -87,10 +88,11 @@ def measure_complexity(name: str | Path, shape: tuple[int, int] | None = None) -
         FileNotFoundError: If there is neither such a config nor such a model.
         ValueError: If `shape` is not positive.
     """
-    with torch.device('meta'):  # neither memory nor time
+    with torch.device('meta'):  # takes neither memory nor time
         if Path(name).suffix != '.py' and timm.is_model(str(name)):
             model = timm.create_model(str(name))
-            default = model.pretrained_cfg['input_size'][1:]
+            pretrained: Any = model.pretrained_cfg
+            default = tuple(pretrained['input_size'][1:])
         else:
             cfg = Config.fromfile(_find_config(name))
             with MODELS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
@@ -113,12 +115,12 @@ def _find_config(name: str | Path) -> Path:
 def count_macs(model: nn.Module, shape: tuple[int, int], name: str = 'model') -> Complexity:
     """Count MACs and parameters of a model that is built already.
 
-    A layer that operators do not tell the cost of, as a global filter, tells it itself by a method
-    `macs(shape)` of the shape of what it takes.
+    A layer whose cost its operators do not show, such as a global filter, has a method
+    `macs(shape)` that counts them for an input of that shape.
 
     Args:
         model: A classifier, segmentor or detector, or any module that takes a batch of images.
-            It stays as it is.
+            It is not changed.
         shape: Height and width of the image in pixels.
         name: What to call it.
 
@@ -131,19 +133,20 @@ def count_macs(model: nn.Module, shape: tuple[int, int], name: str = 'model') ->
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     by_module = _count_by_module(model, torch.empty(1, channels, *shape, device='meta'))
     names = _Names(model)
-    macs, parameters = Counter(), Counter()
+    macs: Counter[tuple[str, str]] = Counter()
+    parameters: Counter[str] = Counter()
     for parameter, value in model.named_parameters():
         parameters[names.part(parameter)] += value.numel()
     for module, n in by_module.items():
         macs[names.part(module), names.kind(module)] += n
-    return Complexity(name, tuple(shape), +macs, parameters)
+    return Complexity(name, shape, +macs, parameters)
 
 
 def _count_by_module(model: nn.Module, images: Tensor) -> Counter[str]:
-    """Count what each module computes itself, without the modules in it."""
+    """Count the MACs of each module without those of the modules in it."""
     macs: Counter[str] = Counter()
 
-    def stand_in(name: str, module: nn.Module) -> None:
+    def stand_in(name: str, module: Any) -> None:
         def forward(x: Tensor) -> Tensor:
             macs[name] += module.macs(x.shape)
             return torch.empty_like(x)
@@ -173,7 +176,9 @@ def _count_by_module(model: nn.Module, images: Tensor) -> Counter[str]:
 
 
 class _Forward(nn.Module):
-    """All that a model computes for an image, in one module, so that names begin with it."""
+    """A module around the model that runs everything the model computes for an image."""
+
+    model: Any
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -188,7 +193,7 @@ class _Forward(nn.Module):
             self.model(images)
 
     def _detect(self, images: Tensor) -> None:
-        """Run a two-stage detector, with any boxes, since what it would find is not known."""
+        """Run a two-stage detector on boxes of no meaning: only their number counts."""
         self.model.rpn_head(self.model.extract_feat(images))
         roi_head = self.model.roi_head
         for kind, boxes in (('bbox', PROPOSALS), ('mask', MASKS)):
@@ -208,7 +213,7 @@ class _Names:
     def __init__(self, model: nn.Module) -> None:
         modules = dict(model.named_modules())
         networks = [name for name, module in modules.items() if isinstance(module, GFNetBase)]
-        self._network = modules[networks[0]] if networks else None
+        self._network: Any = modules[networks[0]] if networks else None
         self._prefix = f'{networks[0]}.' if networks and networks[0] else ''
         self._kinds = {
             name: kind

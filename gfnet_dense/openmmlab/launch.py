@@ -1,8 +1,9 @@
-"""From a config to a run: what the command line tools call."""
+"""Training and evaluation from a config; the command line tools call these functions."""
 
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -29,7 +30,7 @@ def train(
     compiled: bool = False,
     seed: int | None = None,
     launcher: str = 'none',
-    cfg_options: Mapping | None = None,
+    cfg_options: Mapping[str, Any] | None = None,
 ) -> Runner:
     """Train the model of a config.
 
@@ -38,7 +39,7 @@ def train(
         work_dir: Folder for checkpoints and logs; by default that of the config, else
             `work_dirs/NAME_OF_CONFIG`.
         resume: `'auto'` continues from the latest checkpoint of `work_dir`, a path from that
-            checkpoint; None starts anew.
+            checkpoint; None starts a new run.
         amp: `'float16'` or `'bfloat16'` for automatic mixed precision.
         auto_scale_lr: Scale the learning rate by the total batch over the batch it is made for,
             the `auto_scale_lr` of the config.
@@ -131,7 +132,7 @@ def evaluate(
     show_dir: str | None = None,
     tta: bool = False,
     launcher: str = 'none',
-    cfg_options: Mapping | None = None,
+    cfg_options: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
     """Evaluate a checkpoint on the test data of a config.
 
@@ -211,7 +212,7 @@ def _load(
     config: str | Path | Config,
     work_dir: str | None,
     launcher: str,
-    cfg_options: Mapping | None,
+    cfg_options: Mapping[str, Any] | None,
 ) -> Config:
     if isinstance(config, Config):
         cfg = copy.deepcopy(config)

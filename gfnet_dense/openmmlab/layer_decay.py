@@ -10,27 +10,29 @@ from torch import nn
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """Give the layers of a GFNet backbone learning rates that shrink towards the input.
+    """Layer-wise learning rate decay for a GFNet backbone.
 
-    Norms, biases, LayerScale and position embedding are spared weight decay.
+    Norms, biases, LayerScale and position embedding get no weight decay.
 
-    A layer is a run of blocks, with the patch embedding before it. Layers are numbered from the
-    stem, 0, over the blocks, 1 to `num_layers`, to what is new in dense prediction, the norms of
-    the outputs and all that is not backbone. A parameter of layer l learns at
+    A layer is a run of consecutive blocks, with the patch embedding before it. Layer 0 is the
+    stem, layers 1 to `num_layers` are the blocks, and layer `num_layers + 1` holds the norms of the
+    outputs and everything outside the backbone. The learning rate of layer l is
     `lr * decay_rate ** (num_layers + 1 - l)`.
 
     Args:
         optim_wrapper_cfg: The optimizer wrapper, with `optimizer` in it.
         paramwise_cfg: A dict of
 
-            - `decay_rate`: factor from one layer to the one below; 1, the default, for the same
-              learning rate everywhere.
+            - `decay_rate`: factor from one layer to the layer below. The default, 1, gives all
+              layers the same learning rate.
             - `num_layers`: number of layers that the blocks are divided into, evenly and in
-              their order; by default every block is a layer.
+              order. By default every block is a layer.
 
     Raises:
         ValueError: If `paramwise_cfg` is not such a dict or does not fit the backbone.
     """
+
+    paramwise_cfg: dict[str, Any]
 
     def _validate_cfg(self) -> None:
         super()._validate_cfg()
@@ -51,12 +53,12 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 f'decay_rate must be within (0, 1], but got {self.paramwise_cfg["decay_rate"]}'
             )
 
-    def add_params(self, params: list[dict], module: nn.Module, **kwargs: Any) -> None:
+    def add_params(self, params: list[dict[str, Any]], module: nn.Module, **kwargs: Any) -> None:
         """Append the parameter groups of `module` to `params`."""
         named = dict(module.named_parameters())
         layers = layer_ids(module, self.paramwise_cfg['num_layers'])
         top = max(layers.values())
-        groups: dict[tuple[float, bool], dict] = {}
+        groups: dict[tuple[float, bool], dict[str, Any]] = {}
         for name, param in named.items():
             if not param.requires_grad:
                 continue
@@ -87,7 +89,7 @@ def layer_ids(model: nn.Module, num_layers: int | None = None) -> dict[str, int]
     Raises:
         ValueError: If there is no such backbone, or it has fewer blocks than `num_layers`.
     """
-    backbone = getattr(model, 'backbone', None)
+    backbone: Any = getattr(model, 'backbone', None)
     if not hasattr(backbone, 'get_layer_depth'):
         raise ValueError(
             'layer decay needs a backbone with get_layer_depth, such as GFNet, but got '

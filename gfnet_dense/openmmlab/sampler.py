@@ -1,4 +1,4 @@
-"""Orders in which training sees the images."""
+"""Samplers of training data."""
 
 from typing import Any
 
@@ -10,9 +10,10 @@ from torch.utils.data import Dataset
 
 @DATA_SAMPLERS.register_module()
 class RepeatAugSampler(timm.data.distributed_sampler.RepeatAugSampler):
-    """timm's repeated augmentation: each image several times, each time in another process.
+    """timm's repeated augmentation: every image several times, each time in another process.
 
-    An epoch has as many samples as without it. In one process the repetitions follow each other.
+    The number of samples of an epoch stays the same. In a single process the repetitions of an
+    image follow each other.
 
     Args:
         dataset: The dataset.
@@ -20,7 +21,7 @@ class RepeatAugSampler(timm.data.distributed_sampler.RepeatAugSampler):
         **kwargs: Arguments of timm's sampler, such as `num_repeats`, 3 by default.
     """
 
-    def __init__(self, dataset: Dataset, seed: int | None = None, **kwargs: Any) -> None:
+    def __init__(self, dataset: Dataset[Any], seed: int | None = None, **kwargs: Any) -> None:
         rank, world_size = get_dist_info()
         super().__init__(dataset, num_replicas=world_size, rank=rank, **kwargs)
         self.seed = sync_random_seed() if seed is None else seed

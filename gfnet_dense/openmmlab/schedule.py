@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 class WarmupCosineLR(_ParamScheduler):
     """The cosine schedule of timm, :class:`timm.scheduler.CosineLRScheduler`.
 
-    It differs from mmengine's warm-up followed by its cosine: the cosine runs under the warm-up,
-    which cuts off its beginning, and start and floor are learning rates, not shares of one, so
-    that scaling the learning rate with the batch leaves them as they are. After the cosine the
-    rate stays at the floor: the cooldown.
+    It differs from mmengine's warm-up followed by mmengine's cosine. The cosine starts at epoch 0
+    and the warm-up replaces its beginning. Start and floor are absolute learning rates, so scaling
+    the learning rate with the batch does not change them. After the cosine the rate stays at the
+    floor (the cooldown).
 
     Args:
         optimizer: The optimizer or its wrapper.

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModule
-from mmengine.registry import MODELS, Registry
+from mmengine.registry import DATA_SAMPLERS, METRICS, MODELS, Registry
 from torch import Tensor, nn
 
+from gfnet_dense import openmmlab
 from gfnet_dense.models import GlobalFilter
 from gfnet_dense.models.checkpoint import adapt_state_dict
 from gfnet_dense.models.gfnet import HIERARCHICAL, ISOTROPIC
@@ -701,3 +702,22 @@ def test_what_is_no_batch_of_images_is_refused(network, arch, shape):
 def test_an_empty_batch_gives_empty_maps(network, arch):
     outputs = network(arch, img_size=32)(torch.zeros(0, 3, 32, 48))
     assert all(y.shape[0] == 0 and y.ndim == 4 for y in outputs)
+
+
+def test_registry_names_that_mmpretrain_has_too_do_not_clash():
+    """As in either order of imports: both registries hold the name, and the scope decides."""
+    ours = {
+        'ImageClassifier': (MODELS, openmmlab.ImageClassifier),
+        'Accuracy': (METRICS, openmmlab.Accuracy),
+        'RepeatAugSampler': (DATA_SAMPLERS, openmmlab.RepeatAugSampler),
+    }
+    for name, (registry, own) in ours.items():
+        # As mmpretrain.registry makes its registries.
+        child = Registry(registry.name, parent=registry, scope='mmpretrain')
+        try:
+            theirs = child.register_module(module=type(name, (), {}))
+            registry.register_module(name=name, module=own, force=True)
+            assert registry.get(name) is child.get(f'mmengine.{name}') is own
+            assert child.get(name) is registry.get(f'mmpretrain.{name}') is theirs
+        finally:
+            registry.children.pop('mmpretrain')
