@@ -13,6 +13,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 # Each stage of the installation leaves a stamp when it is complete.
 CREATED := $(VENV)/.created
 STACK := $(VENV)/.stack
+LINT := $(VENV)/.lint
 TOOLS := $(VENV)/.tools
 OPS := $(VENV)/.ops
 
@@ -59,11 +60,11 @@ test-core: $(CORE)  ## test operator and networks with torch and timm alone; TOR
 coverage: ops  ## run all tests and report which lines they execute
 	$(PY) $(PYTEST) --cov --cov-report=term --cov-report=html $(ARGS)
 
-lint: $(TOOLS)  ## check style and formatting
+lint: $(LINT)  ## check style and formatting
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-types: $(STACK) $(TOOLS)  ## check types
+types: $(TOOLS)  ## check types
 	$(PY) -m mypy
 
 release-notes:  ## print a section of the changelog; VERSION=0.1.0
@@ -104,7 +105,12 @@ $(STACK): requirements.txt constraints.txt pyproject.toml | $(CREATED)
 	$(PIP) install --no-deps -e .
 	@touch $@
 
-$(TOOLS): requirements-test.txt | $(CREATED)
+# ruff alone, so that linting installs no torch.
+$(LINT): requirements-test.txt | $(CREATED)
+	$(PIP) install -c requirements-test.txt ruff
+	@touch $@
+
+$(TOOLS): requirements-test.txt | $(STACK)
 	$(PIP) install -r requirements-test.txt
 	@touch $@
 
@@ -117,6 +123,6 @@ $(CORE): pyproject.toml requirements-test.txt
 	$(PYTHON) -m venv $(CORE_VENV)
 	rm -f $(CORE_VENV)/.torch-*
 	$(CORE_PIP) install --upgrade -c requirements-test.txt 'torch$(TORCH:%===%)' timm numpy pytest \
-	  pytest-timeout pytest-xdist hypothesis onnx onnxscript onnxruntime
+	  pytest-timeout pytest-xdist hypothesis onnx onnxscript onnxruntime segmentation-models-pytorch
 	$(CORE_PIP) install --no-deps -e .
 	@touch $@
