@@ -1,6 +1,7 @@
 """Official weights by name, from servers on this machine, faults included."""
 
 import hashlib
+import importlib.util
 import logging
 import os
 import re
@@ -484,10 +485,12 @@ def test_processes_of_a_group_download_once_and_speak_once(server, content):
     out = run_processes('together', server)
     assert server.requests == ['/first/one']
     assert out.count('loaded by a process') == 4
-    assert out.count('resized from grid (14, 14) to (32, 32), bicubic: pos_embed') == 1
-    assert out.count('resized from grid (14, 14) to (32, 32), bilinear: blocks.0') == 1
-    assert out.count('not used by this network: head.weight, head.bias') == 1
-    assert out.count('waiting for another process') <= 1
+    # The log of a run, which mmengine writes for the first process, says it once.
+    times = 1 if importlib.util.find_spec('mmengine') else 0
+    assert out.count('resized from grid (14, 14) to (32, 32), bicubic: pos_embed') == times
+    assert out.count('resized from grid (14, 14) to (32, 32), bilinear: blocks.0') == times
+    assert out.count('not used by this network: head.weight, head.bias') == times
+    assert out.count('waiting for another process') <= times
 
 
 def test_a_killed_download_is_taken_over(server, folder, content):
