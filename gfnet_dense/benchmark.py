@@ -12,20 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 Times = dict[str, list[float]]
-
-
-def plain_filter(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute the global filter by its definition, with the gradients that autograd finds for it.
-
-    The baseline of all ratios. Arguments as of :func:`gfnet_dense.spectral.global_filter`.
-    """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    spectrum = torch.fft.rfft2(x.to(dtype), dim=(1, 2), norm='ortho')
-    spectrum = spectrum * torch.view_as_complex(weight)
-    return torch.fft.irfft2(spectrum, s=x.shape[1:3], dim=(1, 2), norm='ortho').to(x.dtype)
 
 
 def measure(

@@ -26,9 +26,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gfnet_dense.benchmark import Times, machine, measure, milliseconds, plain_filter, speedup
+from gfnet_dense.benchmark import Times, machine, measure, milliseconds, speedup
 from gfnet_dense.models import GFNetPyramid, GlobalFilter
-from gfnet_dense.spectral import BACKENDS, fused, global_filter
+from gfnet_dense.spectral import BACKENDS, global_filter
+from gfnet_dense.spectral.reference import reference_filter
 
 Size = tuple[int, int, int]
 Operator = Callable[[Tensor, Tensor], Tensor]
@@ -62,8 +63,8 @@ def contenders(x: Tensor) -> dict[str, Operator]:
 
     names = [name for name in BACKENDS if name != 'fused' or fused.obstacle(x) is None]
     return {
-        'baseline': plain_filter,
-        'contiguous': lambda x, weight: plain_filter(x, weight).contiguous(),
+        'baseline': reference_filter,
+        'contiguous': lambda x, weight: reference_filter(x, weight).contiguous(),
         **{name: by(name) for name in names},
     }
 
@@ -86,7 +87,7 @@ def training_steps(names: list[str], device: str) -> dict[str, Run]:
     def step(name: str) -> None:
         for layer in layers:
             if name == 'baseline':
-                layer.forward = lambda x, layer=layer: plain_filter(x, layer.complex_weight)
+                layer.forward = lambda x, layer=layer: reference_filter(x, layer.complex_weight)
             else:
                 layer.__dict__.pop('forward', None)
                 layer.backend = name

@@ -8,7 +8,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from gfnet_dense.spectral import BACKENDS, RESIZE_METHODS, global_filter, resize_spectrum
-from gfnet_dense.spectral.blockwise import is_capturing
+from gfnet_dense.spectral.tracing import is_capturing
 
 # Resized spectra kept in evaluation. One of a large grid takes more memory than the parameter, so
 # few: they serve runs over images of one or two sizes.

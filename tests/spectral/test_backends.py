@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import hessian, jvp, vjp, vmap
 
-from gfnet_dense.spectral import BACKENDS, blockwise, dense, global_filter, hermitian_part
+from gfnet_dense.spectral import BACKENDS, dense, global_filter, hermitian_part
 
 DEVICES = ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
 ERRORS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 3e-3, torch.bfloat16: 5e-3}
@@ -75,12 +75,10 @@ def assert_near(actual: list[Tensor], expected: list[Tensor], tolerance: float) 
     batch=st.integers(0, 5),
     dtype=st.sampled_from(list(ERRORS)),
     layouts=st.tuples(*[st.sampled_from(['dense', 'channels first', 'every other'])] * 3),
-    block=st.sampled_from([blockwise._BLOCK, 1000]),
-    folded_from=st.sampled_from([dense._FOLDED_FROM, 2]),
     seed=st.integers(0, 2**31),
 )
 def test_result_and_gradients(
-    device, backend, size, channels, batch, dtype, layouts, block, folded_from, seed
+    device, backend, size, channels, batch, dtype, layouts, seed
 ):
     (height, width), generator = size, torch.Generator().manual_seed(seed)
     shapes = (batch, height, width, channels), (height, width // 2 + 1, channels, 2)
@@ -93,8 +91,6 @@ def test_result_and_gradients(
     x, g = strided(x.to(device, dtype), layouts[0]), strided(g.to(device, dtype), layouts[2])
     # The smaller block cuts maps of this size into parts, channels included.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blockwise, '_BLOCK', block)
-        patch.setattr(dense, '_FOLDED_FROM', folded_from)
         actual = filter_and_gradients(x, weight, g, backend)
         assert [t.dtype for t in actual] == [dtype, dtype, weight_dtype]
         assert_near(actual, reference(x, weight, g), ERRORS[dtype])

@@ -1,29 +1,31 @@
-"""The global filter in Triton kernels, for 16-bit maps on a GPU.
+"""The global filter in Triton kernels, for 16-bit maps on NVIDIA GPUs: the backend 'fused'.
 
-A map of up to 64 cells a side is read once and written once: transforms, product and the way back
-happen on the chip, as products of matrices on tensor cores (:mod:`.fused_kernels`). Larger maps are
-transformed along their rows, filtered along their columns and restored along their rows, with
-float16 in between. The backward pass keeps the map and the spectrum, and nothing else.
+A map of up to 64 cells a side is read once and written once: both transforms and the product happen
+on the chip, as matrix products on tensor cores. A larger map takes three kernels, which transform
+its rows, filter its columns and restore its rows, and pass float16 through memory in between.
+The backward pass keeps the map and the spectrum, and nothing else.
+
+:mod:`.folded` explains the algebra in plain torch. :mod:`.kernels` holds the kernels and is
+imported when the first one runs.
 """
 
 import functools
 import math
 import os
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from .blockwise import is_capturing, to_channels
+from ..tracing import operator_unsupported_reason
+from .folded import basis
 
-# The largest side, in cells, of maps that fit on the chip, and of maps that are taken at all.
+# The largest side, in cells, of maps that fit on the chip, and of maps that are supported at all.
 _PLANE = 64
 _LARGEST = 512
 
-# Channels and rows of a larger map that a program takes: 64 bytes in one piece, and 64 rows of a
-# matrix, which is what the tensor cores of a Hopper GPU multiply at once.
+# Channels and rows of a larger map that one program takes: 64 contiguous bytes, and the 64 rows of
+# a matrix that the tensor cores of a Hopper GPU multiply at once.
 _CHANNELS = 32
 _ROWS = 2
 
@@ -31,8 +33,8 @@ _ROWS = 2
 # the L2 cache: 40 MB on an A100, 50 MB on an H100.
 _CHUNK = 2**24
 
-# Programs among which the gradient of a spectrum is shared out: two for each multiprocessor of an
-# H100. The same on every device, and so is the order in which images are summed up.
+# Programs that share the gradient of a spectrum: two for each multiprocessor of an H100. The number
+# and the order of the sum over images are the same on every device.
 _PROGRAMS = 264
 
 
@@ -50,20 +52,18 @@ _HAS_TRITON = _has_triton()
 _IS_INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 
 
-def obstacle(x: Tensor) -> str | None:
-    """Say what keeps the kernels from taking a map `(B, H, W, C)`; None if nothing does."""
+def unsupported_reason(x: Tensor) -> str | None:
+    """Say why the kernels cannot filter a map `(B, H, W, C)`; None if they can."""
     if x.dtype not in (torch.float16, torch.bfloat16):
-        return f'it takes float16 and bfloat16, not {x.dtype}'
+        return f'it supports float16 and bfloat16, not {x.dtype}'
     if max(x.shape[1:3]) > _LARGEST:
-        return f'it takes up to {_LARGEST} cells a side'
+        return f'it supports up to {_LARGEST} cells a side'
     if math.prod(x.shape[1:]) >= 2**30:
-        return 'it takes less than 2**30 values an image'
+        return 'it supports fewer than 2**30 values an image'
     if not _HAS_TRITON:
         return 'it needs Triton 3.4 or newer'
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
-        return 'exported graphs hold operators of torch alone'
-    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return 'compiled graphs hold it outside the transforms of torch.func alone'
+    if reason := operator_unsupported_reason():
+        return reason
     if _IS_INTERPRETED:
         return None
     if not x.is_cuda or torch.version.hip:
@@ -73,18 +73,9 @@ def obstacle(x: Tensor) -> str | None:
     return None
 
 
-def fused_filter(x: Tensor, weight: Tensor) -> Tensor:
-    """See :func:`gfnet_dense.spectral.global_filter`; for maps without an :func:`obstacle`."""
-    run = _filter if is_capturing() else _Filter.apply
-    return run(x, weight.float(), False)
-
-
-# Two operators, which compilers take as they are.
-
-
-@torch.library.custom_op('gfnet_dense::filter', mutates_args=())
-def _filter(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
-    """Return `F^-1(weight . F x)`, or that of the conjugate spectrum."""
+@torch.library.custom_op('gfnet_dense::fused_filter', mutates_args=())
+def filter(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
+    """See :class:`gfnet_dense.spectral.autograd.Backend`."""
     x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty_like(x)
     run = _filter_planes if max(x.shape[1:3]) <= _PLANE else _filter_larger
@@ -93,100 +84,33 @@ def _filter(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
     return y
 
 
-@torch.library.custom_op('gfnet_dense::correlate', mutates_args=())
-def _correlate(g: Tensor, x: Tensor) -> Tensor:
-    """Return the gradient of `<g, F^-1(weight . F x)>` with respect to the spectrum, in float32."""
+@filter.register_fake
+def _(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op('gfnet_dense::fused_correlate', mutates_args=())
+def correlate(g: Tensor, x: Tensor) -> Tensor:
+    """See :class:`gfnet_dense.spectral.autograd.Backend`."""
     g, x = g.contiguous(), x.contiguous()
     run = _correlate_planes if max(x.shape[1:3]) <= _PLANE else _correlate_larger
     with torch.cuda.device_of(x):
         return run(g, x)
 
 
-@_filter.register_fake
-def _(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@_correlate.register_fake
+@correlate.register_fake
 def _(g: Tensor, x: Tensor) -> Tensor:
     _, height, width, channels = x.shape
     return x.new_empty((height, width // 2 + 1, channels, 2), dtype=torch.float32)
 
 
-# Both are bilinear, and they close under differentiation as those of :mod:`.blockwise` do. An
-# operator has no forward derivatives and no place among the transforms of torch.func; a Function
-# has, but not in a graph.
-
-
-class _Filter(Function):
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
-        return _filter(x, weight, conjugate)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        *tensors, ctx.conjugate = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        of_x, of_weight, _ = ctx.needs_input_grad
-        pair = (x, g) if ctx.conjugate else (g, x)
-        gx = _Filter.apply(g, weight, not ctx.conjugate) if of_x else None
-        return gx, _Correlate.apply(*pair) if of_weight else None, None
-
-    @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, _: None) -> Tensor:
-        x, weight = ctx.saved_tensors
-        terms = [] if dx is None else [_Filter.apply(dx, weight, ctx.conjugate)]
-        terms += [] if dweight is None else [_Filter.apply(x, dweight, ctx.conjugate)]
-        return sum(terms)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, x: Tensor, weight: Tensor, conjugate: bool) -> tuple:
-        n = info.batch_size
-        x, weight = to_channels(x, in_dims[0], n, 3), to_channels(weight, in_dims[1], n, 2)
-        return _Filter.apply(x, weight, conjugate).unflatten(3, (n, -1)), 3
-
-
-class _Correlate(Function):
-    @staticmethod
-    def forward(g: Tensor, x: Tensor) -> Tensor:
-        return _correlate(g, x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
-        (g, x), (of_g, of_x) = ctx.saved_tensors, ctx.needs_input_grad
-        gg = _Filter.apply(x, weight, False) if of_g else None
-        return gg, _Filter.apply(g, weight, True) if of_x else None
-
-    @staticmethod
-    def jvp(ctx: Any, dg: Tensor | None, dx: Tensor | None) -> Tensor:
-        g, x = ctx.saved_tensors
-        terms = [] if dg is None else [_Correlate.apply(dg, x)]
-        terms += [] if dx is None else [_Correlate.apply(g, dx)]
-        return sum(terms)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, g: Tensor, x: Tensor) -> tuple:
-        n = info.batch_size
-        g, x = to_channels(g, in_dims[0], n, 3), to_channels(x, in_dims[1], n, 3)
-        return _Correlate.apply(g, x).unflatten(2, (n, -1)), 2
-
-
-for _operator, _function in ((_filter, _Filter), (_correlate, _Correlate)):
-    _operator.register_autograd(_function.backward, setup_context=_function.setup_context)
+def adjoint(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """See :class:`gfnet_dense.spectral.autograd.Backend`."""
+    return filter(g, weight, True), correlate(g, x)
 
 
 def _filter_planes(x: Tensor, weight: Tensor, y: Tensor, sign: float) -> None:
-    from .fused_kernels import filter_planes
+    from .kernels import filter_planes
 
     batch, height, width, channels = x.shape
     filter_planes[lambda meta: (_ceil(channels, meta['CHANNELS']), batch)](
@@ -207,7 +131,7 @@ def _filter_planes(x: Tensor, weight: Tensor, y: Tensor, sign: float) -> None:
 
 
 def _correlate_planes(g: Tensor, x: Tensor) -> Tensor:
-    from .fused_kernels import correlate_planes
+    from .kernels import correlate_planes
 
     batch, height, width, channels = x.shape
     half_h, half_w = _half(height), _half(width)
@@ -241,11 +165,12 @@ def _shared_memory(device: torch.device) -> int:
     """Return the bytes that a program can have; the interpreter knows no limit."""
     if device.type == 'cpu':
         return 2**20
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 def _filter_larger(x: Tensor, weight: Tensor, y: Tensor, sign: float) -> None:
-    from .fused_kernels import filter_columns, restore_rows
+    from .kernels import filter_columns, restore_rows
 
     _, height, width, channels = x.shape
     half_h, half_w, columns = _half(height), _half(width), _columns(height)
@@ -290,7 +215,7 @@ def _filter_larger(x: Tensor, weight: Tensor, y: Tensor, sign: float) -> None:
 
 
 def _correlate_larger(g: Tensor, x: Tensor) -> Tensor:
-    from .fused_kernels import correlate_columns
+    from .kernels import correlate_columns
 
     _, height, width, channels = x.shape
     half, columns = _half(height), _columns(height)
@@ -327,7 +252,7 @@ def _correlate_larger(g: Tensor, x: Tensor) -> Tensor:
 
 def _transform_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return cosines and sines along W, and the exponents of their blocks."""
-    from .fused_kernels import transform_rows
+    from .kernels import transform_rows
 
     images, height, width, channels = x.shape
     z = x.new_empty((images, 2, (width + 1) // 2, height, channels), dtype=torch.float16)
@@ -377,24 +302,15 @@ def _half(size: int) -> int:
 
 
 def _basis(size: int, device: torch.device) -> Tensor:
-    """Return cosines and sines of slot x cell, see :mod:`.fused_kernels`."""
-    # What is made while a CUDA graph is captured has its values when the graph is replayed.
-    capturing = device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
-    return (_make_basis if capturing else _kept_basis)(size, device)
+    """Return the basis of an axis as float16, padded with zeros to the size of a tile."""
+    # While a CUDA graph is captured nothing may be cached: values appear only at its replay.
+    is_capturing = device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
+    return (_make_basis if is_capturing else _cached_basis)(size, device)
 
 
 def _make_basis(size: int, device: torch.device) -> Tensor:
-    count = _ceil(size, 2)
-    slot = torch.arange(count, device=device)[:, None]
-    # Twice the distance from the centre; the remainder, exact in integers, keeps angles small.
-    place = 2 * torch.arange(count, device=device) - size + 1
-    nyquist = size // 2 if size % 2 == 0 else 0
-    basis = torch.zeros(2, _half(size), _half(size), dtype=torch.float64, device=device)
-    for part, wave, zero in ((basis[0], torch.cos, 0), (basis[1], torch.sin, nyquist)):
-        frequency = torch.where(slot == 0, zero, slot)
-        angle = (frequency * place).remainder(2 * size).double() * (math.pi / size)
-        part[:count, :count] = wave(angle)
-    return basis.half()
+    padding = _half(size) - _ceil(size, 2)
+    return torch.nn.functional.pad(basis(size, device), (0, padding, 0, padding)).half()
 
 
-_kept_basis = functools.lru_cache(maxsize=64)(torch.inference_mode(False)(_make_basis))
+_cached_basis = functools.lru_cache(maxsize=64)(torch.inference_mode(False)(_make_basis))
