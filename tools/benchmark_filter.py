@@ -28,7 +28,7 @@ from torch import Tensor
 
 from gfnet_dense.benchmark import Times, machine, measure, milliseconds, speedup
 from gfnet_dense.models import GFNetPyramid, GlobalFilter
-from gfnet_dense.spectral import BACKENDS, global_filter
+from gfnet_dense.spectral import BACKENDS, global_filter, unsupported_reason
 from gfnet_dense.spectral.reference import reference_filter
 
 Size = tuple[int, int, int]
@@ -61,7 +61,7 @@ def contenders(x: Tensor) -> dict[str, Operator]:
     def by(backend: str) -> Operator:
         return lambda x, weight: global_filter(x, weight, backend)
 
-    names = [name for name in BACKENDS if name != 'fused' or fused.obstacle(x) is None]
+    names = [name for name in BACKENDS if unsupported_reason(x, name) is None]
     return {
         'baseline': reference_filter,
         'contiguous': lambda x, weight: reference_filter(x, weight).contiguous(),

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from gfnet_dense.benchmark import machine, measure, milliseconds, speedup
-from gfnet_dense.spectral.reference import reference_filter
 from gfnet_dense.models import GlobalFilter
+from gfnet_dense.spectral.reference import reference_filter
 
 SIZES = ['7x7x768', '14x14x384', '28x28x192', '56x56x96']
 

@@ -22,6 +22,7 @@ __all__ = [
     'hermitian_part',
     'resize_position_embedding',
     'resize_spectrum',
+    'unsupported_reason',
 ]
 
 _BACKENDS: dict[str, Backend] = {'fft': fft, 'dense': dense, 'fused': triton}
@@ -91,12 +92,17 @@ def global_filter(x: Tensor, weight: Tensor, backend: str = 'auto') -> Tensor:
         raise ValueError(f'unknown backend {backend!r}, choose one of {", ".join(BACKENDS)}')
     if x.shape[0] == 0:  # FFT libraries refuse an empty batch
         return x + 0 * weight.sum().to(x.dtype)
-    if backend != 'auto' and (reason := _BACKENDS[backend].unsupported_reason(x)):
+    if reason := unsupported_reason(x, backend):
         if not is_capturing():  # a graph cannot hold logging
             _log_once(f"'auto' replaces {backend!r}: {reason}")
         backend = 'auto'
     backend = _fastest(x) if backend == 'auto' else backend
     return differentiable_filter(_BACKENDS[backend], x, weight)
+
+
+def unsupported_reason(x: Tensor, backend: str) -> str | None:
+    """Say why a backend cannot filter a map like `x`; None if it can."""
+    return None if backend == 'auto' else _BACKENDS[backend].unsupported_reason(x)
 
 
 @functools.cache

@@ -170,48 +170,10 @@ def _shared_memory(device: torch.device) -> int:
 
 
 def _filter_larger(x: Tensor, weight: Tensor, y: Tensor, sign: float) -> None:
-    from .kernels import filter_columns, restore_rows
-
-    _, height, width, channels = x.shape
-    half_h, half_w, columns = _half(height), _half(width), _columns(height)
     for some_x, some_y in zip(_chunks(x), _chunks(y), strict=True):
         z, exponents = _transform_rows(some_x)
-        images, rows, blocks = exponents.shape
-        y_exponents = exponents.new_empty(images, _ceil(z.shape[2], columns), blocks)
-        filter_columns[(blocks, images, y_exponents.shape[1])](
-            z,
-            exponents,
-            weight,
-            y_exponents,
-            _basis(height, x.device),
-            height,
-            width,
-            channels,
-            sign,
-            HALF_H=half_h,
-            SLOTS_H=min(half_h, 32 if half_h <= 128 else 16),
-            SLOTS_W=columns,
-            ROWS=_ROWS,
-            CHANNELS=_CHANNELS,
-            num_warps=8,
-            num_stages=1,
-        )
-        restore_rows[(blocks, images, rows)](
-            z,
-            y_exponents,
-            some_y,
-            _basis(width, x.device),
-            height,
-            width,
-            channels,
-            HALF_W=half_w,
-            SLOTS_W=min(half_w, 32),
-            COLUMNS=columns,
-            ROWS=_ROWS,
-            CHANNELS=_CHANNELS,
-            num_warps=4 if half_w <= 64 else 8,
-            num_stages=1,
-        )
+        exponents = _filter_columns(z, exponents, weight, x.shape[2], sign)
+        _restore_rows(z, exponents, some_y)
 
 
 def _correlate_larger(g: Tensor, x: Tensor) -> Tensor:
@@ -274,6 +236,60 @@ def _transform_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         num_stages=1,
     )
     return z, exponents
+
+
+def _filter_columns(
+    z: Tensor, exponents: Tensor, weight: Tensor, width: int, sign: float
+) -> Tensor:
+    """Filter columns in place, and return the exponents of their blocks."""
+    from .kernels import filter_columns
+
+    images, _, slots, height, channels = z.shape
+    half, columns, blocks = _half(height), _columns(height), exponents.shape[2]
+    y_exponents = exponents.new_empty(images, _ceil(slots, columns), blocks)
+    filter_columns[(blocks, images, y_exponents.shape[1])](
+        z,
+        exponents,
+        weight,
+        y_exponents,
+        _basis(height, z.device),
+        height,
+        width,
+        channels,
+        sign,
+        HALF_H=half,
+        SLOTS_H=min(half, 32 if half <= 128 else 16),
+        SLOTS_W=columns,
+        ROWS=_ROWS,
+        CHANNELS=_CHANNELS,
+        num_warps=8,
+        num_stages=1,
+    )
+    return y_exponents
+
+
+def _restore_rows(z: Tensor, exponents: Tensor, y: Tensor) -> None:
+    """Transform filtered columns back along W, into the map `y`."""
+    from .kernels import restore_rows
+
+    images, height, width, channels = y.shape
+    half = _half(width)
+    restore_rows[(exponents.shape[2], images, _ceil(height, _ROWS))](
+        z,
+        exponents,
+        y,
+        _basis(width, y.device),
+        height,
+        width,
+        channels,
+        HALF_W=half,
+        SLOTS_W=min(half, 32),
+        COLUMNS=_columns(height),
+        ROWS=_ROWS,
+        CHANNELS=_CHANNELS,
+        num_warps=4 if half <= 64 else 8,
+        num_stages=1,
+    )
 
 
 def _chunks(x: Tensor) -> tuple[Tensor, ...]:
