@@ -13,6 +13,9 @@ from torch import Tensor
 
 from gfnet_dense.spectral.reference import reference_filter
 
+# One cell, one row, one column, non-square, even, odd.
+SIZES = [(1, 1), (1, 2), (1, 7), (6, 1), (2, 2), (3, 3), (4, 6), (5, 4), (4, 7), (7, 9)]
+
 # Largest error of result and gradients, in units of the largest value, by dtype of the map.
 ERRORS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 3e-3, torch.bfloat16: 5e-3}
 

@@ -13,7 +13,7 @@ import gfnet_dense
 
 PACKAGE = Path(gfnet_dense.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
-KERNELS = PACKAGE / 'spectral' / 'fused_kernels.py'  # the one file that is not there without Triton
+KERNELS = PACKAGE / 'spectral' / 'triton' / 'kernels.py'  # the one file that is not there without Triton
 OPENMMLAB_TASKS = {'mmseg', 'mmdet'}
 
 
@@ -65,7 +65,7 @@ def others(names: set[str]) -> set[str]:
 
 
 def test_the_rules_see_what_they_should(tmp_path):
-    assert {'torch', 'gfnet_dense.spectral.fft', 'gfnet_dense.spectral.fft.fft_filter'} <= (
+    assert {'torch', 'gfnet_dense.spectral', 'gfnet_dense.spectral.fft'} <= (
         imported_names(PACKAGE / 'spectral' / '__init__.py')
     )
     assert 'gfnet_dense.models' in imported_names(PACKAGE / '__init__.py')
@@ -93,7 +93,7 @@ def test_the_operator_stands_on_torch_alone(file):
 
 @pytest.mark.parametrize('file', files(), ids=lambda f: str(f.relative_to(PACKAGE)))
 def test_triton_is_imported_when_a_kernel_runs(file):
-    assert 'gfnet_dense.spectral.fused_kernels' not in imported_names(file, at_import_time=True)
+    assert 'gfnet_dense.spectral.triton.kernels' not in imported_names(file, at_import_time=True)
 
 
 @pytest.mark.parametrize('file', files('models'), ids=lambda f: f.name)
@@ -135,7 +135,7 @@ def test_the_package_imports_without_triton_and_openmmlabs_tasks_and_operators()
         # Modules that the package does not import by itself may use mmcv, but not its operators.
         'del sys.modules["mmcv"]\n'
         'for module in pkgutil.walk_packages(gfnet_dense.__path__, "gfnet_dense."):\n'
-        '    if module.name != "gfnet_dense.spectral.fused_kernels":\n'
+        '    if module.name != "gfnet_dense.spectral.triton.kernels":\n'
         '        importlib.import_module(module.name)\n'
     )
     path = os.pathsep.join([str(PACKAGE.parent), os.environ.get('PYTHONPATH', '')])

@@ -63,6 +63,12 @@ def register_derivatives(backend: Backend, filter_operator: Any, correlate_opera
     _register(backend, correlate_operator, _Correlate)
 
 
+def multiplicity(width: int, device: torch.device) -> Tensor:
+    """Return m for the columns of a half spectrum, in float64, of shape `(W // 2 + 1,)`."""
+    column = torch.arange(width // 2 + 1, device=device)
+    return torch.where((column == 0) | (2 * column == width), 1.0, 2.0).double()
+
+
 # Outside of graphs a Function computes the derivatives, since operators support neither forward
 # mode nor torch.func. Within graphs an operator does, since Dynamo does not trace such a Function.
 

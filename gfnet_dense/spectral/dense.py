@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .fft import multiplicity
+from .autograd import multiplicity
 from .reference import compute_dtype
 from .tracing import is_capturing
 

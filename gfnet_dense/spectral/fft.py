@@ -7,6 +7,7 @@ direction costs one copy, and products stay in that layout.
 import torch
 from torch import Tensor
 
+from .autograd import multiplicity
 from .reference import compute_dtype
 from .resize import hermitian_part
 
@@ -32,15 +33,6 @@ def adjoint(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return gx, _gradient(spectrum, _spectrum(x), x)
 
 
-def multiplicity(width: int, device: torch.device) -> Tensor:
-    """Return how often each column of a half spectrum counts: 1 for zero and Nyquist, else 2.
-
-    In float64, of shape `(W // 2 + 1,)`.
-    """
-    column = torch.arange(width // 2 + 1, device=device)
-    return torch.where((column == 0) | (2 * column == width), 1.0, 2.0).double()
-
-
 def _unit(x: Tensor) -> int:
     """Return what maps are divided by: bfloat16 has the range of float32, so sums may overflow."""
     return x.shape[1] * x.shape[2] if x.dtype == torch.bfloat16 else 1
@@ -48,7 +40,7 @@ def _unit(x: Tensor) -> int:
 
 def _spectrum(x: Tensor) -> Tensor:
     """Transform a map; the spectrum is divided by the unit of the map."""
-    planes = x.permute(0, 3, 1, 2).to(compute_dtype(x))
+    planes = x.permute(0, 3, 1, 2).to(compute_dtype(x)).contiguous()
     return torch.fft.rfft2(planes if _unit(x) == 1 else planes / _unit(x))
 
 
@@ -72,4 +64,4 @@ def _gradient(g: Tensor, x: Tensor, like: Tensor) -> Tensor:
     _, height, width, _ = like.shape
     columns = multiplicity(width, x.device) * (_unit(like) ** 2 / (height * width))
     correlation = (g * x.conj()).sum(0) * columns.to(compute_dtype(like))
-    return torch.view_as_real(correlation.permute(1, 2, 0))
+    return torch.view_as_real(correlation.permute(1, 2, 0).contiguous())

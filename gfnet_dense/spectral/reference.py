@@ -32,7 +32,7 @@ def reference_filter(x: Tensor, weight: Tensor) -> Tensor:
         The filtered map, of the shape and dtype of `x`.
     """
     spectrum = torch.fft.rfft2(x.to(compute_dtype(x)), dim=(1, 2), norm='ortho')
-    spectrum = spectrum * torch.view_as_complex(weight)
+    spectrum = spectrum * torch.view_as_complex(weight.contiguous())
     y = torch.fft.irfft2(spectrum, s=x.shape[1:3], dim=(1, 2), norm='ortho')
     return y.to(x.dtype)
 

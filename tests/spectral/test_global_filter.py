@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from filter_oracle import convolve_by_definition, inverse_by_definition, random_case
+from filter_oracle import SIZES, convolve_by_definition, inverse_by_definition, random_case
 from hypothesis import given, settings
 from torch import Tensor
 
@@ -18,9 +18,6 @@ from gfnet_dense.spectral import (
     resize_spectrum,
     unsupported_reason,
 )
-
-# One cell, one row, one column, non-square, even, odd.
-SIZES = [(1, 1), (1, 2), (1, 7), (6, 1), (2, 2), (3, 3), (4, 6), (5, 4), (4, 7), (7, 9)]
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 
@@ -214,6 +211,14 @@ def test_an_unknown_backend_is_refused_with_the_known_ones():
         global_filter(torch.zeros(1, 4, 4, 2), torch.zeros(4, 3, 2, 2), 'cufft')
     assert {'auto', 'fft'} <= set(BACKENDS)
     assert all(name in str(e.value) for name in BACKENDS)
+
+
+@pytest.mark.parametrize(('size', 'choice'), [((64, 64), 'dense'), ((64, 65), 'fft')], ids=str)
+def test_auto_takes_dense_for_small_maps(size, choice):
+    x, weight = random_map_and_spectrum(size, torch.float32)
+    results = {backend: global_filter(x, weight, backend) for backend in ('auto', 'dense', 'fft')}
+    assert torch.equal(results['auto'], results[choice])
+    assert not torch.equal(results['dense'], results['fft'])
 
 
 def test_an_unsupported_map_falls_back_and_says_so_once(caplog):

@@ -3,12 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from filter_oracle import assert_near, convolve_by_definition, inverse_by_definition, random_case
+from filter_oracle import (
+    SIZES,
+    assert_near,
+    convolve_by_definition,
+    inverse_by_definition,
+    random_case,
+)
 from torch.autograd import gradcheck
 
 from gfnet_dense.spectral.reference import reference_filter
 
-SIZES = [(1, 1), (1, 2), (1, 7), (6, 1), (2, 2), (3, 3), (4, 6), (5, 4), (4, 7), (7, 9)]
 sizes = pytest.mark.parametrize('size', SIZES, ids=str)
 
 

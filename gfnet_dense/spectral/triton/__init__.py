@@ -136,10 +136,10 @@ def _correlate_planes(g: Tensor, x: Tensor) -> Tensor:
     batch, height, width, channels = x.shape
     half_h, half_w = _half(height), _half(width)
     area, slots = half_h * half_w, min(half_w, 16)
-    # Of 64 x 64 cells 8 channels of two maps take 102 KB.
+    # Two maps of 64 x 64 cells and 8 channels take 102 KB.
     block = 16 if area < 256 else 8 if area < 1024 or _shared_memory(x.device) >= 2**17 else 4
     grid = _ceil(channels, block), _ceil(_ceil(width, 2), slots)
-    sums = _sums(x, grid)
+    sums = _allocate_sums(x, grid)
     correlate_planes[(*grid, len(sums))](
         g,
         x,
@@ -162,7 +162,7 @@ def _correlate_planes(g: Tensor, x: Tensor) -> Tensor:
 
 
 def _shared_memory(device: torch.device) -> int:
-    """Return the bytes that a program can have; the interpreter knows no limit."""
+    """Return the bytes of shared memory that a program can use; the interpreter has no limit."""
     if device.type == 'cpu':
         return 2**20
     properties = torch.cuda.get_device_properties(device)
@@ -188,7 +188,7 @@ def _correlate_larger(g: Tensor, x: Tensor) -> Tensor:
         x_z, x_exponents = _transform_rows(some_x)
         blocks = _ceil(_ceil(height, 2), slots) * _ceil(x_z.shape[2], columns)
         grid = x_exponents.shape[2], blocks
-        sums = _sums(some_x, grid)
+        sums = _allocate_sums(some_x, grid)
         correlate_columns[(*grid, len(sums))](
             g_z,
             g_exponents,
@@ -213,7 +213,7 @@ def _correlate_larger(g: Tensor, x: Tensor) -> Tensor:
 
 
 def _transform_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines along W, and the exponents of their blocks."""
+    """Return the coefficients of all rows along W, and the exponents of their blocks."""
     from .kernels import transform_rows
 
     images, height, width, channels = x.shape
@@ -297,12 +297,12 @@ def _chunks(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _columns(height: int) -> int:
-    """Return how many slots along W a program filters: what the registers hold."""
+    """Return how many slots along W a program filters, which the registers limit."""
     return 2 if _half(height) <= 64 else 1
 
 
-def _sums(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return memory for gradients of the spectrum, one for each share of the images."""
+def _allocate_sums(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Allocate gradients of the spectrum, one for each share of the images."""
     batch, height, width, channels = x.shape
     shares = min(batch, _ceil(_PROGRAMS, math.prod(grid)))
     return x.new_empty((shares, height, width // 2 + 1, channels, 2), dtype=torch.float32)

@@ -494,7 +494,7 @@ def filter_planes(
 
 
 # Larger maps pass through memory as `z (B, 2, ceil(W / 2), H, C)`: cosine and sine coefficients
-# along W in float16. Exponents go with it, `(B, blocks along H or W, blocks of channels)`. The grids
+# along W in float16. Their exponents are `(B, blocks along H or W, blocks of channels)`. The grids
 # are `(blocks of channels, images, blocks along H or W)`.
 
 
