@@ -13,7 +13,8 @@ import gfnet_dense
 
 PACKAGE = Path(gfnet_dense.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
-KERNELS = PACKAGE / 'spectral' / 'triton' / 'kernels.py'  # the one file that is not there without Triton
+# The one file that cannot be imported without Triton.
+KERNELS = PACKAGE / 'spectral' / 'triton' / 'kernels.py'
 OPENMMLAB_TASKS = {'mmseg', 'mmdet'}
 
 
