@@ -6,6 +6,7 @@ definition. :mod:`.resize` brings a learned spectrum or a position embedding to 
 
 import functools
 import logging
+import math
 
 from torch import Tensor
 
@@ -30,8 +31,10 @@ BACKENDS = ('auto', *_BACKENDS)
 
 register_derivatives(triton, triton.filter, triton.correlate)
 
-# The sum H + W up to which 'auto' takes 'dense' on a CPU: its cost per value grows with that sum.
-_DENSE_UP_TO = 128
+# Per value, matrix products multiply H + W times and FFTs about as often as the prime factors of H
+# and W add up to, but a multiplication of a matrix product is about this many times as fast on a
+# CPU (docs/performance.md). So small sides and sides with a large prime factor are for 'dense'.
+_DENSE_SPEED = 5
 
 
 def global_filter(x: Tensor, weight: Tensor, backend: str = 'auto') -> Tensor:
@@ -58,8 +61,8 @@ def global_filter(x: Tensor, weight: Tensor, backend: str = 'auto') -> Tensor:
               and exporters, which have no complex dtype.
             - `'fused'`: Triton kernels that move less memory, for 16-bit maps of up to 512 cells
               a side on NVIDIA GPUs. Their speed has not been measured yet.
-            - `'auto'`: `'dense'` for small maps on a CPU and in graphs that are compiled, exported
-              or traced, `'fft'` for all others.
+            - `'auto'`: `'dense'` in graphs that are compiled, exported or traced, and on a CPU for
+              maps with small sides or sides with a large prime factor; `'fft'` for all others.
 
             Where a backend does not support a map, `'auto'` filters it, and the logger of this
             package says why, once, at debug level.
@@ -114,4 +117,15 @@ def _fastest(x: Tensor) -> str:
     """Choose a backend; the same in training and evaluation."""
     if is_capturing():
         return 'dense'
-    return 'dense' if x.is_cpu and sum(x.shape[1:3]) <= _DENSE_UP_TO else 'fft'
+    sides = x.shape[1:3]
+    is_dense_faster = x.is_cpu and sum(sides) <= _DENSE_SPEED * sum(map(_sum_of_factors, sides))
+    return 'dense' if is_dense_faster else 'fft'
+
+
+@functools.cache
+def _sum_of_factors(side: int) -> int:
+    """Return the sum of the prime factors of a side; 1 for a single cell."""
+    for factor in range(2, math.isqrt(side) + 1):
+        if side % factor == 0:
+            return factor + _sum_of_factors(side // factor)
+    return side

@@ -85,9 +85,9 @@ def _map(spectrum: Tensor, like: Tensor) -> Tensor:
 
 
 def _multiply(spectrum: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
-    (real, imag), (k_real, k_imag) = spectrum.unbind(1), weight.flatten(1, 2).unbind(-1)
-    k_imag = -k_imag if conjugate else k_imag
-    return torch.stack([real * k_real - imag * k_imag, real * k_imag + imag * k_real], dim=1)
+    real, imag = weight.flatten(1, 2).unbind(-1)
+    imag = torch.stack([imag, -imag] if conjugate else [-imag, imag])
+    return spectrum * real + spectrum.flip(1) * imag
 
 
 def _gradient(g: Tensor, x: Tensor, like: Tensor) -> Tensor:

@@ -213,8 +213,12 @@ def test_an_unknown_backend_is_refused_with_the_known_ones():
     assert all(name in str(e.value) for name in BACKENDS)
 
 
-@pytest.mark.parametrize(('size', 'choice'), [((64, 64), 'dense'), ((64, 65), 'fft')], ids=str)
-def test_auto_takes_dense_for_small_maps(size, choice):
+@pytest.mark.parametrize(
+    ('size', 'choice'),
+    [((14, 14), 'dense'), ((64, 64), 'fft'), ((67, 67), 'dense'), ((100, 168), 'fft')],
+    ids=str,
+)
+def test_auto_takes_dense_for_small_sides_and_large_prime_factors(size, choice):
     x, weight = random_map_and_spectrum(size, torch.float32)
     results = {backend: global_filter(x, weight, backend) for backend in ('auto', 'dense', 'fft')}
     assert torch.equal(results['auto'], results[choice])
