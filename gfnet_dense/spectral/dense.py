@@ -16,8 +16,8 @@ largest value of the map.
 import functools
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -172,27 +172,30 @@ def _waves(period: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Compute matrix products in the precision of their operands, with sums in float32.
 
     Switches off autocast, TF32 and reduced-precision sums. A graph keeps the caller's settings for
     the last two.
     """
-    is_available = torch.amp.is_autocast_available(device.type)  # type: ignore[attr-defined]
-    if is_available and torch.is_autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False), _full_precision(device):
-            yield
-    elif device.type == 'cuda' and not is_capturing():
-        settings = torch.backends.cuda.matmul
-        names = ('allow_tf32', 'allow_fp16_reduced_precision_reduction')
-        before = [getattr(settings, name) for name in names]
-        try:
-            for name in names:
-                setattr(settings, name, False)
-            yield
-        finally:
-            for name, value in zip(names, before, strict=True):
-                setattr(settings, name, value)
+    if device.type != 'meta' and torch.is_autocast_enabled(device.type):  # meta has no autocast
+        autocast: AbstractContextManager[Any] = torch.autocast(device.type, enabled=False)
     else:
-        yield
+        autocast = nullcontext()
+    # Dynamo of torch 2.6 does not trace context managers that are generators.
+    return autocast if is_capturing() or device.type != 'cuda' else _full_sums(autocast)
+
+
+@contextmanager
+def _full_sums(autocast: AbstractContextManager[Any]) -> Iterator[None]:
+    settings = torch.backends.cuda.matmul
+    names = ('allow_tf32', 'allow_fp16_reduced_precision_reduction')
+    before = [getattr(settings, name) for name in names]
+    try:
+        for name in names:
+            setattr(settings, name, False)
+        with autocast:
+            yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(settings, name, value)
