@@ -1,8 +1,7 @@
-"""How this project measures speed: contenders that take turns in one run, and their ratios.
+"""How this project measures speed: contenders take turns in one run, and ratios are reported.
 
-Machines are shared, so an absolute time proves nothing. Whatever else a machine does meets all
-contenders alike, and the median over the turns of the ratio of two times in the same turn is
-nearly free of it.
+Machines are shared, so absolute times prove nothing. Contenders that take turns share every
+disturbance. Each turn gives a ratio of two times, and the median over the turns cancels most noise.
 """
 
 import platform
@@ -12,20 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 Times = dict[str, list[float]]
-
-
-def plain_filter(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute the global filter by its definition, with the gradients that autograd finds for it.
-
-    The baseline of all ratios. Arguments as of :func:`gfnet_dense.spectral.global_filter`.
-    """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    spectrum = torch.fft.rfft2(x.to(dtype), dim=(1, 2), norm='ortho')
-    spectrum = spectrum * torch.view_as_complex(weight)
-    return torch.fft.irfft2(spectrum, s=x.shape[1:3], dim=(1, 2), norm='ortho').to(x.dtype)
 
 
 def measure(
@@ -34,20 +21,20 @@ def measure(
     """Time tasks in turns.
 
     Args:
-        tasks: What to time, by name.
-        repeats: Turns of each task, 2 or more.
-        least: Seconds that a turn lasts, or one run of the task, whichever is longer.
-        device: Where the tasks compute.
+        tasks: The functions to time, by name.
+        repeats: Number of turns of each task, at least 2.
+        least: Shortest length of a turn in seconds. A turn is at least one run.
+        device: Device that the tasks run on.
 
     Returns:
-        Seconds of a run by name, a value for each turn.
+        The seconds per run of each task, one value for each turn.
     """
-    # The allocator of glibc gives memory back to the system, and takes fresh pages at great cost,
-    # until it has seen a large tensor go: as in any program that runs a network.
+    # Until a large tensor has been freed, glibc returns memory to the system and then pays for new
+    # pages. Every program that runs a network is past that point.
     torch.empty(31 * 2**20, dtype=torch.uint8).fill_(0)
     counts = {}
     for name, run in tasks.items():
-        _seconds(run, 1, device)  # plans, matrices, memory
+        _seconds(run, 1, device)  # warm up: FFT plans, matrices, memory
         counts[name] = max(1, round(least / _seconds(run, 1, device)))
     times: Times = {name: [] for name in tasks}
     for _ in range(repeats):
@@ -57,19 +44,19 @@ def measure(
 
 
 def speedup(times: Times, name: str, baseline: str) -> str:
-    """Return how many times as fast as a baseline a task is: median and quartiles of the turns."""
+    """Return time of the baseline / time of a task: median and quartiles over the turns."""
     ratios = [b / t for b, t in zip(times[baseline], times[name], strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4, method='inclusive')
     return f'{statistics.median(ratios):.2f} ({low:.2f}-{high:.2f})'
 
 
 def milliseconds(times: Times, name: str) -> str:
-    """Return the median time of a task."""
+    """Return the median time of a task in milliseconds."""
     return f'{1000 * statistics.median(times[name]):.2f}'
 
 
 def machine(device: str) -> str:
-    """Return what was measured on: processor and threads, or GPU, and torch."""
+    """Name the hardware and software: processor and threads, or GPU, and torch version."""
     if device.startswith('cuda'):
         where = torch.cuda.get_device_name(device)
     else:
@@ -81,7 +68,7 @@ def machine(device: str) -> str:
 
 
 def _seconds(run: Callable[[], object], count: int, device: str) -> float:
-    """Return the time of one run, the mean of `count` in a row."""
+    """Return the seconds per run, averaged over `count` runs in a row."""
     start = time.perf_counter()
     for _ in range(count):
         run()

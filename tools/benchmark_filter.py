@@ -1,23 +1,23 @@
-"""Time the backends of the global filter against the operator as its definition reads.
+"""Time the backends of the global filter against its definition.
 
     python tools/benchmark_filter.py [--sizes 14x14x384 28x28x192]
     python tools/benchmark_filter.py --against FOLDER ...
     python tools/benchmark_filter.py --device cuda --all
 
-Contenders take turns, so that whatever else the machine does meets all of them. Each figure is the
-median over the turns of the time of the baseline divided by that of the contender in the same
-turn, with the spread between the quartiles: above 1 the contender is the faster one. The first,
-'contiguous', is the baseline and the copy that it leaves to whatever follows: its result lies in
-memory channel by channel, where that of a backend lies as the map does. With --against, the filters
-of other checkouts of this repository take turns, too: what a change gained.
+Contenders take turns, so that all of them share the noise of the machine. Each figure is the time
+of the baseline over that of the contender in the same turn: median and quartiles over the turns.
+Above 1 the contender is faster. The baseline leaves its result in memory channel by channel, where
+backends leave theirs in the layout of the map; 'contiguous' is the baseline followed by the copy to
+that layout. With --against, the filters of other checkouts of this repository take part.
 
-On a GPU the turns replay CUDA graphs, which leaves out the time to launch kernels, and every ratio
-has two figures beside it: the memory that the operator cannot but move, over the time, in per cent
-of what a copy on the same device reaches; and the most memory that a run took beyond its inputs.
+On a GPU the turns replay CUDA graphs, which excludes the time to launch kernels. Every ratio is
+followed by two figures: the least memory traffic of the operator over its time, in per cent of the
+rate of a copy on the same device; and the peak memory of a run beyond its inputs.
 """
 
 import argparse
 import importlib.util
+import itertools
 import statistics
 import sys
 from collections.abc import Callable
@@ -26,26 +26,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gfnet_dense.benchmark import Times, machine, measure, milliseconds, plain_filter, speedup
+from gfnet_dense.benchmark import Times, machine, measure, milliseconds, speedup
 from gfnet_dense.models import GFNetPyramid, GlobalFilter
-from gfnet_dense.spectral import BACKENDS, fused, global_filter
+from gfnet_dense.spectral import BACKENDS, global_filter, unsupported_reason
+from gfnet_dense.spectral.reference import reference_filter
 
 Size = tuple[int, int, int]
 Operator = Callable[[Tensor, Tensor], Tensor]
 Run = Callable[[], object]
 
-# The stages of GFNet-H-S at 224, then larger maps of dense prediction.
+# The stages of GFNet-H-S at 224, then larger maps for dense prediction.
 SIZES = ['7x7x768', '14x14x384', '28x28x192', '56x56x96', '64x64x192', '128x128x96', '100x168x192']
 SWEEP = [f'{n}x{n}x96' for n in (*range(4, 33), *range(36, 68, 4), *range(72, 201, 16), 199, 200)]
 
-# The stages at 512, and some of every class of sizes: each compiles kernels of its own.
+# The stages at 512, then sizes of every class, each of which compiles kernels of its own.
 GPU_SIZES = ['128x128x96', '64x64x192', '32x32x384', '16x16x768']
 GPU_SWEEP = ['7x7x768', '14x14x384', '25x42x384', '28x28x192', '50x84x192', '56x56x96']
 GPU_SWEEP += ['67x67x96', '100x168x96', '200x200x96', '200x334x96']
 
 
 def filter_of(checkout: Path) -> Operator:
-    """Return the filter of another checkout, as its 'auto' computes it."""
+    """Return the filter of another checkout, which runs its backend 'auto'."""
     package = checkout / 'gfnet_dense' / 'spectral'
     name = f'spectral_of_{checkout.resolve().name}'
     spec = importlib.util.spec_from_file_location(name, package / '__init__.py')
@@ -55,15 +56,15 @@ def filter_of(checkout: Path) -> Operator:
 
 
 def contenders(x: Tensor) -> dict[str, Operator]:
-    """Return the operators by name, those that maps like `x` are for."""
+    """Return the operators by name that support maps like `x`."""
 
     def by(backend: str) -> Operator:
         return lambda x, weight: global_filter(x, weight, backend)
 
-    names = [name for name in BACKENDS if name != 'fused' or fused.obstacle(x) is None]
+    names = [name for name in BACKENDS if unsupported_reason(x, name) is None]
     return {
-        'baseline': plain_filter,
-        'contiguous': lambda x, weight: plain_filter(x, weight).contiguous(),
+        'baseline': reference_filter,
+        'contiguous': lambda x, weight: reference_filter(x, weight).contiguous(),
         **{name: by(name) for name in names},
     }
 
@@ -86,7 +87,7 @@ def training_steps(names: list[str], device: str) -> dict[str, Run]:
     def step(name: str) -> None:
         for layer in layers:
             if name == 'baseline':
-                layer.forward = lambda x, layer=layer: plain_filter(x, layer.complex_weight)
+                layer.forward = lambda x, layer=layer: reference_filter(x, layer.complex_weight)
             else:
                 layer.__dict__.pop('forward', None)
                 layer.backend = name
@@ -100,11 +101,11 @@ def training_steps(names: list[str], device: str) -> dict[str, Run]:
 
 
 def captured(run: Run) -> Run:
-    """Return what replays a run as a CUDA graph."""
+    """Return a function that replays a run as a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # plans, matrices, kernels that are compiled and tuned
+        for _ in range(3):  # warm up: FFT plans, matrices, compiled and tuned kernels
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -114,8 +115,8 @@ def captured(run: Run) -> Run:
 
 
 def peak(run: Run, device: str) -> float:
-    """Return the most memory that a run takes on a GPU beyond what is there, in MB."""
-    run()  # what is kept from run to run
+    """Return the peak memory that a run allocates on a GPU, in MB."""
+    run()  # fills caches
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -124,13 +125,13 @@ def peak(run: Run, device: str) -> float:
 
 
 def moved(x: Tensor, weight: Tensor, backward: bool) -> int:
-    """Return the bytes that have to be moved: x, weight and y; also g, x, weight and gradients."""
+    """Return the least bytes to move: x, weight and y; backward g, x, weight and gradients too."""
     forward = 2 * x.nbytes + weight.nbytes
     return forward + 3 * x.nbytes + 2 * weight.nbytes if backward else forward
 
 
 def copy_rate(device: str) -> float:
-    """Return the bytes a second that copying on a GPU reads and writes."""
+    """Return the bytes per second that a copy on a GPU reads and writes."""
     source = torch.empty(2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = measure({'copy': lambda: target.copy_(source)}, 9, 0.05, device)
@@ -150,7 +151,7 @@ def parse_args() -> argparse.Namespace:
         choices=['float64', 'float32', 'bfloat16', 'float16'],
         help='default: float32, on a GPU bfloat16',
     )
-    parser.add_argument('--batch', type=int, help='default: 8, on a GPU 16')
+    parser.add_argument('--batch', nargs='+', type=int, help='default: 8, on a GPU 16')
     parser.add_argument(
         '--sizes',
         nargs='+',
@@ -168,14 +169,14 @@ def parse_args() -> argparse.Namespace:
         type=Path,
         default=[],
         metavar='FOLDER',
-        help='other checkouts of this repository, whose filters take part',
+        help='other checkouts of this repository to compare with',
     )
-    parser.add_argument('--repeats', type=int, default=9, help='turns of each contender, 2 or more')
-    parser.add_argument('--seconds', type=float, default=0.05, help='the least length of a turn')
+    parser.add_argument('--repeats', type=int, default=9, help='number of turns, at least 2')
+    parser.add_argument('--seconds', type=float, default=0.05, help='shortest length of a turn')
     args = parser.parse_args()
     on_gpu = args.device.startswith('cuda')
     args.dtype = args.dtype or ('bfloat16' if on_gpu else 'float32')
-    args.batch = args.batch or (16 if on_gpu else 8)
+    args.batch = args.batch or [16 if on_gpu else 8]
     args.sizes = args.sizes or (GPU_SIZES if on_gpu else SIZES)
     return args
 
@@ -193,18 +194,19 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     operators = contenders(torch.empty(1, 1, 1, 1, device=device, dtype=dtype))
     operators |= {folder.resolve().name: filter_of(folder) for folder in args.against}
-    print(f'{machine(device)}; {args.dtype}, batch {args.batch}')
-    print('Times as fast as the baseline: median of the turns (quartiles)')
+    print(f'{machine(device)}; {args.dtype}')
+    print('Speed relative to the baseline: median over the turns (quartiles)')
     if on_gpu:
         torch.cuda.set_device(device)
         rate = copy_rate(device)
-        print(f'Then per cent of the rate of a copy, {rate / 1e9:.0f} GB/s, and peak memory in MB')
+        print(f'Then per cent of the rate of a copy ({rate / 1e9:.0f} GB/s), and peak memory in MB')
     names = ' | '.join(list(operators)[1:])
-    print('\n| H x W x C | pass | baseline ms |', names, '|')
+    print('\n| B x H x W x C | pass | baseline ms |', names, '|')
     print('|---|---|---|' + '---|' * (len(operators) - 1))
-    for size in args.sizes + ((GPU_SWEEP if on_gpu else SWEEP) if args.all else []):
+    sizes = args.sizes + ((GPU_SWEEP if on_gpu else SWEEP) if args.all else [])
+    for batch, size in itertools.product(args.batch, sizes):
         height, width, channels = parse_size(size)
-        x = torch.randn(args.batch, height, width, channels, device=device).to(dtype)
+        x = torch.randn(batch, height, width, channels, device=device).to(dtype)
         weight = torch.randn(height, width // 2 + 1, channels, 2, device=device)
         for backward in (False, True):
             tasks = {name: task(f, x, weight, backward) for name, f in operators.items()}
@@ -218,7 +220,7 @@ def main() -> None:
                     reached = moved(x, weight, backward) / statistics.median(times[name])
                     details[name] = f', {100 * reached / rate:.0f} %, {peaks[name]:.0f}'
             label = 'forward + backward' if backward else 'forward'
-            print_row(f'{size} | {label}', times, details)
+            print_row(f'{batch}x{size} | {label}', times, details)
     if on_gpu and args.all:
         steps = training_steps(list(operators), device)
         details = {name: f', {peak(step, device):.0f} MB' for name, step in steps.items()}

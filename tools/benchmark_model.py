@@ -12,9 +12,10 @@ import timm
 import torch
 from torch import nn
 
-from gfnet_dense.benchmark import machine, measure, milliseconds, plain_filter, speedup
+from gfnet_dense.benchmark import machine, measure, milliseconds, speedup
 from gfnet_dense.models import GFNetPyramid, GlobalFilter
 from gfnet_dense.spectral import global_filter
+from gfnet_dense.spectral.reference import reference_filter
 
 SIDES = (64, 128, 256, 512, 1024)
 
@@ -23,7 +24,7 @@ def plain(model: nn.Module) -> nn.Module:
     """Compute the filters of a model by their definition."""
     for module in model.modules():
         if isinstance(module, GlobalFilter):
-            module.forward = lambda x, m=module: plain_filter(x, m.spectrum(x.shape[1:3]))
+            module.forward = lambda x, m=module: reference_filter(x, m.spectrum(x.shape[1:3]))
     return model
 
 

@@ -12,8 +12,9 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from gfnet_dense.benchmark import machine, measure, milliseconds, plain_filter, speedup
+from gfnet_dense.benchmark import machine, measure, milliseconds, speedup
 from gfnet_dense.models import GlobalFilter
+from gfnet_dense.spectral.reference import reference_filter
 
 SIZES = ['7x7x768', '14x14x384', '28x28x192', '56x56x96']
 
@@ -23,7 +24,7 @@ class PlainFilter(GlobalFilter):
 
     def forward(self, x: Tensor) -> Tensor:
         """Filter a map of shape `(B, H, W, C)`."""
-        return plain_filter(x, self.complex_weight)
+        return reference_filter(x, self.complex_weight)
 
 
 def exported(layer: GlobalFilter, x: Tensor) -> Callable[[], object]:

@@ -9,7 +9,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from gfnet_dense.spectral import BACKENDS, RESIZE_METHODS, Grid, global_filter, resize_spectrum
-from gfnet_dense.spectral.blockwise import is_capturing
+from gfnet_dense.spectral.tracing import is_capturing
 
 # How many resized spectra a layer caches in evaluation. A spectrum of a large grid takes more
 # memory than the parameter, so the cache serves runs over images of one or two sizes.

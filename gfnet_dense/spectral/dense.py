@@ -1,211 +1,167 @@
 """The global filter by products with real Fourier matrices.
 
-For small planes they beat an FFT: a few large matrix products, no change of layout, no complex
-dtype. The cost of a value grows with H + W instead of log(HW).
+For small maps, where four matrix products without a change of layout beat an FFT (their cost per
+value grows with H + W instead of log(H * W)), and for compilers and exporters, which have no
+complex dtype.
+
+A map is transformed along W from real values to cosine and sine coefficients, then along H. With
+V = W // 2 + 1:
+
+    x (B H, W, C)  ->  (B H, 2 V, C) = (B, H 2, V C)  ->  spectrum (B, 2 H, V C)
+
+Spectra hold real and imaginary part apart and are divided by H * W: no frequency is larger than the
+largest value of the map.
 """
 
 import functools
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .blockwise import Transform, filter_map, is_capturing, multiplicity
-
-# Rows of a map from which on a CPU folds it: below, two more operators cost what smaller products
-# save.
-_FOLDED_FROM = 24
+from .autograd import multiplicity
+from .reference import compute_dtype
+from .tracing import is_capturing
 
 
-def dense_filter(x: Tensor, weight: Tensor) -> Tensor:
-    """See :func:`gfnet_dense.spectral.global_filter`."""
-    # Tensor cores multiply float16 at many times the rate of float32, and add up in float32.
-    operands = torch.float16 if x.is_cuda and x.dtype.itemsize == 2 else None
-    return filter_map(functools.partial(_Dense, operands=operands), x, weight)
+class _Matrices(NamedTuple):
+    """Fourier matrices, in the order of their use.
 
-
-class _Dense(Transform):
-    """Two matrix products per direction: along W from real to complex values, along H among them.
-
-    The second is the larger one. On a CPU it is halved: the sum of the two halves of a map along H
-    has its even rows of frequencies, the difference the odd ones, as in the first step of an FFT.
-
-    Spectra are `(B, P, 2, H / P, (W // 2 + 1) * C)`, real and imaginary part apart, even and odd
-    rows too if P = 2, divided by H * W: no frequency is larger than the largest value of the map,
-    so nothing overflows, but that sums of halves leave maps half the range of their dtype.
-
-    Args:
-        x: A map to transform; its size, dtype and device count.
-        operands: What the factors of matrix products are rounded to; None for no rounding.
+    Along W the coefficients are the cosines, then the sines. Along H, real and imaginary part of a
+    row lie side by side before the transform, as the first product leaves them, and apart after it.
     """
 
-    def __init__(self, x: Tensor, operands: torch.dtype | None = None) -> None:
-        super().__init__(x)
-        self._operands = operands
-        # A graph can neither look into a cache nor may it leave its own tensors there, and no more
-        # may those that only pretend to have values.
-        capturing = is_capturing()
-        ordinary = type(x) in (Tensor, torch.nn.Parameter) and not capturing
-        foldable = x.is_cpu and operands is None and not capturing
-        # Two matrices are copied for every image: not where a row is smaller than one of theirs.
-        pays = _FOLDED_FROM <= self.height <= self.width * x.shape[3]
-        self._parts = 2 if foldable and pays and self.height % 2 == 0 else 1
-        size = self.height, self.width, self._parts
-        matrices = _kept_matrices if ordinary else _matrices
-        self._matrices = matrices(size, operands or self.dtype, x.device)
-        self._scratches: dict[str, Tensor] | None = None if capturing else {}
-
-    def kernel(self, weight: Tensor, conjugate: bool = False) -> Tensor:
-        real, imag = weight.to(self.dtype).unbind(-1)
-        kernel = torch.stack([real, -imag if conjugate else imag])
-        return kernel.view(2, -1, self._parts, kernel[0, 0].numel()).transpose(1, 2)
-
-    def _forward(self, x: Tensor, keep: bool) -> Tensor:
-        along_width, along_height, _, _ = self._matrices
-        batch, height, _, channels = x.shape
-        x, unit = self._round(x if self._parts == 1 else self._fold(x))
-        rows = batch * height, along_width.shape[1], channels
-        x = _multiply(along_width, x.flatten(0, -3), self._scratch('rows', x, rows))
-        columns = batch * self._parts, along_height.shape[1], x.shape[1] // 2 * channels
-        out = None if keep else self._scratch('spectrum', x, columns)
-        x = _multiply(along_height, x.view(columns), out)
-        return self._restore(x, unit).view(batch, self._parts, 2, -1, columns[2])
-
-    def multiply(self, spectrum: Tensor, kernel: Tensor) -> Tensor:
-        real, imag = kernel.unbind(0)
-        return self._product('product', spectrum, real, imag)
-
-    def _inverse(self, spectrum: Tensor, out: Tensor | None) -> Tensor:
-        _, _, along_height, along_width = self._matrices
-        x, unit = self._round(spectrum.flatten(2, 3).flatten(0, 1))
-        x = _multiply(along_height, x, self._scratch('rows', x, x.shape))
-        x = x.view(-1, along_width.shape[2], x.shape[2] // (self.width // 2 + 1))
-        rows = x.shape[0], self.width, x.shape[2]
-        shape = spectrum.shape[0], self.height, *rows[1:]
-        if self._parts == 2:
-            x = _multiply(along_width, x, self._scratch('folded', x, rows))
-            return self._unfold(x.view(shape), out)
-        if out is not None and unit is None:
-            _multiply(along_width, x, out.view(rows))
-            return out
-        x = _multiply(along_width, x, self._scratch('map', x, rows))
-        return self._restore(x, unit).view(shape)
-
-    def correlate(self, g: Tensor, x: Tensor) -> Tensor:
-        real, imag = x.unbind(2)
-        return self._product('correlation', g, real, imag, sign=-1).sum(0)
-
-    def _gradient(self, correlation: Tensor) -> Tensor:
-        # The first row of the way back along W: how often each column stands in the spectrum.
-        columns = self._matrices[3][0, 0, : self.width // 2 + 1, None, None].to(self.dtype)
-        gradient = correlation.unflatten(3, (len(columns), -1)).permute(2, 0, 3, 4, 1)
-        return gradient.flatten(0, 1) * (columns * (self.height * self.width))
-
-    def _fold(self, x: Tensor) -> Tensor:
-        """Return sums and differences of the halves of `(B, H, W, C)`: `(B, 2, H / 2, W, C)`."""
-        halves = x.unflatten(1, (2, -1))
-        folded = self._scratch('folded', x, halves.shape)
-        torch.add(*halves.unbind(1), out=folded[:, 0])
-        torch.sub(*halves.unbind(1), out=folded[:, 1])
-        return folded
-
-    def _unfold(self, folded: Tensor, out: Tensor | None) -> Tensor:
-        """Return what was folded, twice as large."""
-        out = self._scratch('map', folded, folded.shape) if out is None else out
-        halves = out.unflatten(1, (2, -1))
-        even, odd = folded.view(halves.shape).unbind(1)
-        torch.add(even, odd, out=halves[:, 0])
-        torch.sub(even, odd, out=halves[:, 1])
-        return out
-
-    def _product(self, name: str, x: Tensor, real: Tensor, imag: Tensor, sign: int = 1) -> Tensor:
-        """Multiply a spectrum by `real + sign * i * imag`."""
-        x_real, x_imag = x.unbind(2)
-        product = self._scratch(name, x, x.shape)
-        if product is None:
-            imag = sign * imag
-            parts = x_real * real - x_imag * imag, x_imag * real + x_real * imag
-            return torch.stack(parts, dim=2)
-        torch.mul(x, real.unsqueeze(-3), out=product)
-        product_real, product_imag = product.unbind(2)
-        product_real.addcmul_(x_imag, imag, value=-sign)
-        product_imag.addcmul_(x_real, imag, value=sign)
-        return product
-
-    def _scratch(self, name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-        """Return memory for a result, the same for every block, so cached; None in a graph."""
-        if self._scratches is None:
-            return None
-        scratch = self._scratches.get(name)
-        if scratch is None or scratch.shape != shape:
-            kept = scratch is not None and scratch.numel() == math.prod(shape)
-            scratch = scratch.view(shape) if kept else like.new_empty(shape)
-            self._scratches[name] = scratch
-        return scratch
-
-    def _round(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Round to the operands' dtype, in units that keep the results within its range too."""
-        if self._operands is None:
-            return x, None
-        unit = x.detach().abs().amax() * math.sqrt(self.height * self.width)
-        unit = unit.clamp(min=torch.finfo(self.dtype).tiny)
-        return (x / unit).to(self._operands), unit
-
-    def _restore(self, x: Tensor, unit: Tensor | None) -> Tensor:
-        return x if unit is None else x.to(self.dtype) * unit
+    along_width: Tensor  # (2 V, W)
+    along_height: Tensor  # (2 H, H 2)
+    back_along_height: Tensor  # (H 2, 2 H)
+    back_along_width: Tensor  # (W, 2 V)
 
 
-def _multiply(matrix: Tensor, x: Tensor, out: Tensor | None) -> Tensor:
-    """Multiply the `P` matrices `(P, M, N)` in turns with the `(N, C)` of a batch.
+def unsupported_reason(x: Tensor) -> None:
+    """Return None: matrix products take every map."""
 
-    A single one is not copied, as `matmul` would; two are, for every image.
-    """
-    parts, batch = matrix.shape[0], x.shape[0]
-    if parts == 1:
-        matrices = matrix.expand(batch, -1, -1)
-    else:
-        matrices = matrix.expand(batch // parts, -1, -1, -1).flatten(0, 1)
-    return torch.bmm(matrices, x, out=out)
+
+def filter(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
+    """See :class:`gfnet_dense.spectral.autograd.Backend`."""
+    with _full_precision(x.device):
+        return _map(_multiply(_spectrum(x), weight, conjugate), x)
+
+
+def correlate(g: Tensor, x: Tensor) -> Tensor:
+    """See :class:`gfnet_dense.spectral.autograd.Backend`."""
+    with _full_precision(x.device):
+        return _gradient(_spectrum(g), _spectrum(x), x)
+
+
+def adjoint(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """See :class:`gfnet_dense.spectral.autograd.Backend`."""
+    with _full_precision(x.device):
+        spectrum = _spectrum(g)
+        gx = _map(_multiply(spectrum, weight, True), x)
+        return gx, _gradient(spectrum, _spectrum(x), x)
+
+
+def _spectrum(x: Tensor) -> Tensor:
+    """Transform a map `(B, H, W, C)` to a spectrum `(B, 2, H, V C)`."""
+    batch, height = x.shape[:2]
+    matrices = _matrices(x)
+    values, largest = _scale(x.to(compute_dtype(x)), x)
+    rows = _product(matrices.along_width, values.flatten(0, 1))
+    spectrum = _product(matrices.along_height, rows.view(batch, 2 * height, -1))
+    return _unscale(spectrum, largest, x).view(batch, 2, height, -1)
+
+
+def _map(spectrum: Tensor, like: Tensor) -> Tensor:
+    """Transform a spectrum `(B, 2, H, V C)` back to a map `(B, H, W, C)`."""
+    batch, height, _, channels = like.shape
+    matrices = _matrices(like)
+    values, largest = _scale(spectrum, like)
+    rows = _product(matrices.back_along_height, values.flatten(1, 2))
+    y = _product(matrices.back_along_width, rows.view(batch * height, -1, channels))
+    return _unscale(y, largest, like).view(like.shape).to(like.dtype)
+
+
+def _multiply(spectrum: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
+    real, imag = weight.flatten(1, 2).unbind(-1)
+    imag = torch.stack([imag, -imag] if conjugate else [-imag, imag])
+    return spectrum * real + spectrum.flip(1) * imag
+
+
+def _gradient(g: Tensor, x: Tensor, like: Tensor) -> Tensor:
+    """Return the gradient of the weight from the spectra of gradient and map."""
+    _, height, width, channels = like.shape
+    (g_real, g_imag), (real, imag) = g.unbind(1), x.unbind(1)
+    parts = g_real * real + g_imag * imag, g_imag * real - g_real * imag
+    correlation = torch.stack([part.sum(0) for part in parts], dim=-1)
+    columns = multiplicity(width, x.device).to(x.dtype) * (height * width)
+    return correlation.unflatten(1, (-1, channels)) * columns[:, None, None]
+
+
+def _product(matrix: Tensor, x: Tensor) -> Tensor:
+    """Multiply a matrix with every `(N, C)` of a batch; unlike `matmul`, without a copy."""
+    return torch.bmm(matrix.expand(x.shape[0], -1, -1), x)
+
+
+# Two kinds of maps are scaled before each pair of products, and their results scaled back. Tensor
+# cores multiply float16 at many times the rate of float32, so 16-bit maps on a GPU are rounded to
+# it, scaled to keep results within its range. And bfloat16 has the range of float32, which sums of
+# large values would leave.
+
+
+def _operand_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of the factors of matrix products; sums are in the compute dtype."""
+    return torch.float16 if x.is_cuda and x.dtype.itemsize == 2 else compute_dtype(x)
+
+
+def _scale(values: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Scale values to `1 / sqrt(H * W)` at most and round them; return the largest of them too."""
+    operand_dtype = _operand_dtype(like)
+    if operand_dtype == values.dtype and like.dtype != torch.bfloat16:
+        return values, None
+    largest = values.detach().abs().amax().clamp(min=torch.finfo(values.dtype).tiny)
+    return (values / largest / _root(like)).to(operand_dtype), largest
+
+
+def _unscale(values: Tensor, largest: Tensor | None, like: Tensor) -> Tensor:
+    # Not by the product of the two factors, which may overflow.
+    return values if largest is None else values.to(compute_dtype(like)) * _root(like) * largest
+
+
+def _root(x: Tensor) -> float:
+    return math.sqrt(x.shape[1] * x.shape[2])
+
+
+def _matrices(x: Tensor) -> _Matrices:
+    # Skip the cache while a graph is captured and for tensor subclasses such as FakeTensor.
+    is_cacheable = type(x) in (Tensor, torch.nn.Parameter) and not is_capturing()
+    make = _cached_matrices if is_cacheable else _make_matrices
+    return make(x.shape[1], x.shape[2], _operand_dtype(x), x.device)
 
 
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(False)
-def _kept_matrices(
-    size: tuple[int, int, int], dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, ...]:
-    # On the CPU, since not every device knows float64.
-    matrices = _matrices(size, dtype, torch.device('cpu'))
-    return tuple(matrix.to(device) for matrix in matrices)
+def _cached_matrices(
+    height: int, width: int, dtype: torch.dtype, device: torch.device
+) -> _Matrices:
+    # Made on the CPU, since not every device has float64.
+    matrices = _make_matrices(height, width, dtype, torch.device('cpu'))
+    return _Matrices(*(matrix.to(device) for matrix in matrices))
 
 
-def _matrices(
-    size: tuple[int, int, int], dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, ...]:
-    """Return the Fourier matrices, forward along W and H, inverse along H and W, for `(H, W, P)`.
-
-    Along W it is one that maps `W` real values to `2 * (W // 2 + 1)`, cosines first, and back.
-    Along H they are `P` that map `H / P * 2` values, real and imaginary part of a row side by side
-    as the first product leaves them, to `2 * H / P`, the parts apart, and back: the first of two
-    for the even rows of frequencies, the second for the odd ones.
-    """
-    height, width, parts = size
-    cosine, sine = _waves(width, device)
-    cosine, sine = cosine[: width // 2 + 1], sine[: width // 2 + 1]
-    forward_width = torch.cat([cosine, -sine]) / width
+def _make_matrices(height: int, width: int, dtype: torch.dtype, device: torch.device) -> _Matrices:
+    cosine, sine = (wave[: width // 2 + 1] for wave in _waves(width, device))
     columns = multiplicity(width, device)[:, None]
-    inverse_width = torch.cat([columns * cosine, columns * -sine]).T
-    along_width = forward_width[None], inverse_width[None]
-
-    # Of frequency u = k * P + p, only the first H / P places: the rest repeats them, up to sign.
-    cosine, sine = (
-        wave[:, : height // parts].unflatten(0, (-1, parts)).transpose(0, 1)
-        for wave in _waves(height, device)
-    )
-    real = torch.stack([cosine, sine], dim=3).flatten(2)
-    imag = torch.stack([-sine, cosine], dim=3).flatten(2)
-    forward_height = torch.cat([real, imag], dim=1)
-    matrices = along_width[0], forward_height / height, forward_height.mT, along_width[1]
-    return tuple(matrix.to(dtype).contiguous() for matrix in matrices)
+    along_width = torch.cat([cosine, -sine]) / width
+    back_along_width = torch.cat([columns * cosine, columns * -sine]).T
+    cosine, sine = _waves(height, device)
+    real = torch.stack([cosine, sine], dim=2).flatten(1)
+    imag = torch.stack([-sine, cosine], dim=2).flatten(1)
+    along_height = torch.cat([real, imag])
+    matrices = along_width, along_height / height, along_height.T, back_along_width
+    return _Matrices(*(matrix.to(dtype).contiguous() for matrix in matrices))
 
 
 def _waves(period: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -214,3 +170,32 @@ def _waves(period: int, device: torch.device) -> tuple[Tensor, Tensor]:
     # The remainder, exact in integers, keeps angles small.
     angle = torch.outer(index, index).remainder(period).double() * (2 * math.pi / period)
     return angle.cos(), angle.sin()
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Compute matrix products in the precision of their operands, with sums in float32.
+
+    Switches off autocast, TF32 and reduced-precision sums. A graph keeps the caller's settings for
+    the last two.
+    """
+    if device.type != 'meta' and torch.is_autocast_enabled(device.type):  # meta has no autocast
+        autocast: AbstractContextManager[Any] = torch.autocast(device.type, enabled=False)
+    else:
+        autocast = nullcontext()
+    # Dynamo of torch 2.6 does not trace context managers that are generators.
+    return autocast if is_capturing() or device.type != 'cuda' else _full_sums(autocast)
+
+
+@contextmanager
+def _full_sums(autocast: AbstractContextManager[Any]) -> Iterator[None]:
+    settings = torch.backends.cuda.matmul
+    names = ('allow_tf32', 'allow_fp16_reduced_precision_reduction')
+    before = [getattr(settings, name) for name in names]
+    try:
+        for name in names:
+            setattr(settings, name, False)
+        with autocast:
+            yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(settings, name, value)

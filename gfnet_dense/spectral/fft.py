@@ -1,43 +1,67 @@
-"""The global filter by `torch.fft`: the reference that other backends are held against."""
+"""The global filter by `torch.fft`, with closed-form gradients in real transforms.
+
+Spectra are complex, `(B, C, H, W // 2 + 1)`. FFT libraries need every plane in one piece, so each
+direction costs one copy, and products stay in that layout.
+"""
 
 import torch
 from torch import Tensor
 
-from .blockwise import Transform, filter_map, multiplicity
+from .autograd import multiplicity
+from .reference import compute_dtype
 from .resize import hermitian_part
 
 
-def fft_filter(x: Tensor, weight: Tensor) -> Tensor:
-    """See :func:`gfnet_dense.spectral.global_filter`."""
-    return filter_map(_Fft, x, weight)
+def unsupported_reason(x: Tensor) -> None:
+    """Return None: `torch.fft` takes every map."""
 
 
-class _Fft(Transform):
-    """`torch.fft`; spectra are complex, `(B, C, H, W // 2 + 1)`, without any normalisation.
+def filter(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
+    """See :class:`gfnet_dense.spectral.autograd.Backend`."""
+    return _map(_spectrum(x) * _kernel(weight, x, conjugate), x)
 
-    FFT libraries want planes that lie in one piece. One copy per direction is what this costs;
-    multiplying in that layout, too, saves walking two layouts at once.
-    """
 
-    def kernel(self, weight: Tensor, conjugate: bool = False) -> Tensor:
-        weight = hermitian_part(weight.to(self.dtype), self.width) / (self.height * self.width)
-        kernel = torch.view_as_complex(weight.contiguous()).permute(2, 0, 1).contiguous()
-        return kernel.conj_physical() if conjugate else kernel
+def correlate(g: Tensor, x: Tensor) -> Tensor:
+    """See :class:`gfnet_dense.spectral.autograd.Backend`."""
+    return _gradient(_spectrum(g), _spectrum(x), x)
 
-    def _forward(self, x: Tensor, keep: bool) -> Tensor:
-        return torch.fft.rfft2(x.permute(0, 3, 1, 2))
 
-    def multiply(self, spectrum: Tensor, kernel: Tensor) -> Tensor:
-        return spectrum * kernel
+def adjoint(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """See :class:`gfnet_dense.spectral.autograd.Backend`."""
+    spectrum = _spectrum(g)
+    gx = _map(spectrum * _kernel(weight, x, True), x)
+    return gx, _gradient(spectrum, _spectrum(x), x)
 
-    def _inverse(self, spectrum: Tensor, out: Tensor | None) -> Tensor:
-        x = torch.fft.irfft2(spectrum, s=(self.height, self.width), norm='forward')
-        return x.permute(0, 2, 3, 1)
 
-    def correlate(self, g: Tensor, x: Tensor) -> Tensor:
-        return (g * x.conj()).sum(0)
+def _unit(x: Tensor) -> int:
+    """Return what maps are divided by: bfloat16 has the range of float32, so sums may overflow."""
+    return x.shape[1] * x.shape[2] if x.dtype == torch.bfloat16 else 1
 
-    def _gradient(self, correlation: Tensor) -> Tensor:
-        columns = multiplicity(self.width, correlation.device).to(self.dtype)
-        correlation = correlation * (columns / (self.height * self.width))
-        return torch.view_as_real(correlation.permute(1, 2, 0))
+
+def _spectrum(x: Tensor) -> Tensor:
+    """Transform a map; the spectrum is divided by the unit of the map."""
+    planes = x.permute(0, 3, 1, 2).to(compute_dtype(x)).contiguous()
+    return torch.fft.rfft2(planes if _unit(x) == 1 else planes / _unit(x))
+
+
+def _kernel(weight: Tensor, x: Tensor, conjugate: bool) -> Tensor:
+    """Return a spectrum as factor `(C, H, W // 2 + 1)`, divided by H * W."""
+    _, height, width, _ = x.shape
+    weight = hermitian_part(weight, width) / (height * width)
+    kernel = torch.view_as_complex(weight.contiguous()).permute(2, 0, 1).contiguous()
+    return kernel.conj() if conjugate else kernel
+
+
+def _map(spectrum: Tensor, like: Tensor) -> Tensor:
+    """Transform a spectrum back to a map."""
+    planes = torch.fft.irfft2(spectrum, s=like.shape[1:3], norm='forward')
+    y = planes if _unit(like) == 1 else planes * _unit(like)
+    return y.permute(0, 2, 3, 1).to(like.dtype).contiguous()
+
+
+def _gradient(g: Tensor, x: Tensor, like: Tensor) -> Tensor:
+    """Return the gradient of the weight from the spectra of gradient and map."""
+    _, height, width, _ = like.shape
+    columns = multiplicity(width, x.device) * (_unit(like) ** 2 / (height * width))
+    correlation = (g * x.conj()).sum(0) * columns.to(compute_dtype(like))
+    return torch.view_as_real(correlation.permute(1, 2, 0).contiguous())

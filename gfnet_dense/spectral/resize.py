@@ -1,7 +1,8 @@
-"""Learned spectra and position embeddings, from one grid to another.
+"""Resize learned spectra and position embeddings from one grid to another.
 
-A grid is the spatial size `(h, w)` in cells that a parameter lives on. A spectrum of that grid is
-stored real, `(h, w // 2 + 1, C, 2)`: rows in FFT order, columns the non-negative frequencies.
+A grid is the spatial size `(h, w)`, in cells, of the maps that a parameter was made for. A spectrum
+of that grid is stored as real numbers `(h, w // 2 + 1, C, 2)`: rows in FFT order, columns for the
+non-negative frequencies, then real and imaginary part.
 """
 
 from collections.abc import Callable
@@ -16,13 +17,16 @@ Grid = tuple[int, int]
 def hermitian_part(weight: Tensor, width: int) -> Tensor:
     """Return the part of a half spectrum that acts on real maps.
 
-    The columns of frequency zero and, for even widths, of the Nyquist frequency hold both of
-    each pair of conjugate entries. An inverse real FFT uses their Hermitian part only; libraries
-    differ in how they drop the rest, so it is dropped here, once and for all.
+    The columns of frequency zero and, for even widths, of the Nyquist frequency hold both entries
+    of each conjugate pair. An inverse real FFT uses only their Hermitian part. FFT libraries differ
+    in how they drop the rest, so this function drops it before they see it.
 
     Args:
         weight: Spectrum of shape `(h, width // 2 + 1, C, 2)`.
-        width: Width of the map in cells, which the half spectrum alone does not tell.
+        width: Width of the map in cells. The half spectrum alone does not determine it.
+
+    Returns:
+        Spectrum of the shape of `weight`.
     """
     first, rest = _symmetric(weight[:, :1]), weight[:, 1:]
     if width % 2:
@@ -33,7 +37,7 @@ def hermitian_part(weight: Tensor, width: int) -> Tensor:
 def resize_spectrum(weight: Tensor, grid: Grid, size: Grid, method: str = 'bilinear') -> Tensor:
     """Resize a learned spectrum to the grid of another map.
 
-    Differentiable with respect to `weight`. A spectrum of the right grid is returned as it is.
+    Differentiable in `weight`. A spectrum that already has the right grid is returned unchanged.
 
     Args:
         weight: Spectrum of shape `(h, w // 2 + 1, C, 2)`.
@@ -41,16 +45,16 @@ def resize_spectrum(weight: Tensor, grid: Grid, size: Grid, method: str = 'bilin
         size: The grid `(H, W)` to resize to.
         method: A name of :data:`RESIZE_METHODS`:
 
-            - `'bilinear'`: real and imaginary part as images, corners aligned. What the authors
-              run in dense prediction (issues 4 and 16 of the official repository).
-            - `'bicubic'`: the same with a bicubic kernel: their 384 finetuning.
-            - `'centered'`: linear between the neighbours in frequency; keeps the response of
-              the filter at every normalised frequency (cycles per cell), zero included.
-            - `'spatial'`: keeps the spatial kernel: its taps, in cells around the origin, are
+            - `'bilinear'`: resizes real and imaginary part as images, corners aligned. The
+              authors use it for dense prediction (issues 4 and 16 of the official repository).
+            - `'bicubic'`: the same with a bicubic kernel. The authors use it to finetune at 384.
+            - `'centered'`: interpolates linearly between neighbouring frequencies. It keeps the
+              response of the filter at every normalised frequency (cycles per cell).
+            - `'spatial'`: keeps the spatial kernel. Its taps, in cells around the origin, are
               padded with zeros or cropped.
 
-            The first two interpolate rows in FFT order, so they blend the highest positive with
-            the highest negative frequency and shift low negative ones; official weights were
+            The first two interpolate rows in FFT order. So they blend the highest positive with
+            the highest negative frequency and shift low negative ones. Official weights were
             evaluated this way.
 
     Returns:
@@ -76,7 +80,7 @@ def resize_spectrum(weight: Tensor, grid: Grid, size: Grid, method: str = 'bilin
 
 
 def resize_position_embedding(pos_embed: Tensor, grid: Grid, size: Grid) -> Tensor:
-    """Resize a position embedding as the official 384 finetuning does: bicubic.
+    """Resize a position embedding bicubically, as the official finetuning at 384 does.
 
     Args:
         pos_embed: Embedding of shape `(1, h * w, C)`.
@@ -95,8 +99,8 @@ def resize_position_embedding(pos_embed: Tensor, grid: Grid, size: Grid) -> Tens
 
 def _interpolate(weight: Tensor, size: Grid, mode: str) -> Tensor:
     channels = weight.shape[2]
-    # A batch of one before the channels move to the front: only so does torch see that they are
-    # last in memory, where it is several times as fast on a CPU, and leaves them there.
+    # Add the batch dimension before the channels move to the front. Then torch sees that channels
+    # are last in memory, keeps them there, and is several times as fast on a CPU.
     image = weight.flatten(2).unsqueeze(0).permute(0, 3, 1, 2)
     image = F.interpolate(image, size=_half(size), mode=mode, align_corners=True)
     return image.permute(0, 2, 3, 1).squeeze(0).unflatten(2, (channels, 2))
@@ -113,8 +117,8 @@ def _bicubic(weight: Tensor, grid: Grid, size: Grid) -> Tensor:
 def _centered(weight: Tensor, grid: Grid, size: Grid) -> Tensor:
     (h, w), (height, width) = grid, size
     weight = hermitian_part(weight, w)
-    # The spectrum is periodic. One column past the half, which odd widths need on the way to
-    # their Nyquist frequency, is the mirror image of column (w - 1) // 2.
+    # Odd widths need one column past the half. The spectrum is periodic, so that column is the
+    # mirror image of column (w - 1) // 2.
     beyond = _conjugate_mirror(weight[:, (w - 1) // 2 : (w - 1) // 2 + 1])
     weight = torch.cat([weight, beyond], dim=1)
     rows = torch.arange(height, device=weight.device)
@@ -126,7 +130,7 @@ def _centered(weight: Tensor, grid: Grid, size: Grid) -> Tensor:
 def _lerp(weight: Tensor, frequency: Tensor, old: int, new: int, dim: int) -> Tensor:
     """Sample `dim`, of a period of `old` cells, at `frequency` cycles per `new` cells."""
     count = weight.shape[dim]
-    # In integers: a frequency that both grids have is hit exactly.
+    # Integer arithmetic hits a frequency that both grids have exactly.
     lower = torch.div(frequency * old, new, rounding_mode='floor')
     fraction = (frequency * old - lower * new).to(weight.dtype) / new
     fraction = fraction.view([-1 if d == dim else 1 for d in range(weight.ndim)])
@@ -145,7 +149,7 @@ def _spatial(weight: Tensor, grid: Grid, size: Grid) -> Tensor:
 
 
 def _pad_or_crop(kernel: Tensor, old: int, new: int, dim: int) -> Tensor:
-    """Keep the taps nearest the origin, which is index 0 of a circular axis."""
+    """Keep the taps nearest to the origin, which is index 0 of a circular axis."""
     kept = min(old, new)
     after = kernel.narrow(dim, 0, (kept + 1) // 2)
     before = kernel.narrow(dim, old - kept // 2, kept // 2)
@@ -173,6 +177,6 @@ def _symmetric(columns: Tensor) -> Tensor:
 
 
 def _conjugate_mirror(columns: Tensor) -> Tensor:
-    """Map the entry of row u to the conjugate of row -u: the columns of negative frequency."""
+    """Return columns of the negative frequencies: row u is the conjugate of row -u."""
     mirrored = columns.flip(0).roll(1, 0)
     return torch.stack([mirrored[..., 0], -mirrored[..., 1]], dim=-1)

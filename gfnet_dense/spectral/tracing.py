@@ -1,0 +1,34 @@
+"""How torch runs the current call: directly, into a graph, or under a transform."""
+
+import torch
+
+# Before torch 2.7 this function does not exist, and Dynamo of older versions takes it for true in
+# every graph. There compiled graphs count as exported, so they hold torch's own operators only.
+_is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+
+
+def is_capturing() -> bool:
+    """Tell whether torch records a graph: compiled, exported or traced."""
+    return torch.compiler.is_compiling() or _is_tracing()
+
+
+def is_transformed() -> bool:
+    """Tell whether a transform of `torch.func` (vmap, grad, jvp, ...) is active."""
+    # Private: up to torch 2.14 no public function tells this.
+    return torch._C._are_functorch_transforms_active()
+
+
+def operator_unsupported_reason() -> str | None:
+    """Say why the current graph cannot hold custom operators; None if it can, or without a graph.
+
+    A backend made of custom operators asks this before anything else.
+    """
+    if _is_tracing() or (torch.compiler.is_compiling() and _is_exporting()):
+        return "exported graphs hold torch's own operators only"
+    if torch.compiler.is_compiling() and is_transformed():
+        return 'compiled graphs do not support custom operators under transforms of torch.func'
+    return None
+
+
+def _is_tracing() -> bool:
+    return torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]

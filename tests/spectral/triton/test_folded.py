@@ -1,0 +1,41 @@
+"""The model of the folded transform against the definition, and its parts against direct sums."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from filter_oracle import assert_near, random_case
+from hypothesis import given, settings
+
+from gfnet_dense.spectral.reference import reference_filter
+from gfnet_dense.spectral.triton.folded import coefficients, folded_filter, frequencies, transform
+
+sides = st.integers(1, 20)
+
+
+@settings(max_examples=60)
+@given(height=sides, width=sides, seed=st.integers(0, 2**31))
+def test_filters_by_definition(height, width, seed):
+    torch.manual_seed(seed)
+    x, weight, _ = (t.detach() for t in random_case((height, width)))
+    assert_near([folded_filter(x, weight)], [reference_filter(x, weight)], 1e-12)
+
+
+@pytest.mark.parametrize('size', [1, 2, 5, 6])
+def test_coefficients_are_the_spectrum_with_the_origin_at_the_centre(size):
+    x = torch.randn(3, size, dtype=torch.float64)
+    cosine, sine = transform(x)
+    slot, cell = torch.arange((size + 1) // 2), torch.arange(size).double()
+    place = 2 * torch.pi * (cell - (size - 1) / 2) / size
+    assert_near([cosine], [x @ torch.outer(place, slot.double()).cos()], 1e-12)
+    assert_near([sine[:, 1:]], [x @ torch.outer(place, slot[1:].double()).sin()], 1e-12)
+    nyquist = torch.fft.fft(x)[:, size // 2].abs() if size % 2 == 0 else torch.zeros(3)
+    torch.testing.assert_close(sine[:, 0].abs(), nyquist.double(), rtol=0, atol=1e-12)
+
+
+def test_the_way_back_is_the_transpose():
+    u, v = torch.arange(3), torch.arange(4)[:, None]
+    inner = (u > 0).double(), (v > 0).double()
+    parts, values = torch.randn(2, 4, 4, 3, dtype=torch.float64)
+    there = torch.stack(frequencies(tuple(parts), *inner))
+    back = torch.stack(coefficients(tuple(values), *inner))
+    torch.testing.assert_close((there * values).sum(), (parts * back).sum())
