@@ -1,0 +1,802 @@
+// The global filter y = F^-1(K . F x) of channels-last maps, and its gradients, on a CPU.
+//
+// Every SIMD register holds the same cell of neighbouring channels, so a plain Fourier transform
+// over cells keeps all lanes busy and needs no shuffles. A unit of work is one image and one
+// register's width of channels ("block"):
+//
+//   1. Rows.     Two real rows a, b go through one complex transform of a + i b. Their half spectra
+//                fall out of its sum and difference with its own mirror image.
+//   2. Columns.  Of the half spectrum: transform, multiply by K, transform back.
+//   3. Rows.     Back, two at a time.
+//
+// The gradient of the map is the filter with the conjugate of K. The gradient of K is the product
+// of two half spectra, summed over the batch; step 1 takes a row of each map as its pair.
+//
+// An inverse transform is a forward one with the real and imaginary parts of its input and output
+// exchanged. That costs nothing here, so only forward transforms exist. No transform is scaled:
+// one factor, applied with K, stands for all.
+//
+// Results do not depend on the number of threads: it only decides who computes a unit.
+
+#include <atomic>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace {
+
+using Index = std::ptrdiff_t;
+
+// ---------------------------------------------------------------------------------------------
+// Vectors: GCC's vector types, which clang has, too. No intrinsics: one source for all processors.
+
+#ifndef VECTOR_BYTES
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+#endif
+
+#ifdef __clang__
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 32")
+#endif
+#define ALWAYS_INLINE __attribute__((always_inline))
+#define INLINE inline ALWAYS_INLINE
+
+template <class T, int N>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
+template <class T, int N>
+using Vector = typename VectorOf<T, N>::type;
+
+template <class T>
+constexpr int lanes = VECTOR_BYTES / sizeof(T);
+
+// A complex number in every lane.
+template <class T>
+struct Cell {
+  Vector<T, lanes<T>> re, im;
+};
+
+template <class T>
+INLINE Cell<T> operator+(Cell<T> a, Cell<T> b) {
+  return {a.re + b.re, a.im + b.im};
+}
+template <class T>
+INLINE Cell<T> operator-(Cell<T> a, Cell<T> b) {
+  return {a.re - b.re, a.im - b.im};
+}
+template <class T>
+INLINE Cell<T> multiply(Cell<T> a, T re, T im) {
+  return {a.re * re - a.im * im, a.re * im + a.im * re};
+}
+
+// Reads or writes `count` channels, at most a register full. Memory need not be aligned.
+template <class V>
+INLINE V load(const void* from, Index bytes) {
+  V v;
+  if (bytes >= Index(sizeof v)) {
+    std::memcpy(&v, from, sizeof v);
+  } else {
+    v = V{};
+    std::memcpy(&v, from, bytes);
+  }
+  return v;
+}
+template <class V>
+INLINE void store(void* to, V v, Index bytes) {
+  if (bytes >= Index(sizeof v))
+    std::memcpy(to, &v, sizeof v);
+  else
+    std::memcpy(to, &v, bytes);
+}
+
+template <class To, class From>
+INLINE To bits(From v) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  std::memcpy(&to, &v, sizeof to);
+  return to;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Types of maps: how lanes are read and written. 16-bit types are computed in float.
+
+struct BFloat16 {
+  std::uint16_t value;
+};
+struct Float16 {
+  std::uint16_t value;
+};
+constexpr int N32 = lanes<float>;
+using F32 = Vector<float, N32>;
+using U32 = Vector<std::uint32_t, N32>;
+using U16 = Vector<std::uint16_t, N32>;
+
+template <class S, class T>
+struct Storage {  // the type computed in
+  static INLINE Vector<T, lanes<T>> read(const S* p, Index count) {
+    return load<Vector<T, lanes<T>>>(p, count * sizeof(S));
+  }
+  static INLINE void write(S* p, Vector<T, lanes<T>> v, Index count) {
+    store(p, v, count * sizeof(S));
+  }
+};
+
+template <>
+struct Storage<BFloat16, float> {
+  static INLINE F32 read(const BFloat16* p, Index count) {
+    return bits<F32>(__builtin_convertvector(load<U16>(p, count * 2), U32) << 16);
+  }
+  static INLINE void write(BFloat16* p, F32 v, Index count) {  // to nearest, ties to even
+    const U32 u = bits<U32>(v), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    const U32 nan = (u >> 16) | 0x40;
+    const U32 result = (u & 0x7fffffff) > 0x7f800000 ? nan : rounded;
+    store(p, __builtin_convertvector(result, U16), count * 2);
+  }
+};
+
+template <>
+struct Storage<Float16, float> {
+  static INLINE F32 read(const Float16* p, Index count) {
+    const U32 h = __builtin_convertvector(load<U16>(p, count * 2), U32);
+    const F32 finite = bits<F32>((h & 0x7fff) << 13) * 0x1p112f;  // right for subnormals, too
+    const U32 special = (h & 0x7c00) == 0x7c00 ? U32{} + 0x7f800000u : U32{};
+    return bits<F32>(bits<U32>(finite) | special | (h & 0x8000) << 16);
+  }
+  static INLINE void write(Float16* p, F32 v, Index count) {  // to nearest, ties to even
+    const U32 u = bits<U32>(v), magnitude = u & 0x7fffffff;
+    const U32 normal = (magnitude - (112u << 23) + 0xfff + ((u >> 13) & 1)) >> 13;
+    // An addition rounds a subnormal: its unit in the last place is that of 0.5 in float.
+    const U32 subnormal = bits<U32>(bits<F32>(magnitude) + 0.5f) - bits<U32>(F32{} + 0.5f);
+    U32 h = magnitude < (113u << 23) ? subnormal : normal;
+    h = magnitude >= bits<std::uint32_t>(65520.0f) ? U32{} + 0x7c00 : h;
+    h = magnitude > 0x7f800000 ? U32{} + 0x7e00 : h;
+    store(p, __builtin_convertvector(h | (u >> 16 & 0x8000), U16), count * 2);
+  }
+};
+
+// Interleaved real and imaginary parts, as spectra lie in memory.
+#ifdef __clang__
+template <int From, int Step, class V, int... I>
+INLINE V pick(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  return __builtin_shufflevector(a, b, (Step == 2 ? 2 * I + From : I / 2 + I % 2 * n + From)...);
+}
+#else
+template <int From, int Step, class V, int... I>
+INLINE V pick(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  using Int = std::conditional_t<sizeof(a[0]) == 4, std::int32_t, std::int64_t>;
+  const Vector<Int, n> order = {(Step == 2 ? 2 * I + From : I / 2 + I % 2 * n + From)...};
+  return __builtin_shuffle(a, b, order);
+}
+#endif
+
+template <class T>
+INLINE Cell<T> load_interleaved(const T* p, Index count) {
+  using V = Vector<T, lanes<T>>;
+  constexpr auto all = std::make_integer_sequence<int, lanes<T>>();
+  constexpr Index n = lanes<T>;
+  const V a = load<V>(p, 2 * count * sizeof(T));
+  const V b = 2 * count > n ? load<V>(p + n, (2 * count - n) * sizeof(T)) : V{};
+  return {pick<0, 2>(a, b, all), pick<1, 2>(a, b, all)};
+}
+template <class T>
+INLINE void store_interleaved(T* p, Cell<T> c, Index count) {
+  constexpr auto all = std::make_integer_sequence<int, lanes<T>>();
+  constexpr Index n = lanes<T>;
+  store(p, pick<0, 1>(c.re, c.im, all), 2 * count * sizeof(T));
+  if (2 * count > n) store(p + n, pick<n / 2, 1>(c.re, c.im, all), (2 * count - n) * sizeof(T));
+}
+
+// ---------------------------------------------------------------------------------------------
+// Butterflies: the transform of P cells in registers.
+
+constexpr double sine_series(double x) {  // |x| <= pi / 4 ... pi, in double precision
+  double term = x, sum = x;
+  for (int i = 1; i < 20; i++) {
+    term *= -x * x / ((2 * i) * (2 * i + 1));
+    sum += term;
+  }
+  return sum;
+}
+constexpr double PI = 3.141592653589793238462643383279502884;
+
+// cos and sin of -2 pi j / P.
+template <int P>
+struct Roots {
+  double re[P], im[P];
+  constexpr Roots() : re(), im() {
+    for (int j = 0; j < P; j++) {
+      const int k = 2 * j < P ? j : j - P;  // |angle| <= pi
+      im[j] = -sine_series(2 * PI * k / P);
+      const int q = 4 * k;  // cos a = sin(pi / 2 - |a|)
+      re[j] = sine_series(PI / 2 - 2 * PI * (q < 0 ? -k : k) / P);
+    }
+  }
+};
+template <int P>
+constexpr Roots<P> roots{};
+
+template <int P, class T>
+INLINE void butterfly(Cell<T>* u);
+
+template <class T>
+INLINE void butterfly2(Cell<T>* u) {
+  const Cell<T> t = u[0] - u[1];
+  u[0] = u[0] + u[1];
+  u[1] = t;
+}
+
+template <class T>
+INLINE void butterfly4(Cell<T>* u) {
+  const Cell<T> a = u[0] + u[2], b = u[0] - u[2], c = u[1] + u[3], d = u[1] - u[3];
+  u[0] = a + c;
+  u[1] = {b.re + d.im, b.im - d.re};
+  u[2] = a - c;
+  u[3] = {b.re - d.im, b.im + d.re};
+}
+
+// An odd number of cells: sums and differences of mirror images, half the products.
+template <int P, class T>
+INLINE void butterfly_odd(Cell<T>* u) {
+  constexpr int H = P / 2;
+  Cell<T> sum[H + 1], difference[H + 1], total = u[0];
+  UNROLL for (int j = 1; j <= H; j++) {
+    sum[j] = u[j] + u[P - j];
+    difference[j] = u[j] - u[P - j];
+    total = total + sum[j];
+  }
+  UNROLL for (int k = 1; k <= H; k++) {
+    Cell<T> even = u[0], odd = {};
+    UNROLL for (int j = 1; j <= H; j++) {
+      const T c = T(roots<P>.re[j * k % P]), s = T(roots<P>.im[j * k % P]);
+      even.re += sum[j].re * c;
+      even.im += sum[j].im * c;
+      odd.re -= difference[j].im * s;
+      odd.im += difference[j].re * s;
+    }
+    u[k] = even + odd;
+    u[P - k] = even - odd;
+  }
+  u[0] = total;
+}
+
+// A x B cells: A-point transforms, rotations by constants, B-point transforms.
+template <int A, int B, class T>
+INLINE void butterfly_composite(Cell<T>* u) {
+  constexpr int P = A * B;
+  Cell<T> v[B][A];
+  UNROLL for (int j = 0; j < B; j++) {
+    UNROLL for (int i = 0; i < A; i++) v[j][i] = u[B * i + j];
+    butterfly<A>(v[j]);
+    UNROLL for (int i = 1; i < A; i++) {
+      if (4 * i * j == P)
+        v[j][i] = {v[j][i].im, -v[j][i].re};
+      else if (j)
+        v[j][i] = multiply(v[j][i], T(roots<P>.re[i * j]), T(roots<P>.im[i * j]));
+    }
+  }
+  UNROLL for (int i = 0; i < A; i++) {
+    Cell<T> w[B];
+    UNROLL for (int j = 0; j < B; j++) w[j] = v[j][i];
+    butterfly<B>(w);
+    UNROLL for (int j = 0; j < B; j++) u[i + A * j] = w[j];
+  }
+}
+
+template <int P, class T>
+INLINE void butterfly(Cell<T>* u) {
+  if constexpr (P == 2)
+    butterfly2(u);
+  else if constexpr (P == 4)
+    butterfly4(u);
+  else if constexpr (P % 4 == 0)
+    butterfly_composite<4, P / 4>(u);
+  else if constexpr (P % 2 == 0)
+    butterfly_composite<2, P / 2>(u);
+  else
+    butterfly_odd<P>(u);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Transforms of any length: Stockham's, a pass for each factor, which needs no reordering.
+
+template <class T>
+struct Pass {
+  Index radix;
+  Index before, after;  // products of the radices of passes before and after this one
+  std::vector<T> twiddles;  // (after, radix, 2)
+  std::vector<T> roots;     // of unity, (radix, 2)
+};
+
+template <class T>
+struct Plan {
+  Index length;
+  std::vector<Pass<T>> passes;
+
+  explicit Plan(Index n) : length(n) {
+    std::vector<T> roots(2 * n);  // of unity
+    for (Index j = 0; j < n; j++) {
+      roots[2 * j] = T(std::cos(2 * PI * double(j) / double(n)));
+      roots[2 * j + 1] = T(-std::sin(2 * PI * double(j) / double(n)));
+    }
+    Index before = 1, rest = n;
+    while (rest > 1) {
+      const Index radix = next_radix(rest), after = rest / radix;
+      Pass<T> pass{radix, before, after, {}, {}};
+      for (Index q = 0; q < after; q++)
+        for (Index j = 0; j < radix; j++)
+          for (int part = 0; part < 2; part++)
+            pass.twiddles.push_back(roots[2 * q * j * before + part]);
+      for (Index j = 0; j < radix; j++)
+        for (int part = 0; part < 2; part++)
+          pass.roots.push_back(roots[2 * j * (n / radix) + part]);
+      passes.push_back(std::move(pass));
+      before *= radix;
+      rest = after;
+    }
+  }
+
+  // Powers of two in eights as far as possible without a two, then the odd primes.
+  static Index next_radix(Index n) {
+    int twos = 0;
+    while (n % (Index(2) << twos) == 0) twos++;
+    if (twos) return twos % 3 == 0 ? 8 : twos >= 2 ? 4 : 2;
+    Index p = 3;
+    while (n % p) p += 2;
+    return p;
+  }
+};
+
+// y(k + before (radix q + j)) = twiddle(q, j) butterfly(x(k + before (q + after j)))_j
+//
+// Element e stands for `width` transforms side by side, from x + e * x_pitch on.
+template <int P, class T>
+void run_pass(const Pass<T>& pass, const Cell<T>* __restrict x, Index x_pitch, Cell<T>* __restrict y,
+              Index y_pitch, Index width) {
+  Index before = pass.before;
+  if (x_pitch == width && y_pitch == width) {  // then elements k lie side by side, too
+    x_pitch = y_pitch = width *= before;
+    before = 1;
+  }
+  const Index x_step = before * pass.after * x_pitch, y_step = before * y_pitch;
+  const auto sweep = [&](Index q, auto has_twiddles) ALWAYS_INLINE {
+    const T* twiddle = pass.twiddles.data() + 2 * q * P;
+    for (Index k = 0; k < before; k++) {
+      const Cell<T>* from = x + (k + before * q) * x_pitch;
+      Cell<T>* to = y + (k + before * q * P) * y_pitch;
+      for (Index i = 0; i < width; i++) {
+        Cell<T> u[P];
+        UNROLL for (int j = 0; j < P; j++) u[j] = from[i + j * x_step];
+        butterfly<P>(u);
+        to[i] = u[0];
+        UNROLL for (int j = 1; j < P; j++) {
+          if (has_twiddles) u[j] = multiply(u[j], twiddle[2 * j], twiddle[2 * j + 1]);
+          to[i + j * y_step] = u[j];
+        }
+      }
+    }
+  };
+  sweep(0, std::false_type());
+  for (Index q = 1; q < pass.after; q++) sweep(q, std::true_type());
+}
+
+// The same for an odd radix of any size, as a product with its matrix, four outputs at a time.
+// `scratch` has room for `radix` cells.
+template <class T>
+void run_large_pass(const Pass<T>& pass, const Cell<T>* __restrict x, Index x_pitch,
+                    Cell<T>* __restrict y, Index y_pitch, Index width, Cell<T>* scratch) {
+  constexpr int OUTPUTS = 4;
+  const Index radix = pass.radix, half = radix / 2, before = pass.before;
+  const Index x_step = before * pass.after * x_pitch, y_step = before * y_pitch;
+  Cell<T>*const sum = scratch - 1, *const difference = sum + half;  // from 1 to half
+  for (Index q = 0; q < pass.after; q++)
+    for (Index k = 0; k < before; k++)
+      for (Index i = 0; i < width; i++) {
+        const Cell<T>* from = x + (k + before * q) * x_pitch + i;
+        Cell<T>* to = y + (k + before * q * radix) * y_pitch + i;
+        Cell<T> total = from[0];
+        for (Index j = 1; j <= half; j++) {
+          const Cell<T> a = from[j * x_step], b = from[(radix - j) * x_step];
+          sum[j] = a + b;
+          difference[j] = a - b;
+          total = total + sum[j];
+        }
+        to[0] = total;
+        const auto emit = [&](Index j, Cell<T> value) ALWAYS_INLINE {
+          const T* twiddle = pass.twiddles.data() + 2 * (q * radix + j);
+          to[j * y_step] = multiply(value, twiddle[0], twiddle[1]);
+        };
+        for (Index first = 1; first <= half; first += OUTPUTS) {
+          Cell<T> even[OUTPUTS], odd[OUTPUTS] = {};
+          Index power[OUTPUTS] = {};  // j * (first + o) modulo radix
+          UNROLL for (int o = 0; o < OUTPUTS; o++) even[o] = from[0];
+          for (Index j = 1; j <= half; j++) {
+            UNROLL for (int o = 0; o < OUTPUTS; o++) {
+              power[o] += first + o;
+              power[o] -= power[o] >= radix ? radix : 0;
+              const T re = pass.roots[2 * power[o]], im = pass.roots[2 * power[o] + 1];
+              even[o].re += sum[j].re * re;
+              even[o].im += sum[j].im * re;
+              odd[o].re -= difference[j].im * im;
+              odd[o].im += difference[j].re * im;
+            }
+          }
+          for (int o = 0; o < OUTPUTS && first + o <= half; o++) {
+            emit(first + o, even[o] + odd[o]);
+            emit(radix - first - o, even[o] - odd[o]);
+          }
+        }
+      }
+}
+
+// Buffers of one thread, each for a group of rows or columns.
+template <class T>
+struct Buffers {
+  Cell<T>*a, *b, *c, *d, *scratch;
+};
+
+// Transforms x to y by way of the buffers b and a, each with elements of `width` cells. x may be a.
+template <class T>
+void transform(const Plan<T>& plan, const Cell<T>* x, Index x_pitch, Cell<T>* y, Index y_pitch,
+               Index width, const Buffers<T>& buffers) {
+  if (plan.passes.empty()) std::memcpy(y, x, width * sizeof(Cell<T>));
+  for (std::size_t i = 0; i < plan.passes.size(); i++) {
+    const Pass<T>& pass = plan.passes[i];
+    const bool is_last = i + 1 == plan.passes.size();
+    Cell<T>* to = is_last ? y : i % 2 ? buffers.a : buffers.b;
+    const Index to_pitch = is_last ? y_pitch : width;
+    switch (pass.radix) {
+#define CASE(P)                                         \
+  case P:                                               \
+    run_pass<P>(pass, x, x_pitch, to, to_pitch, width); \
+    break;
+      CASE(2) CASE(3) CASE(4) CASE(5) CASE(7) CASE(8) CASE(11) CASE(13)
+#undef CASE
+      default:
+        run_large_pass(pass, x, x_pitch, to, to_pitch, width, buffers.scratch);
+    }
+    x = to;
+    x_pitch = to_pitch;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Threads.
+
+// Starts a parallel region: GOMP_parallel of the OpenMP runtime that torch runs on. May be null.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+// Calls work(thread, unit) for every unit; units are handed out one after the other.
+template <class Work>
+void run_units(Parallel parallel, int threads, Index units, const Work& work) {
+  struct Shared {
+    const Work& work;
+    Index units;
+    std::atomic<Index> next;
+    std::atomic<int> thread;
+  } shared{work, units, {0}, {0}};
+  void (*const body)(void*) = [](void* argument) {
+    Shared& s = *static_cast<Shared*>(argument);
+    const int thread = s.thread++;
+    for (Index unit; (unit = s.next++) < s.units;) s.work(thread, unit);
+  };
+  if (threads > units) threads = int(units);
+  if (threads <= 1) return body(&shared);
+  if (parallel) return parallel(body, &shared, threads, 0);
+  std::vector<std::thread> others;
+  others.reserve(threads);
+  try {
+    while (int(others.size()) < threads - 1) others.emplace_back(body, &shared);
+  } catch (const std::system_error&) {  // no more threads: those that there are do the work
+  }
+  body(&shared);
+  for (std::thread& other : others) other.join();
+}
+
+// ---------------------------------------------------------------------------------------------
+// The filter and its adjoint.
+
+enum class DType : int { float32, float64, bfloat16, float16 };
+
+// A map (B, H, W, C) with channels side by side; other strides in values.
+struct Map {
+  const void* data;
+  Index batch, row, column;
+};
+
+template <class T>
+struct Filter {
+  static constexpr Index N = lanes<T>;
+
+  DType dtype;
+  Index batch, height, width, channels;
+  Index half = width / 2 + 1;
+  Index blocks = (channels + N - 1) / N;
+  Index pitch = half | 1;  // of rows: no power of two, which would fall on few sets of a cache
+  Index plane = height * pitch;
+  Index group = group_of(height, half);  // columns that are transformed side by side
+  Index line = (height * group > width ? height * group : width) + 1;
+  // Sums of bfloat16 numbers can leave the range of float: maps are scaled down and up again.
+  T unit = dtype == DType::bfloat16 ? T(std::exp2(std::ceil(std::log2(2.0 * height * width)))) : 1;
+  Plan<T> rows{width}, columns{height};
+
+  static Index group_of(Index height, Index half) {
+    const Index cells = 8192 / sizeof(Cell<T>) / height;
+    return cells < 1 ? 1 : cells > half ? half : cells;
+  }
+
+  // Cells that a thread works in: `planes` spectra of the size of a map, and lines.
+  Index workspace(Index planes) const {
+    return planes * plane + 4 * line + (height > width ? height : width);
+  }
+  Buffers<T> buffers(Cell<T>* p) const {
+    return {p, p + line, p + 2 * line, p + 3 * line, p + 4 * line};
+  }
+  Index count(Index block) const {  // channels of a block
+    return channels - block * N < N ? channels - block * N : N;
+  }
+
+  template <class Use>
+  void with_storage(const Use& use) const {
+    if constexpr (std::is_same<T, double>::value)
+      use(double());
+    else if (dtype == DType::float32)
+      use(float());
+    else if (dtype == DType::bfloat16)
+      use(BFloat16());
+    else
+      use(Float16());
+  }
+
+  // Half spectra of two real rows, times two.
+  void forward_rows(const Map& x, const Map& y, Index image_x, Index image_y, Index row_x,
+                    Index row_y, Index block, Cell<T>* to_x, Cell<T>* to_y,
+                    const Buffers<T>& buffers) const {
+    with_storage([&](auto s) {
+      using S = decltype(s);
+      const S* a = static_cast<const S*>(x.data) + image_x * x.batch + row_x * x.row + block * N;
+      const S* b = static_cast<const S*>(y.data) + image_y * y.batch + row_y * y.row + block * N;
+      const Index n = count(block);
+      const T scale = 1 / unit;
+      for (Index w = 0; w < width; w++) {
+        Cell<T> cell = {Storage<S, T>::read(a + w * x.column, n),
+                        Storage<S, T>::read(b + w * y.column, n)};
+        if (std::is_same<S, BFloat16>::value) cell = {cell.re * scale, cell.im * scale};
+        buffers.a[w] = cell;
+      }
+    });
+    transform(rows, buffers.a, 1, buffers.c, 1, 1, buffers);
+    for (Index k = 0; k < half; k++) {
+      const Cell<T> p = buffers.c[k], q = buffers.c[k ? width - k : 0];
+      to_x[k] = {p.re + q.re, p.im - q.im};
+      to_y[k] = {p.im + q.im, q.re - p.re};
+    }
+  }
+
+  // Two real rows from their half spectra, whose real and imaginary parts are exchanged.
+  void inverse_rows(const Cell<T>* from_a, const Cell<T>* from_b, void* map, Index row_a,
+                    Index row_b, Index block, const Buffers<T>& buffers) const {
+    // The imaginary parts of columns that are their own mirror image do not act.
+    buffers.a[0] = {from_b[0].im, from_a[0].im};
+    for (Index k = 1; k < half; k++) {
+      const Cell<T> a = from_a[k], b = from_b[k];
+      const bool is_nyquist = 2 * k == width;
+      if (is_nyquist) {
+        buffers.a[k] = {b.im, a.im};
+      } else {
+        buffers.a[k] = {b.im + a.re, a.im - b.re};
+        buffers.a[width - k] = {b.im - a.re, a.im + b.re};
+      }
+    }
+    transform(rows, buffers.a, 1, buffers.c, 1, 1, buffers);
+    with_storage([&](auto s) {
+      using S = decltype(s);
+      S* a = static_cast<S*>(map) + row_a * width * channels + block * N;
+      S* b = static_cast<S*>(map) + row_b * width * channels + block * N;
+      const Index n = count(block);
+      for (Index w = 0; w < width; w++) {
+        Cell<T> cell = buffers.c[w];
+        if (std::is_same<S, BFloat16>::value) cell = {cell.re * unit, cell.im * unit};
+        Storage<S, T>::write(a + w * channels, cell.im, n);
+        Storage<S, T>::write(b + w * channels, cell.re, n);
+      }
+    });
+  }
+
+  // Rows of an image two at a time; the last of an odd number is its own pair.
+  void inverse_image(const Cell<T>* z, void* map, Index image, Index block,
+                     const Buffers<T>& buffers) const {
+    for (Index h = 0; h < height; h += 2) {
+      const Index next = h + 1 < height ? h + 1 : h;
+      inverse_rows(z + h * pitch, z + next * pitch, map, image * height + h, image * height + next,
+                   block, buffers);
+    }
+  }
+
+  // c = K c, with real and imaginary parts exchanged, for columns [k, k + n) in a buffer.
+  void multiply_columns(Cell<T>* c, Index k, Index n, const T* weight, T conjugate,
+                        Index block) const {
+    const T scale = 1 / (T(2) * T(height) * T(width));
+    for (Index h = 0; h < height; h++)
+      for (Index i = 0; i < n; i++) {
+        const Index at = ((h * half + k + i) * channels + block * N) * 2;
+        Cell<T> w = load_interleaved(weight + at, count(block));
+        w = {w.re * scale, w.im * (scale * conjugate)};
+        Cell<T>& v = c[h * n + i];
+        v = {v.re * w.im + v.im * w.re, v.re * w.re - v.im * w.im};
+      }
+  }
+
+  void filter(const Map& x, const T* weight, T conjugate, void* y, Index block, Index image,
+              Cell<T>* workspace) const {
+    Cell<T>* const z = workspace;
+    const Buffers<T> b = buffers(z + plane);
+    for (Index h = 0; h < height; h += 2) {
+      const Index next = h + 1 < height ? h + 1 : h;
+      forward_rows(x, x, image, image, h, next, block, z + h * pitch, z + next * pitch, b);
+    }
+    for (Index k = 0; k < half; k += group) {
+      const Index n = half - k < group ? half - k : group;
+      transform(columns, z + k, pitch, b.c, n, n, b);
+      multiply_columns(b.c, k, n, weight, conjugate, block);
+      transform(columns, b.c, n, z + k, pitch, n, b);
+    }
+    inverse_image(z, y, image, block, b);
+  }
+
+  // Adds F g . conj(F x) of images [first, last) to `sum`, column by column; writes gx, if any.
+  void adjoint(const Map& g, const Map& x, const T* weight, void* gx, Cell<T>* sum, Index block,
+               Index first, Index last, Cell<T>* workspace) const {
+    Cell<T>*const zg = workspace, *const zx = zg + plane;
+    const Buffers<T> b = buffers(zx + plane);
+    std::memset(static_cast<void*>(sum), 0, height * half * sizeof(Cell<T>));
+    for (Index image = first; image < last; image++) {
+      for (Index h = 0; h < height; h++)
+        forward_rows(g, x, image, image, h, h, block, zg + h * pitch, zx + h * pitch, b);
+      for (Index k = 0; k < half; k += group) {
+        const Index n = half - k < group ? half - k : group;
+        transform(columns, zg + k, pitch, b.c, n, n, b);
+        transform(columns, zx + k, pitch, b.d, n, n, b);
+        for (Index i = 0; i < height * n; i++) {
+          const Cell<T> p = b.c[i], q = b.d[i];
+          Cell<T>& s = sum[height * k + i];
+          s = {s.re + (p.re * q.re + p.im * q.im), s.im + (p.im * q.re - p.re * q.im)};
+        }
+        if (!gx) continue;
+        multiply_columns(b.c, k, n, weight, T(-1), block);
+        transform(columns, b.c, n, zg + k, pitch, n, b);
+      }
+      if (gx) inverse_image(zg, gx, image, block, b);
+    }
+  }
+
+  // The gradient of the spectrum from the sums of all shares of the batch.
+  void finish(const Cell<T>* sums, Index shares, T* gweight, Index block) const {
+    for (Index k = 0; k < half; k++) {
+      const Index start = k / group * group, n = half - start < group ? half - start : group;
+      // Each factor of a product stands for two. A column counts twice if its mirror image is
+      // another one.
+      const T multiplicity = k && 2 * k != width ? 2 : 1;
+      const T scale = multiplicity * unit * unit / (T(4) * T(height) * T(width));
+      for (Index h = 0; h < height; h++) {
+        Cell<T> total = {};
+        for (Index share = 0; share < shares; share++)
+          total = total + sums[share * height * half + height * start + h * n + k - start];
+        store_interleaved(gweight + ((h * half + k) * channels + block * N) * 2,
+                          {total.re * scale, total.im * scale}, count(block));
+      }
+    }
+  }
+};
+
+// Aligned memory without values.
+template <class T>
+struct Memory {
+  Cell<T>* cells;
+  explicit Memory(Index n)
+      : cells(static_cast<Cell<T>*>(
+            ::operator new(n * sizeof(Cell<T>), std::align_val_t(64), std::nothrow))) {
+    if (!cells) throw std::bad_alloc();
+  }
+  ~Memory() { ::operator delete(cells, std::align_val_t(64)); }
+  Memory(const Memory&) = delete;
+};
+
+struct Sizes {
+  Index batch, height, width, channels;
+};
+
+Index shares_of(Index blocks, Index batch) {
+  const Index wanted = blocks < 16 ? 16 / (blocks ? blocks : 1) : 1;
+  return wanted < batch ? wanted : batch > 1 ? batch : 1;
+}
+
+template <class T>
+void filter(Parallel parallel, int threads, DType dtype, Sizes s, const Map& x, const void* weight,
+            bool conjugate, void* y) {
+  const Filter<T> f{dtype, s.batch, s.height, s.width, s.channels};
+  const Index size = f.workspace(1);
+  const Memory<T> memory(threads * size);
+  run_units(parallel, threads, f.blocks * f.batch, [&](int thread, Index unit) {
+    f.filter(x, static_cast<const T*>(weight), conjugate ? T(-1) : T(1), y, unit / f.batch,
+             unit % f.batch, memory.cells + thread * size);
+  });
+}
+
+template <class T>
+void adjoint(Parallel parallel, int threads, DType dtype, Sizes s, const Map& g, const Map& x,
+             const void* weight, void* gx, void* gweight) {
+  const Filter<T> f{dtype, s.batch, s.height, s.width, s.channels};
+  // The batch is cut into shares, so that there are enough units for many threads. Their number
+  // must not depend on that of threads, and their sums take memory.
+  const Index shares = shares_of(f.blocks, f.batch);
+  const Index size = f.workspace(2), sums = f.height * f.half;
+  const Memory<T> memory(threads * size), all_sums(f.blocks * shares * sums);
+  const auto finish = [&](Index block) {
+    f.finish(all_sums.cells + block * shares * sums, shares, static_cast<T*>(gweight), block);
+  };
+  run_units(parallel, threads, f.blocks * shares, [&](int thread, Index unit) {
+    const Index block = unit / shares, share = unit % shares;
+    f.adjoint(g, x, static_cast<const T*>(weight), gx, all_sums.cells + unit * sums, block,
+              share * f.batch / shares, (share + 1) * f.batch / shares,
+              memory.cells + thread * size);
+    if (shares == 1) finish(block);
+  });
+  if (shares > 1)
+    run_units(parallel, threads, f.blocks, [&](int, Index block) { finish(block); });
+}
+
+template <class Run>
+int guarded(const Run& run) {
+  try {
+    run();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------
+// What Python calls. Both return 0, or 1 if there is not enough memory.
+
+extern "C" int gfnet_dense_filter(Parallel parallel, int threads, int dtype, Index batch,
+                                  Index height, Index width, Index channels, const void* x,
+                                  Index x_batch, Index x_row, Index x_column, const void* weight,
+                                  int conjugate, void* y) {
+  return guarded([&] {
+    const auto run = DType(dtype) == DType::float64 ? filter<double> : filter<float>;
+    run(parallel, threads, DType(dtype), {batch, height, width, channels},
+        {x, x_batch, x_row, x_column}, weight, conjugate, y);
+  });
+}
+
+// `weight` and `gx` may both be null: then only the gradient of the spectrum is computed.
+extern "C" int gfnet_dense_adjoint(Parallel parallel, int threads, int dtype, Index batch,
+                                   Index height, Index width, Index channels, const void* g,
+                                   Index g_batch, Index g_row, Index g_column, const void* x,
+                                   Index x_batch, Index x_row, Index x_column, const void* weight,
+                                   void* gx, void* gweight) {
+  return guarded([&] {
+    const auto run = DType(dtype) == DType::float64 ? adjoint<double> : adjoint<float>;
+    run(parallel, threads, DType(dtype), {batch, height, width, channels},
+        {g, g_batch, g_row, g_column}, {x, x_batch, x_row, x_column}, weight, gx, gweight);
+  });
+}
