@@ -50,7 +50,7 @@ for _schema in (
 _OPERATORS = torch.ops.gfnet_dense_native
 
 
-def filter(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:  # noqa: A001
+def filter(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
     """Return `F^-1(K . F x)` in the dtype of `x`, with `K = weight` or its conjugate."""
     return _OPERATORS.filter.default(x, weight, conjugate)
 

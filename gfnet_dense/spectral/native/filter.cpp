@@ -22,6 +22,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <system_error>
@@ -29,6 +30,8 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include <sys/mman.h>
 
 namespace {
 
@@ -445,7 +448,7 @@ void run_large_pass(const Pass<T>& pass, const Cell<T>* __restrict x, Index x_pi
       }
 }
 
-// Buffers of one thread, each for a group of rows or columns.
+// Buffers of one thread, each for a row of a map or a group of columns.
 template <class T>
 struct Buffers {
   Cell<T>*a, *b, *c, *d, *scratch;
@@ -509,47 +512,89 @@ void run_units(Parallel parallel, int threads, Index units, const Work& work) {
   for (std::thread& other : others) other.join();
 }
 
+// Memory for one call. Pages that the system has just handed out cost more than a small filter, so
+// the last workspace is kept for the next call, unless it is large. Calls of several threads at
+// once find none and make their own. Large pages spare most misses of address translation.
+class Workspace {
+ public:
+  explicit Workspace(std::size_t bytes) : block_(spare_.exchange(nullptr)) {
+    if (block_ && block_->bytes >= bytes) return;
+    std::free(block_);
+    constexpr std::size_t page = std::size_t(1) << 21;
+    bytes = (bytes + sizeof(Block) + page - 1) / page * page;
+    void* memory = std::aligned_alloc(page, bytes);
+    if (!memory) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
+    block_ = new (memory) Block{bytes - sizeof(Block)};
+  }
+  ~Workspace() { std::free(block_->bytes <= KEPT ? spare_.exchange(block_) : block_); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  void* data() const { return block_ + 1; }
+
+ private:
+  static constexpr std::size_t KEPT = std::size_t(1) << 25;
+  struct alignas(64) Block {
+    std::size_t bytes;
+  };
+  static std::atomic<Block*> spare_;
+  Block* block_;
+};
+std::atomic<Workspace::Block*> Workspace::spare_{nullptr};
+
 // ---------------------------------------------------------------------------------------------
-// The filter and its adjoint.
+// The steps of a filter and of its adjoint.
 
 enum class DType : int { float32, float64, bfloat16, float16 };
 
-// A map (B, H, W, C) with channels side by side; other strides in values.
+// A map (B, H, W, C) with channels side by side; the other strides are in values.
 struct Map {
   const void* data;
   Index batch, row, column;
 };
 
+struct Range {
+  Index first, last;
+};
+
 template <class T>
-struct Filter {
+struct Steps {
   static constexpr Index N = lanes<T>;
 
   DType dtype;
   Index batch, height, width, channels;
   Index half = width / 2 + 1;
   Index blocks = (channels + N - 1) / N;
-  Index pitch = half | 1;  // of rows: no power of two, which would fall on few sets of a cache
+  // Half a spectrum of a block: rows are padded, so that the cells of a column, when their distance
+  // is a power of two, do not all fall on the same set of a cache.
+  Index pitch = half | 1;
   Index plane = height * pitch;
-  Index group = group_of(height, half);  // columns that are transformed side by side
+  // Columns are transformed in groups, as many side by side as fit a part of the first cache.
+  Index group = clamp(8192 / sizeof(Cell<T>) / height, 1, half);
+  Index groups = (half + group - 1) / group;
+  Index pairs = (height + 1) / 2;  // of rows
   Index line = (height * group > width ? height * group : width) + 1;
-  // Sums of bfloat16 numbers can leave the range of float: maps are scaled down and up again.
-  T unit = dtype == DType::bfloat16 ? T(std::exp2(std::ceil(std::log2(2.0 * height * width)))) : 1;
+  // The sum of a map in bfloat16 can leave the range of float, so it is scaled down and up again.
+  T down = dtype == DType::bfloat16 ? T(std::exp2(-std::ceil(std::log2(2.0 * height * width)))) : 1;
+  T up = 1 / down;
   Plan<T> rows{width}, columns{height};
 
-  static Index group_of(Index height, Index half) {
-    const Index cells = 8192 / sizeof(Cell<T>) / height;
-    return cells < 1 ? 1 : cells > half ? half : cells;
+  static Index clamp(Index value, Index low, Index high) {
+    return value < low ? low : value > high ? high : value;
   }
+  Index channels_of(Index block) const { return clamp(channels - block * N, 0, N); }
+  Range columns_of(Index g) const {
+    return {g * group, clamp((g + 1) * group, 0, half)};
+  }
+  // The last row of an odd number is its own pair: computed twice, to the same result.
+  Range pair_of(Index p) const { return {2 * p, clamp(2 * p + 1, 0, height - 1)}; }
 
-  // Cells that a thread works in: `planes` spectra of the size of a map, and lines.
-  Index workspace(Index planes) const {
-    return planes * plane + 4 * line + (height > width ? height : width);
-  }
+  Index buffer_cells() const { return 4 * line + (height > width ? height : width); }
   Buffers<T> buffers(Cell<T>* p) const {
     return {p, p + line, p + 2 * line, p + 3 * line, p + 4 * line};
-  }
-  Index count(Index block) const {  // channels of a block
-    return channels - block * N < N ? channels - block * N : N;
   }
 
   template <class Use>
@@ -564,40 +609,38 @@ struct Filter {
       use(Float16());
   }
 
-  // Half spectra of two real rows, times two.
-  void forward_rows(const Map& x, const Map& y, Index image_x, Index image_y, Index row_x,
-                    Index row_y, Index block, Cell<T>* to_x, Cell<T>* to_y,
-                    const Buffers<T>& buffers) const {
-    with_storage([&](auto s) {
-      using S = decltype(s);
-      const S* a = static_cast<const S*>(x.data) + image_x * x.batch + row_x * x.row + block * N;
-      const S* b = static_cast<const S*>(y.data) + image_y * y.batch + row_y * y.row + block * N;
-      const Index n = count(block);
-      const T scale = 1 / unit;
+  // Twice the half spectra of two real rows.
+  void forward_rows(const Map& a, Index row_a, const Map& b, Index row_b, Index image, Index block,
+                    Cell<T>* to_a, Cell<T>* to_b, const Buffers<T>& buffers) const {
+    with_storage([&](auto storage) {
+      using S = decltype(storage);
+      const Index n = channels_of(block), offset = block * N;
+      const S* p = static_cast<const S*>(a.data) + image * a.batch + row_a * a.row + offset;
+      const S* q = static_cast<const S*>(b.data) + image * b.batch + row_b * b.row + offset;
       for (Index w = 0; w < width; w++) {
-        Cell<T> cell = {Storage<S, T>::read(a + w * x.column, n),
-                        Storage<S, T>::read(b + w * y.column, n)};
-        if (std::is_same<S, BFloat16>::value) cell = {cell.re * scale, cell.im * scale};
+        Cell<T> cell = {Storage<S, T>::read(p + w * a.column, n),
+                        Storage<S, T>::read(q + w * b.column, n)};
+        if (std::is_same<S, BFloat16>::value) cell = {cell.re * down, cell.im * down};
         buffers.a[w] = cell;
       }
     });
     transform(rows, buffers.a, 1, buffers.c, 1, 1, buffers);
     for (Index k = 0; k < half; k++) {
       const Cell<T> p = buffers.c[k], q = buffers.c[k ? width - k : 0];
-      to_x[k] = {p.re + q.re, p.im - q.im};
-      to_y[k] = {p.im + q.im, q.re - p.re};
+      to_a[k] = {p.re + q.re, p.im - q.im};
+      to_b[k] = {p.im + q.im, q.re - p.re};
     }
   }
 
-  // Two real rows from their half spectra, whose real and imaginary parts are exchanged.
-  void inverse_rows(const Cell<T>* from_a, const Cell<T>* from_b, void* map, Index row_a,
-                    Index row_b, Index block, const Buffers<T>& buffers) const {
-    // The imaginary parts of columns that are their own mirror image do not act.
-    buffers.a[0] = {from_b[0].im, from_a[0].im};
-    for (Index k = 1; k < half; k++) {
+  // Two real rows of a map from their half spectra, which are exchanged (see above).
+  void inverse_rows(const Cell<T>* z, void* map, Index pair, Index image, Index block,
+                    const Buffers<T>& buffers) const {
+    const Range h = pair_of(pair);
+    const Cell<T>*const from_a = z + h.first * pitch, *const from_b = z + h.last * pitch;
+    for (Index k = 0; k < half; k++) {
       const Cell<T> a = from_a[k], b = from_b[k];
-      const bool is_nyquist = 2 * k == width;
-      if (is_nyquist) {
+      if (k == 0 || 2 * k == width) {
+        // Such a column is its own mirror image: the imaginary part of the spectrum does not act.
         buffers.a[k] = {b.im, a.im};
       } else {
         buffers.a[k] = {b.im + a.re, a.im - b.re};
@@ -605,161 +648,220 @@ struct Filter {
       }
     }
     transform(rows, buffers.a, 1, buffers.c, 1, 1, buffers);
-    with_storage([&](auto s) {
-      using S = decltype(s);
-      S* a = static_cast<S*>(map) + row_a * width * channels + block * N;
-      S* b = static_cast<S*>(map) + row_b * width * channels + block * N;
-      const Index n = count(block);
+    with_storage([&](auto storage) {
+      using S = decltype(storage);
+      const Index n = channels_of(block), row = width * channels;
+      S* const p = static_cast<S*>(map) + image * height * row + block * N;
       for (Index w = 0; w < width; w++) {
         Cell<T> cell = buffers.c[w];
-        if (std::is_same<S, BFloat16>::value) cell = {cell.re * unit, cell.im * unit};
-        Storage<S, T>::write(a + w * channels, cell.im, n);
-        Storage<S, T>::write(b + w * channels, cell.re, n);
+        if (std::is_same<S, BFloat16>::value) cell = {cell.re * up, cell.im * up};
+        Storage<S, T>::write(p + h.first * row + w * channels, cell.im, n);
+        Storage<S, T>::write(p + h.last * row + w * channels, cell.re, n);
       }
     });
   }
 
-  // Rows of an image two at a time; the last of an odd number is its own pair.
-  void inverse_image(const Cell<T>* z, void* map, Index image, Index block,
-                     const Buffers<T>& buffers) const {
-    for (Index h = 0; h < height; h += 2) {
-      const Index next = h + 1 < height ? h + 1 : h;
-      inverse_rows(z + h * pitch, z + next * pitch, map, image * height + h, image * height + next,
-                   block, buffers);
-    }
+  // Columns k of a plane, into a buffer and back.
+  void forward_columns(const Cell<T>* z, Cell<T>* to, Range k, const Buffers<T>& b) const {
+    const Index n = k.last - k.first;
+    transform(columns, z + k.first, pitch, to, n, n, b);
+  }
+  void inverse_columns(const Cell<T>* from, Cell<T>* z, Range k, const Buffers<T>& b) const {
+    const Index n = k.last - k.first;
+    transform(columns, from, n, z + k.first, pitch, n, b);
   }
 
-  // c = K c, with real and imaginary parts exchanged, for columns [k, k + n) in a buffer.
-  void multiply_columns(Cell<T>* c, Index k, Index n, const T* weight, T conjugate,
-                        Index block) const {
-    const T scale = 1 / (T(2) * T(height) * T(width));
+  Index weight_at(Index h, Index k, Index block) const {
+    return ((h * half + k) * channels + block * N) * 2;
+  }
+
+  // A spectrum is as large as a map and read with long strides: it is fetched ahead.
+  void prefetch(const T* weight, Range k, Index block) const {
     for (Index h = 0; h < height; h++)
-      for (Index i = 0; i < n; i++) {
-        const Index at = ((h * half + k + i) * channels + block * N) * 2;
-        Cell<T> w = load_interleaved(weight + at, count(block));
-        w = {w.re * scale, w.im * (scale * conjugate)};
-        Cell<T>& v = c[h * n + i];
-        v = {v.re * w.im + v.im * w.re, v.re * w.re - v.im * w.im};
+      for (Index i = k.first; i < k.last; i++) {
+        const T* p = weight + weight_at(h, i, block);
+        __builtin_prefetch(p);
+        __builtin_prefetch(p + N);
       }
   }
 
-  void filter(const Map& x, const T* weight, T conjugate, void* y, Index block, Index image,
-              Cell<T>* workspace) const {
-    Cell<T>* const z = workspace;
-    const Buffers<T> b = buffers(z + plane);
-    for (Index h = 0; h < height; h += 2) {
-      const Index next = h + 1 < height ? h + 1 : h;
-      forward_rows(x, x, image, image, h, next, block, z + h * pitch, z + next * pitch, b);
-    }
-    for (Index k = 0; k < half; k += group) {
-      const Index n = half - k < group ? half - k : group;
-      transform(columns, z + k, pitch, b.c, n, n, b);
-      multiply_columns(b.c, k, n, weight, conjugate, block);
-      transform(columns, b.c, n, z + k, pitch, n, b);
-    }
-    inverse_image(z, y, image, block, b);
+  // K c or conj(K) c, exchanged, in place.
+  void multiply(Cell<T>* c, Range k, const T* weight, bool conjugate, Index block) const {
+    const T scale = 1 / (T(2) * T(height) * T(width)), scale_im = conjugate ? -scale : scale;
+    const Index n = channels_of(block);
+    for (Index h = 0; h < height; h++)
+      for (Index i = k.first; i < k.last; i++, c++) {
+        const Cell<T> w = load_interleaved(weight + weight_at(h, i, block), n), v = *c;
+        const auto re = w.re * scale, im = w.im * scale_im;
+        *c = {v.re * im + v.im * re, v.re * re - v.im * im};
+      }
   }
 
-  // Adds F g . conj(F x) of images [first, last) to `sum`, column by column; writes gx, if any.
-  void adjoint(const Map& g, const Map& x, const T* weight, void* gx, Cell<T>* sum, Index block,
-               Index first, Index last, Cell<T>* workspace) const {
-    Cell<T>*const zg = workspace, *const zx = zg + plane;
-    const Buffers<T> b = buffers(zx + plane);
-    std::memset(static_cast<void*>(sum), 0, height * half * sizeof(Cell<T>));
-    for (Index image = first; image < last; image++) {
-      for (Index h = 0; h < height; h++)
-        forward_rows(g, x, image, image, h, h, block, zg + h * pitch, zx + h * pitch, b);
-      for (Index k = 0; k < half; k += group) {
-        const Index n = half - k < group ? half - k : group;
-        transform(columns, zg + k, pitch, b.c, n, n, b);
-        transform(columns, zx + k, pitch, b.d, n, n, b);
-        for (Index i = 0; i < height * n; i++) {
-          const Cell<T> p = b.c[i], q = b.d[i];
-          Cell<T>& s = sum[height * k + i];
-          s = {s.re + (p.re * q.re + p.im * q.im), s.im + (p.im * q.re - p.re * q.im)};
+  // Adds F g . conj(F x) to `sum`, which starts with the first image; with the last it is scaled
+  // and goes to `gweight`.
+  void correlate(const Cell<T>* g, const Cell<T>* x, Cell<T>* sum, T* gweight, Range k,
+                 Index image, Index block) const {
+    const Index n = channels_of(block);
+    for (Index h = 0; h < height; h++)
+      for (Index i = k.first; i < k.last; i++, g++, x++, sum++) {
+        Cell<T> total = {g->re * x->re + g->im * x->im, g->im * x->re - g->re * x->im};
+        if (image > 0) total = total + *sum;
+        if (image + 1 < batch) {
+          *sum = total;
+          continue;
         }
-        if (!gx) continue;
-        multiply_columns(b.c, k, n, weight, T(-1), block);
-        transform(columns, b.c, n, zg + k, pitch, n, b);
+        // Both factors are doubled. A column counts twice unless it is its own mirror image.
+        const T multiplicity = i == 0 || 2 * i == width ? 1 : 2;
+        const T scale = multiplicity / (T(4) * T(height) * T(width)) * up * up;
+        store_interleaved(gweight + weight_at(h, i, block), {total.re * scale, total.im * scale},
+                          n);
       }
-      if (gx) inverse_image(zg, gx, image, block, b);
-    }
-  }
-
-  // The gradient of the spectrum from the sums of all shares of the batch.
-  void finish(const Cell<T>* sums, Index shares, T* gweight, Index block) const {
-    for (Index k = 0; k < half; k++) {
-      const Index start = k / group * group, n = half - start < group ? half - start : group;
-      // Each factor of a product stands for two. A column counts twice if its mirror image is
-      // another one.
-      const T multiplicity = k && 2 * k != width ? 2 : 1;
-      const T scale = multiplicity * unit * unit / (T(4) * T(height) * T(width));
-      for (Index h = 0; h < height; h++) {
-        Cell<T> total = {};
-        for (Index share = 0; share < shares; share++)
-          total = total + sums[share * height * half + height * start + h * n + k - start];
-        store_interleaved(gweight + ((h * half + k) * channels + block * N) * 2,
-                          {total.re * scale, total.im * scale}, count(block));
-      }
-    }
   }
 };
 
-// Aligned memory without values.
-template <class T>
-struct Memory {
-  Cell<T>* cells;
-  explicit Memory(Index n)
-      : cells(static_cast<Cell<T>*>(
-            ::operator new(n * sizeof(Cell<T>), std::align_val_t(64), std::nothrow))) {
-    if (!cells) throw std::bad_alloc();
+// ---------------------------------------------------------------------------------------------
+// Sharing out the work.
+//
+// A unit is an image and a chunk of blocks that lie side by side, so that a page of memory serves
+// several of them once it is found. With fewer units than threads, the threads take parts of the
+// rows and columns of a unit, step by step.
+
+constexpr Index LARGEST_CHUNK = 256 / VECTOR_BYTES;
+
+struct Split {
+  Index blocks, chunk, units, parts;
+
+  Split(Index blocks, Index images, int threads) : blocks(blocks), chunk(1) {
+    Index least = blocks * images;
+    for (Index c = 1; c <= LARGEST_CHUNK; c++) {
+      const Index rounds = ((blocks + c - 1) / c * images + threads - 1) / threads;
+      if (rounds * c <= least) least = rounds * c, chunk = c;
+    }
+    units = (blocks + chunk - 1) / chunk * images;
+    parts = units && units < threads ? (threads + units - 1) / units : 1;
   }
-  ~Memory() { ::operator delete(cells, std::align_val_t(64)); }
-  Memory(const Memory&) = delete;
+  Range blocks_of(Index i) const {
+    return {i * chunk, (i + 1) * chunk < blocks ? (i + 1) * chunk : blocks};
+  }
+  template <class Use>
+  void for_part(Index n, Index part, const Use& use) const {
+    for (Index i = n * part / parts; i < n * (part + 1) / parts; i++) use(i);
+  }
 };
+
+// Calls step(i, thread, place, unit, part) for steps i of all parts of all units, in order. `place`
+// says which of as many places as threads is the unit's own until its last step.
+template <class Step>
+void run_steps(Parallel parallel, int threads, const Split& split, Index steps, const Step& step) {
+  if (split.parts == 1)
+    return run_units(parallel, threads, split.units, [&](int thread, Index unit) {
+      for (Index i = 0; i < steps; i++) step(i, thread, thread, unit, 0);
+    });
+  for (Index i = 0; i < steps; i++)
+    run_units(parallel, threads, split.units * split.parts, [&](int thread, Index n) {
+      step(i, thread, n / split.parts, n / split.parts, n % split.parts);
+    });
+}
 
 struct Sizes {
   Index batch, height, width, channels;
 };
 
-Index shares_of(Index blocks, Index batch) {
-  const Index wanted = blocks < 16 ? 16 / (blocks ? blocks : 1) : 1;
-  return wanted < batch ? wanted : batch > 1 ? batch : 1;
-}
-
+// A filter as three steps; z holds spectra of the blocks of a unit.
 template <class T>
-void filter(Parallel parallel, int threads, DType dtype, Sizes s, const Map& x, const void* weight,
-            bool conjugate, void* y) {
-  const Filter<T> f{dtype, s.batch, s.height, s.width, s.channels};
-  const Index size = f.workspace(1);
-  const Memory<T> memory(threads * size);
-  run_units(parallel, threads, f.blocks * f.batch, [&](int thread, Index unit) {
-    f.filter(x, static_cast<const T*>(weight), conjugate ? T(-1) : T(1), y, unit / f.batch,
-             unit % f.batch, memory.cells + thread * size);
+void filter(Parallel parallel, int threads, DType dtype, Sizes sizes, const Map& x,
+            const void* spectrum, bool conjugate, void* y) {
+  const Steps<T> s{dtype, sizes.batch, sizes.height, sizes.width, sizes.channels};
+  const T* const weight = static_cast<const T*>(spectrum);
+  const Split split(s.blocks, s.batch, threads);
+  const Index planes = split.chunk * s.plane, space = planes + s.buffer_cells();
+  const Workspace workspace(threads * space * sizeof(Cell<T>));
+  Cell<T>* const cells = static_cast<Cell<T>*>(workspace.data());
+
+  run_steps(parallel, threads, split, 3, [&](Index step, int thread, Index place, Index unit,
+                                             Index part) {
+    const Index image = unit % s.batch;
+    const Buffers<T> b = s.buffers(cells + thread * space + planes);
+    const auto for_blocks = [&](const auto& use) {
+      const Range blocks = split.blocks_of(unit / s.batch);
+      for (Index block = blocks.first; block < blocks.last; block++)
+        use(block, cells + place * space + (block - blocks.first) * s.plane);
+    };
+    if (step == 0) {
+      split.for_part(s.pairs, part, [&](Index pair) {
+        for_blocks([&](Index block, Cell<T>* z) {
+          const Range h = s.pair_of(pair);
+          s.forward_rows(x, h.first, x, h.last, image, block, z + h.first * s.pitch,
+                         z + h.last * s.pitch, b);
+        });
+      });
+    } else if (step == 1) {
+      split.for_part(s.groups, part, [&](Index group) {
+        for_blocks([&](Index block, Cell<T>* z) {
+          const Range k = s.columns_of(group);
+          s.prefetch(weight, k, block);
+          s.forward_columns(z, b.c, k, b);
+          s.multiply(b.c, k, weight, conjugate, block);
+          s.inverse_columns(b.c, z, k, b);
+        });
+      });
+    } else {
+      split.for_part(s.pairs, part, [&](Index pair) {
+        for_blocks([&](Index block, Cell<T>* z) { s.inverse_rows(z, y, pair, image, block, b); });
+      });
+    }
   });
 }
 
+// The same three steps for every image, one after the other; here a unit is a chunk of blocks.
+// Without gx only the gradient of the spectrum is computed.
 template <class T>
-void adjoint(Parallel parallel, int threads, DType dtype, Sizes s, const Map& g, const Map& x,
-             const void* weight, void* gx, void* gweight) {
-  const Filter<T> f{dtype, s.batch, s.height, s.width, s.channels};
-  // The batch is cut into shares, so that there are enough units for many threads. Their number
-  // must not depend on that of threads, and their sums take memory.
-  const Index shares = shares_of(f.blocks, f.batch);
-  const Index size = f.workspace(2), sums = f.height * f.half;
-  const Memory<T> memory(threads * size), all_sums(f.blocks * shares * sums);
-  const auto finish = [&](Index block) {
-    f.finish(all_sums.cells + block * shares * sums, shares, static_cast<T*>(gweight), block);
-  };
-  run_units(parallel, threads, f.blocks * shares, [&](int thread, Index unit) {
-    const Index block = unit / shares, share = unit % shares;
-    f.adjoint(g, x, static_cast<const T*>(weight), gx, all_sums.cells + unit * sums, block,
-              share * f.batch / shares, (share + 1) * f.batch / shares,
-              memory.cells + thread * size);
-    if (shares == 1) finish(block);
+void adjoint(Parallel parallel, int threads, DType dtype, Sizes sizes, const Map& g, const Map& x,
+             const void* spectrum, void* gx, void* gspectrum) {
+  const Steps<T> s{dtype, sizes.batch, sizes.height, sizes.width, sizes.channels};
+  const T* const weight = static_cast<const T*>(spectrum);
+  T* const gweight = static_cast<T*>(gspectrum);
+  if (s.batch == 0) std::memset(gweight, 0, s.weight_at(s.height, 0, 0) * sizeof(T));
+  const Split split(s.blocks, 1, threads);
+  const Index planes = split.chunk * 3 * s.plane, space = planes + s.buffer_cells();
+  const Workspace workspace(threads * space * sizeof(Cell<T>));
+  Cell<T>* const cells = static_cast<Cell<T>*>(workspace.data());
+
+  run_steps(parallel, threads, split, 3 * s.batch, [&](Index step, int thread, Index place,
+                                                       Index unit, Index part) {
+    const Index image = step / 3;
+    const Buffers<T> b = s.buffers(cells + thread * space + planes);
+    const auto for_blocks = [&](const auto& use) {
+      const Range blocks = split.blocks_of(unit);
+      for (Index block = blocks.first; block < blocks.last; block++)
+        use(block, cells + place * space + (block - blocks.first) * 3 * s.plane);
+    };
+    if (step % 3 == 0) {
+      split.for_part(s.height, part, [&](Index h) {
+        for_blocks([&](Index block, Cell<T>* z) {
+          Cell<T>* const zg = z + h * s.pitch;
+          s.forward_rows(g, h, x, h, image, block, zg, zg + s.plane, b);
+        });
+      });
+    } else if (step % 3 == 1) {
+      split.for_part(s.groups, part, [&](Index group) {
+        for_blocks([&](Index block, Cell<T>* z) {
+          const Range k = s.columns_of(group);
+          if (gx) s.prefetch(weight, k, block);
+          s.forward_columns(z, b.c, k, b);
+          s.forward_columns(z + s.plane, b.d, k, b);
+          s.correlate(b.c, b.d, z + 2 * s.plane + k.first * s.height, gweight, k, image, block);
+          if (!gx) return;
+          s.multiply(b.c, k, weight, true, block);
+          s.inverse_columns(b.c, z, k, b);
+        });
+      });
+    } else if (gx) {
+      split.for_part(s.pairs, part, [&](Index pair) {
+        for_blocks([&](Index block, Cell<T>* z) { s.inverse_rows(z, gx, pair, image, block, b); });
+      });
+    }
   });
-  if (shares > 1)
-    run_units(parallel, threads, f.blocks, [&](int, Index block) { finish(block); });
 }
 
 template <class Run>
