@@ -30,8 +30,12 @@ def unsupported_reason(x: Tensor) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _build_failure() -> str | None:
+    return _try_to_build()
+
+
+@functools.cache
+def _try_to_build() -> str | None:
     try:
         load()
     except BuildError as e:

@@ -10,7 +10,7 @@
 //   3. Rows.     Back, two at a time.
 //
 // The gradient of the map is the filter with the conjugate of K. The gradient of K is the product
-// of two half spectra, summed over the batch; step 1 takes a row of each map as its pair.
+// of two half spectra, summed over the batch.
 //
 // An inverse transform is a forward one with the real and imaginary parts of its input and output
 // exchanged. That costs nothing here, so only forward transforms exist. No transform is scaled:
@@ -609,22 +609,24 @@ struct Steps {
       use(Float16());
   }
 
-  // Twice the half spectra of two real rows.
-  void forward_rows(const Map& a, Index row_a, const Map& b, Index row_b, Index image, Index block,
-                    Cell<T>* to_a, Cell<T>* to_b, const Buffers<T>& buffers) const {
+  // Twice the half spectra of a pair of rows of a map. Both are of one image: of two maps, the
+  // rounding errors of the larger would drown the smaller.
+  void forward_rows(const Map& x, Cell<T>* z, Index pair, Index image, Index block,
+                    const Buffers<T>& buffers) const {
+    const Range h = pair_of(pair);
     with_storage([&](auto storage) {
       using S = decltype(storage);
-      const Index n = channels_of(block), offset = block * N;
-      const S* p = static_cast<const S*>(a.data) + image * a.batch + row_a * a.row + offset;
-      const S* q = static_cast<const S*>(b.data) + image * b.batch + row_b * b.row + offset;
+      const Index n = channels_of(block);
+      const S* const p = static_cast<const S*>(x.data) + image * x.batch + block * N;
       for (Index w = 0; w < width; w++) {
-        Cell<T> cell = {Storage<S, T>::read(p + w * a.column, n),
-                        Storage<S, T>::read(q + w * b.column, n)};
+        Cell<T> cell = {Storage<S, T>::read(p + h.first * x.row + w * x.column, n),
+                        Storage<S, T>::read(p + h.last * x.row + w * x.column, n)};
         if (std::is_same<S, BFloat16>::value) cell = {cell.re * down, cell.im * down};
         buffers.a[w] = cell;
       }
     });
     transform(rows, buffers.a, 1, buffers.c, 1, 1, buffers);
+    Cell<T>*const to_a = z + h.first * pitch, *const to_b = z + h.last * pitch;
     for (Index k = 0; k < half; k++) {
       const Cell<T> p = buffers.c[k], q = buffers.c[k ? width - k : 0];
       to_a[k] = {p.re + q.re, p.im - q.im};
@@ -789,11 +791,7 @@ void filter(Parallel parallel, int threads, DType dtype, Sizes sizes, const Map&
     };
     if (step == 0) {
       split.for_part(s.pairs, part, [&](Index pair) {
-        for_blocks([&](Index block, Cell<T>* z) {
-          const Range h = s.pair_of(pair);
-          s.forward_rows(x, h.first, x, h.last, image, block, z + h.first * s.pitch,
-                         z + h.last * s.pitch, b);
-        });
+        for_blocks([&](Index block, Cell<T>* z) { s.forward_rows(x, z, pair, image, block, b); });
       });
     } else if (step == 1) {
       split.for_part(s.groups, part, [&](Index group) {
@@ -837,10 +835,10 @@ void adjoint(Parallel parallel, int threads, DType dtype, Sizes sizes, const Map
         use(block, cells + place * space + (block - blocks.first) * 3 * s.plane);
     };
     if (step % 3 == 0) {
-      split.for_part(s.height, part, [&](Index h) {
+      split.for_part(s.pairs, part, [&](Index pair) {
         for_blocks([&](Index block, Cell<T>* z) {
-          Cell<T>* const zg = z + h * s.pitch;
-          s.forward_rows(g, h, x, h, image, block, zg, zg + s.plane, b);
+          s.forward_rows(g, z, pair, image, block, b);
+          s.forward_rows(x, z + s.plane, pair, image, block, b);
         });
       });
     } else if (step % 3 == 1) {
