@@ -573,7 +573,7 @@ struct Steps {
   Index pitch = half | 1;
   Index plane = height * pitch;
   // Columns are transformed in groups, as many side by side as fit a part of the first cache.
-  Index group = clamp(8192 / sizeof(Cell<T>) / height, 1, half);
+  Index group = clamp(4096 / sizeof(Cell<T>) / height, 1, half);
   Index groups = (half + group - 1) / group;
   Index pairs = (height + 1) / 2;  // of rows
   Index line = (height * group > width ? height * group : width) + 1;
@@ -619,6 +619,9 @@ struct Steps {
       const Index n = channels_of(block);
       const S* const p = static_cast<const S*>(x.data) + image * x.batch + block * N;
       for (Index w = 0; w < width; w++) {
+        // The pair after this one: the strides are too long for the processor to guess it.
+        __builtin_prefetch(p + (h.first + 2) * x.row + w * x.column);
+        __builtin_prefetch(p + (h.last + 2) * x.row + w * x.column);
         Cell<T> cell = {Storage<S, T>::read(p + h.first * x.row + w * x.column, n),
                         Storage<S, T>::read(p + h.last * x.row + w * x.column, n)};
         if (std::is_same<S, BFloat16>::value) cell = {cell.re * down, cell.im * down};
