@@ -114,9 +114,10 @@ def _map(x: Tensor) -> tuple[int, ...]:
 
 
 def _call(name: str, x: Tensor, *arguments: int | None) -> None:
-    # Threads come from the OpenMP runtime that torch uses: those of a second one would fight with
-    # it for the cores. A forked process may not use it, since it waits for threads that only the
-    # parent has; it starts threads of its own.
+    # Threads come from the OpenMP runtime that torch itself uses. Its idle threads keep their cores
+    # busy for a while after each operator of torch, so that threads of our own, or of a second
+    # runtime, would wait for them. In a forked process that runtime would wait forever for threads
+    # that only the parent has: there, every call starts threads of its own.
     threads = torch.get_num_threads()
     function, parallel = _function(name), None if _is_forked else _openmp()
     if function(parallel, threads, _DTYPES[x.dtype], *x.shape, *arguments):

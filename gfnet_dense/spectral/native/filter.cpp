@@ -209,7 +209,7 @@ INLINE void store_interleaved(T* p, Cell<T> c, Index count) {
 // ---------------------------------------------------------------------------------------------
 // Butterflies: the transform of P cells in registers.
 
-constexpr double sine_series(double x) {  // |x| <= pi / 4 ... pi, in double precision
+constexpr double sine(double x) {  // to the last digits of a double for |x| <= pi
   double term = x, sum = x;
   for (int i = 1; i < 20; i++) {
     term *= -x * x / ((2 * i) * (2 * i + 1));
@@ -219,16 +219,15 @@ constexpr double sine_series(double x) {  // |x| <= pi / 4 ... pi, in double pre
 }
 constexpr double PI = 3.141592653589793238462643383279502884;
 
-// cos and sin of -2 pi j / P.
+// exp(-2 pi i j / P), known to the compiler.
 template <int P>
 struct Roots {
   double re[P], im[P];
   constexpr Roots() : re(), im() {
     for (int j = 0; j < P; j++) {
-      const int k = 2 * j < P ? j : j - P;  // |angle| <= pi
-      im[j] = -sine_series(2 * PI * k / P);
-      const int q = 4 * k;  // cos a = sin(pi / 2 - |a|)
-      re[j] = sine_series(PI / 2 - 2 * PI * (q < 0 ? -k : k) / P);
+      const int k = 2 * j < P ? j : j - P;
+      re[j] = sine(PI / 2 - 2 * PI * (k < 0 ? -k : k) / P);
+      im[j] = -sine(2 * PI * k / P);
     }
   }
 };
@@ -327,12 +326,13 @@ struct Pass {
   std::vector<T> roots;     // of unity, (radix, 2)
 };
 
+// A plan is made anew for every call: that takes a microsecond for some thirty cells, and spares a
+// lock that a forked process could find locked for ever.
 template <class T>
 struct Plan {
-  Index length;
   std::vector<Pass<T>> passes;
 
-  explicit Plan(Index n) : length(n) {
+  explicit Plan(Index n) {
     std::vector<T> roots(2 * n);  // of unity
     for (Index j = 0; j < n; j++) {
       roots[2 * j] = T(std::cos(2 * PI * double(j) / double(n)));
@@ -613,15 +613,15 @@ struct Steps {
   // rounding errors of the larger would drown the smaller.
   void forward_rows(const Map& x, Cell<T>* z, Index pair, Index image, Index block,
                     const Buffers<T>& buffers) const {
-    const Range h = pair_of(pair);
+    // The next pair is fetched ahead: the strides are too long for the processor to foresee it.
+    const Range h = pair_of(pair), ahead = pair_of(clamp(pair + 1, 0, pairs - 1));
     with_storage([&](auto storage) {
       using S = decltype(storage);
       const Index n = channels_of(block);
       const S* const p = static_cast<const S*>(x.data) + image * x.batch + block * N;
       for (Index w = 0; w < width; w++) {
-        // The pair after this one: the strides are too long for the processor to guess it.
-        __builtin_prefetch(p + (h.first + 2) * x.row + w * x.column);
-        __builtin_prefetch(p + (h.last + 2) * x.row + w * x.column);
+        __builtin_prefetch(p + ahead.first * x.row + w * x.column);
+        __builtin_prefetch(p + ahead.last * x.row + w * x.column);
         Cell<T> cell = {Storage<S, T>::read(p + h.first * x.row + w * x.column, n),
                         Storage<S, T>::read(p + h.last * x.row + w * x.column, n)};
         if (std::is_same<S, BFloat16>::value) cell = {cell.re * down, cell.im * down};
