@@ -1,0 +1,905 @@
+// The global filter y = F^-1(K . F x) of channels-last maps, and its gradients, on a CPU.
+//
+// Every SIMD register holds the same cell of neighbouring channels, so a plain Fourier transform
+// over cells keeps all lanes busy and needs no shuffles. A unit of work is one image and one
+// register's width of channels ("block"):
+//
+//   1. Rows.     Two real rows a, b go through one complex transform of a + i b. Their half spectra
+//                fall out of its sum and difference with its own mirror image.
+//   2. Columns.  Of the half spectrum: transform, multiply by K, transform back.
+//   3. Rows.     Back, two at a time.
+//
+// The gradient of the map is the filter with the conjugate of K. The gradient of K is the product
+// of two half spectra, summed over the batch.
+//
+// An inverse transform is a forward one with the real and imaginary parts of its input and output
+// exchanged. That costs nothing here, so only forward transforms exist. No transform is scaled:
+// one factor, applied with K, stands for all.
+//
+// Results do not depend on the number of threads: it only decides who computes a unit.
+
+#include <atomic>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <sys/mman.h>
+
+namespace {
+
+using Index = std::ptrdiff_t;
+
+// ---------------------------------------------------------------------------------------------
+// Vectors: GCC's vector types, which clang has, too. No intrinsics: one source for all processors.
+
+#ifndef VECTOR_BYTES
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+#endif
+
+#ifdef __clang__
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 32")
+#endif
+#define ALWAYS_INLINE __attribute__((always_inline))
+#define INLINE inline ALWAYS_INLINE
+
+template <class T, int N>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
+template <class T, int N>
+using Vector = typename VectorOf<T, N>::type;
+
+template <class T>
+constexpr int lanes = VECTOR_BYTES / sizeof(T);
+
+// A complex number in every lane.
+template <class T>
+struct Cell {
+  Vector<T, lanes<T>> re, im;
+};
+
+template <class T>
+INLINE Cell<T> operator+(Cell<T> a, Cell<T> b) {
+  return {a.re + b.re, a.im + b.im};
+}
+template <class T>
+INLINE Cell<T> operator-(Cell<T> a, Cell<T> b) {
+  return {a.re - b.re, a.im - b.im};
+}
+template <class T>
+INLINE Cell<T> multiply(Cell<T> a, T re, T im) {
+  return {a.re * re - a.im * im, a.re * im + a.im * re};
+}
+
+// Reads or writes `count` channels, at most a register full. Memory need not be aligned.
+template <class V>
+INLINE V load(const void* from, Index bytes) {
+  V v;
+  if (bytes >= Index(sizeof v)) {
+    std::memcpy(&v, from, sizeof v);
+  } else {
+    v = V{};
+    std::memcpy(&v, from, bytes);
+  }
+  return v;
+}
+template <class V>
+INLINE void store(void* to, V v, Index bytes) {
+  if (bytes >= Index(sizeof v))
+    std::memcpy(to, &v, sizeof v);
+  else
+    std::memcpy(to, &v, bytes);
+}
+
+template <class To, class From>
+INLINE To bits(From v) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  std::memcpy(&to, &v, sizeof to);
+  return to;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Types of maps: how lanes are read and written. 16-bit types are computed in float.
+
+struct BFloat16 {
+  std::uint16_t value;
+};
+struct Float16 {
+  std::uint16_t value;
+};
+constexpr int N32 = lanes<float>;
+using F32 = Vector<float, N32>;
+using U32 = Vector<std::uint32_t, N32>;
+using U16 = Vector<std::uint16_t, N32>;
+
+template <class S, class T>
+struct Storage {  // the type computed in
+  static INLINE Vector<T, lanes<T>> read(const S* p, Index count) {
+    return load<Vector<T, lanes<T>>>(p, count * sizeof(S));
+  }
+  static INLINE void write(S* p, Vector<T, lanes<T>> v, Index count) {
+    store(p, v, count * sizeof(S));
+  }
+};
+
+template <>
+struct Storage<BFloat16, float> {
+  static INLINE F32 read(const BFloat16* p, Index count) {
+    return bits<F32>(__builtin_convertvector(load<U16>(p, count * 2), U32) << 16);
+  }
+  static INLINE void write(BFloat16* p, F32 v, Index count) {  // to nearest, ties to even
+    const U32 u = bits<U32>(v), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    const U32 nan = (u >> 16) | 0x40;
+    const U32 result = (u & 0x7fffffff) > 0x7f800000 ? nan : rounded;
+    store(p, __builtin_convertvector(result, U16), count * 2);
+  }
+};
+
+template <>
+struct Storage<Float16, float> {
+  static INLINE F32 read(const Float16* p, Index count) {
+    const U32 h = __builtin_convertvector(load<U16>(p, count * 2), U32);
+    const F32 finite = bits<F32>((h & 0x7fff) << 13) * 0x1p112f;  // right for subnormals, too
+    const U32 special = (h & 0x7c00) == 0x7c00 ? U32{} + 0x7f800000u : U32{};
+    return bits<F32>(bits<U32>(finite) | special | (h & 0x8000) << 16);
+  }
+  static INLINE void write(Float16* p, F32 v, Index count) {  // to nearest, ties to even
+    const U32 u = bits<U32>(v), magnitude = u & 0x7fffffff;
+    const U32 normal = (magnitude - (112u << 23) + 0xfff + ((u >> 13) & 1)) >> 13;
+    // An addition rounds a subnormal: its unit in the last place is that of 0.5 in float.
+    const U32 subnormal = bits<U32>(bits<F32>(magnitude) + 0.5f) - bits<U32>(F32{} + 0.5f);
+    U32 h = magnitude < (113u << 23) ? subnormal : normal;
+    h = magnitude >= bits<std::uint32_t>(65520.0f) ? U32{} + 0x7c00 : h;
+    h = magnitude > 0x7f800000 ? U32{} + 0x7e00 : h;
+    store(p, __builtin_convertvector(h | (u >> 16 & 0x8000), U16), count * 2);
+  }
+};
+
+// Interleaved real and imaginary parts, as spectra lie in memory.
+#ifdef __clang__
+template <int From, int Step, class V, int... I>
+INLINE V pick(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  return __builtin_shufflevector(a, b, (Step == 2 ? 2 * I + From : I / 2 + I % 2 * n + From)...);
+}
+#else
+template <int From, int Step, class V, int... I>
+INLINE V pick(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  using Int = std::conditional_t<sizeof(a[0]) == 4, std::int32_t, std::int64_t>;
+  const Vector<Int, n> order = {(Step == 2 ? 2 * I + From : I / 2 + I % 2 * n + From)...};
+  return __builtin_shuffle(a, b, order);
+}
+#endif
+
+template <class T>
+INLINE Cell<T> load_interleaved(const T* p, Index count) {
+  using V = Vector<T, lanes<T>>;
+  constexpr auto all = std::make_integer_sequence<int, lanes<T>>();
+  constexpr Index n = lanes<T>;
+  const V a = load<V>(p, 2 * count * sizeof(T));
+  const V b = 2 * count > n ? load<V>(p + n, (2 * count - n) * sizeof(T)) : V{};
+  return {pick<0, 2>(a, b, all), pick<1, 2>(a, b, all)};
+}
+template <class T>
+INLINE void store_interleaved(T* p, Cell<T> c, Index count) {
+  constexpr auto all = std::make_integer_sequence<int, lanes<T>>();
+  constexpr Index n = lanes<T>;
+  store(p, pick<0, 1>(c.re, c.im, all), 2 * count * sizeof(T));
+  if (2 * count > n) store(p + n, pick<n / 2, 1>(c.re, c.im, all), (2 * count - n) * sizeof(T));
+}
+
+// ---------------------------------------------------------------------------------------------
+// Butterflies: the transform of P cells in registers.
+
+constexpr double sine(double x) {  // to the last digits of a double for |x| <= pi
+  double term = x, sum = x;
+  for (int i = 1; i < 20; i++) {
+    term *= -x * x / ((2 * i) * (2 * i + 1));
+    sum += term;
+  }
+  return sum;
+}
+constexpr double PI = 3.141592653589793238462643383279502884;
+
+// exp(-2 pi i j / P), known to the compiler.
+template <int P>
+struct Roots {
+  double re[P], im[P];
+  constexpr Roots() : re(), im() {
+    for (int j = 0; j < P; j++) {
+      const int k = 2 * j < P ? j : j - P;
+      re[j] = sine(PI / 2 - 2 * PI * (k < 0 ? -k : k) / P);
+      im[j] = -sine(2 * PI * k / P);
+    }
+  }
+};
+template <int P>
+constexpr Roots<P> roots{};
+
+template <int P, class T>
+INLINE void butterfly(Cell<T>* u);
+
+template <class T>
+INLINE void butterfly2(Cell<T>* u) {
+  const Cell<T> t = u[0] - u[1];
+  u[0] = u[0] + u[1];
+  u[1] = t;
+}
+
+template <class T>
+INLINE void butterfly4(Cell<T>* u) {
+  const Cell<T> a = u[0] + u[2], b = u[0] - u[2], c = u[1] + u[3], d = u[1] - u[3];
+  u[0] = a + c;
+  u[1] = {b.re + d.im, b.im - d.re};
+  u[2] = a - c;
+  u[3] = {b.re - d.im, b.im + d.re};
+}
+
+// An odd number of cells: sums and differences of mirror images, half the products.
+template <int P, class T>
+INLINE void butterfly_odd(Cell<T>* u) {
+  constexpr int H = P / 2;
+  Cell<T> sum[H + 1], difference[H + 1], total = u[0];
+  UNROLL for (int j = 1; j <= H; j++) {
+    sum[j] = u[j] + u[P - j];
+    difference[j] = u[j] - u[P - j];
+    total = total + sum[j];
+  }
+  UNROLL for (int k = 1; k <= H; k++) {
+    Cell<T> even = u[0], odd = {};
+    UNROLL for (int j = 1; j <= H; j++) {
+      const T c = T(roots<P>.re[j * k % P]), s = T(roots<P>.im[j * k % P]);
+      even.re += sum[j].re * c;
+      even.im += sum[j].im * c;
+      odd.re -= difference[j].im * s;
+      odd.im += difference[j].re * s;
+    }
+    u[k] = even + odd;
+    u[P - k] = even - odd;
+  }
+  u[0] = total;
+}
+
+// A x B cells: A-point transforms, rotations by constants, B-point transforms.
+template <int A, int B, class T>
+INLINE void butterfly_composite(Cell<T>* u) {
+  constexpr int P = A * B;
+  Cell<T> v[B][A];
+  UNROLL for (int j = 0; j < B; j++) {
+    UNROLL for (int i = 0; i < A; i++) v[j][i] = u[B * i + j];
+    butterfly<A>(v[j]);
+    UNROLL for (int i = 1; i < A; i++) {
+      if (4 * i * j == P)
+        v[j][i] = {v[j][i].im, -v[j][i].re};
+      else if (j)
+        v[j][i] = multiply(v[j][i], T(roots<P>.re[i * j]), T(roots<P>.im[i * j]));
+    }
+  }
+  UNROLL for (int i = 0; i < A; i++) {
+    Cell<T> w[B];
+    UNROLL for (int j = 0; j < B; j++) w[j] = v[j][i];
+    butterfly<B>(w);
+    UNROLL for (int j = 0; j < B; j++) u[i + A * j] = w[j];
+  }
+}
+
+template <int P, class T>
+INLINE void butterfly(Cell<T>* u) {
+  if constexpr (P == 2)
+    butterfly2(u);
+  else if constexpr (P == 4)
+    butterfly4(u);
+  else if constexpr (P % 4 == 0)
+    butterfly_composite<4, P / 4>(u);
+  else if constexpr (P % 2 == 0)
+    butterfly_composite<2, P / 2>(u);
+  else
+    butterfly_odd<P>(u);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Transforms of any length: Stockham's, a pass for each factor, which needs no reordering.
+
+template <class T>
+struct Pass {
+  Index radix;
+  Index before, after;  // products of the radices of passes before and after this one
+  std::vector<T> twiddles;  // (after, radix, 2)
+  std::vector<T> roots;     // of unity, (radix, 2)
+};
+
+// A plan is made anew for every call: that takes a microsecond for some thirty cells, and spares a
+// lock that a forked process could find locked for ever.
+template <class T>
+struct Plan {
+  std::vector<Pass<T>> passes;
+
+  explicit Plan(Index n) {
+    std::vector<T> roots(2 * n);  // of unity
+    for (Index j = 0; j < n; j++) {
+      roots[2 * j] = T(std::cos(2 * PI * double(j) / double(n)));
+      roots[2 * j + 1] = T(-std::sin(2 * PI * double(j) / double(n)));
+    }
+    Index before = 1, rest = n;
+    while (rest > 1) {
+      const Index radix = next_radix(rest), after = rest / radix;
+      Pass<T> pass{radix, before, after, {}, {}};
+      for (Index q = 0; q < after; q++)
+        for (Index j = 0; j < radix; j++)
+          for (int part = 0; part < 2; part++)
+            pass.twiddles.push_back(roots[2 * q * j * before + part]);
+      for (Index j = 0; j < radix; j++)
+        for (int part = 0; part < 2; part++)
+          pass.roots.push_back(roots[2 * j * (n / radix) + part]);
+      passes.push_back(std::move(pass));
+      before *= radix;
+      rest = after;
+    }
+  }
+
+  // Powers of two in eights as far as possible without a two, then the odd primes.
+  static Index next_radix(Index n) {
+    int twos = 0;
+    while (n % (Index(2) << twos) == 0) twos++;
+    if (twos) return twos % 3 == 0 ? 8 : twos >= 2 ? 4 : 2;
+    Index p = 3;
+    while (n % p) p += 2;
+    return p;
+  }
+};
+
+// y(k + before (radix q + j)) = twiddle(q, j) butterfly(x(k + before (q + after j)))_j
+//
+// Element e stands for `width` transforms side by side, from x + e * x_pitch on.
+template <int P, class T>
+void run_pass(const Pass<T>& pass, const Cell<T>* __restrict x, Index x_pitch, Cell<T>* __restrict y,
+              Index y_pitch, Index width) {
+  Index before = pass.before;
+  if (x_pitch == width && y_pitch == width) {  // then elements k lie side by side, too
+    x_pitch = y_pitch = width *= before;
+    before = 1;
+  }
+  const Index x_step = before * pass.after * x_pitch, y_step = before * y_pitch;
+  const auto sweep = [&](Index q, auto has_twiddles) ALWAYS_INLINE {
+    const T* twiddle = pass.twiddles.data() + 2 * q * P;
+    for (Index k = 0; k < before; k++) {
+      const Cell<T>* from = x + (k + before * q) * x_pitch;
+      Cell<T>* to = y + (k + before * q * P) * y_pitch;
+      for (Index i = 0; i < width; i++) {
+        Cell<T> u[P];
+        UNROLL for (int j = 0; j < P; j++) u[j] = from[i + j * x_step];
+        butterfly<P>(u);
+        to[i] = u[0];
+        UNROLL for (int j = 1; j < P; j++) {
+          if (has_twiddles) u[j] = multiply(u[j], twiddle[2 * j], twiddle[2 * j + 1]);
+          to[i + j * y_step] = u[j];
+        }
+      }
+    }
+  };
+  sweep(0, std::false_type());
+  for (Index q = 1; q < pass.after; q++) sweep(q, std::true_type());
+}
+
+// The same for an odd radix of any size, as a product with its matrix, four outputs at a time.
+// `scratch` has room for `radix` cells.
+template <class T>
+void run_large_pass(const Pass<T>& pass, const Cell<T>* __restrict x, Index x_pitch,
+                    Cell<T>* __restrict y, Index y_pitch, Index width, Cell<T>* scratch) {
+  constexpr int OUTPUTS = 4;
+  const Index radix = pass.radix, half = radix / 2, before = pass.before;
+  const Index x_step = before * pass.after * x_pitch, y_step = before * y_pitch;
+  Cell<T>*const sum = scratch - 1, *const difference = sum + half;  // from 1 to half
+  for (Index q = 0; q < pass.after; q++)
+    for (Index k = 0; k < before; k++)
+      for (Index i = 0; i < width; i++) {
+        const Cell<T>* from = x + (k + before * q) * x_pitch + i;
+        Cell<T>* to = y + (k + before * q * radix) * y_pitch + i;
+        Cell<T> total = from[0];
+        for (Index j = 1; j <= half; j++) {
+          const Cell<T> a = from[j * x_step], b = from[(radix - j) * x_step];
+          sum[j] = a + b;
+          difference[j] = a - b;
+          total = total + sum[j];
+        }
+        to[0] = total;
+        const auto emit = [&](Index j, Cell<T> value) ALWAYS_INLINE {
+          const T* twiddle = pass.twiddles.data() + 2 * (q * radix + j);
+          to[j * y_step] = multiply(value, twiddle[0], twiddle[1]);
+        };
+        for (Index first = 1; first <= half; first += OUTPUTS) {
+          Cell<T> even[OUTPUTS], odd[OUTPUTS] = {};
+          Index power[OUTPUTS] = {};  // j * (first + o) modulo radix
+          UNROLL for (int o = 0; o < OUTPUTS; o++) even[o] = from[0];
+          for (Index j = 1; j <= half; j++) {
+            UNROLL for (int o = 0; o < OUTPUTS; o++) {
+              power[o] += first + o;
+              power[o] -= power[o] >= radix ? radix : 0;
+              const T re = pass.roots[2 * power[o]], im = pass.roots[2 * power[o] + 1];
+              even[o].re += sum[j].re * re;
+              even[o].im += sum[j].im * re;
+              odd[o].re -= difference[j].im * im;
+              odd[o].im += difference[j].re * im;
+            }
+          }
+          for (int o = 0; o < OUTPUTS && first + o <= half; o++) {
+            emit(first + o, even[o] + odd[o]);
+            emit(radix - first - o, even[o] - odd[o]);
+          }
+        }
+      }
+}
+
+// Buffers of one thread, each for a row of a map or a group of columns.
+template <class T>
+struct Buffers {
+  Cell<T>*a, *b, *c, *d, *scratch;
+};
+
+// Transforms x to y by way of the buffers b and a, each with elements of `width` cells. x may be a.
+template <class T>
+void transform(const Plan<T>& plan, const Cell<T>* x, Index x_pitch, Cell<T>* y, Index y_pitch,
+               Index width, const Buffers<T>& buffers) {
+  if (plan.passes.empty()) std::memcpy(y, x, width * sizeof(Cell<T>));
+  for (std::size_t i = 0; i < plan.passes.size(); i++) {
+    const Pass<T>& pass = plan.passes[i];
+    const bool is_last = i + 1 == plan.passes.size();
+    Cell<T>* to = is_last ? y : i % 2 ? buffers.a : buffers.b;
+    const Index to_pitch = is_last ? y_pitch : width;
+    switch (pass.radix) {
+#define CASE(P)                                         \
+  case P:                                               \
+    run_pass<P>(pass, x, x_pitch, to, to_pitch, width); \
+    break;
+      CASE(2) CASE(3) CASE(4) CASE(5) CASE(7) CASE(8) CASE(11) CASE(13)
+#undef CASE
+      default:
+        run_large_pass(pass, x, x_pitch, to, to_pitch, width, buffers.scratch);
+    }
+    x = to;
+    x_pitch = to_pitch;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Threads.
+
+// Starts a parallel region: GOMP_parallel of the OpenMP runtime that torch runs on. May be null.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+// Calls work(thread, unit) for every unit; units are handed out one after the other.
+template <class Work>
+void run_units(Parallel parallel, int threads, Index units, const Work& work) {
+  struct Shared {
+    const Work& work;
+    Index units;
+    std::atomic<Index> next;
+    std::atomic<int> thread;
+  } shared{work, units, {0}, {0}};
+  void (*const body)(void*) = [](void* argument) {
+    Shared& s = *static_cast<Shared*>(argument);
+    const int thread = s.thread++;
+    for (Index unit; (unit = s.next++) < s.units;) s.work(thread, unit);
+  };
+  if (threads > units) threads = int(units);
+  if (threads <= 1) return body(&shared);
+  if (parallel) return parallel(body, &shared, threads, 0);
+  std::vector<std::thread> others;
+  others.reserve(threads);
+  try {
+    while (int(others.size()) < threads - 1) others.emplace_back(body, &shared);
+  } catch (const std::system_error&) {  // no more threads: those that there are do the work
+  }
+  body(&shared);
+  for (std::thread& other : others) other.join();
+}
+
+// Memory for one call. Pages that the system has just handed out cost more than a small filter, so
+// the last workspace is kept for the next call, unless it is large. Calls of several threads at
+// once find none and make their own. Large pages spare most misses of address translation.
+class Workspace {
+ public:
+  explicit Workspace(std::size_t bytes) : block_(spare_.exchange(nullptr)) {
+    if (block_ && block_->bytes >= bytes) return;
+    std::free(block_);
+    constexpr std::size_t page = std::size_t(1) << 21;
+    bytes = (bytes + sizeof(Block) + page - 1) / page * page;
+    void* memory = std::aligned_alloc(page, bytes);
+    if (!memory) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
+    block_ = new (memory) Block{bytes - sizeof(Block)};
+  }
+  ~Workspace() { std::free(block_->bytes <= KEPT ? spare_.exchange(block_) : block_); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  void* data() const { return block_ + 1; }
+
+ private:
+  static constexpr std::size_t KEPT = std::size_t(1) << 25;
+  struct alignas(64) Block {
+    std::size_t bytes;
+  };
+  static std::atomic<Block*> spare_;
+  Block* block_;
+};
+std::atomic<Workspace::Block*> Workspace::spare_{nullptr};
+
+// ---------------------------------------------------------------------------------------------
+// The steps of a filter and of its adjoint.
+
+enum class DType : int { float32, float64, bfloat16, float16 };
+
+// A map (B, H, W, C) with channels side by side; the other strides are in values.
+struct Map {
+  const void* data;
+  Index batch, row, column;
+};
+
+struct Range {
+  Index first, last;
+};
+
+template <class T>
+struct Steps {
+  static constexpr Index N = lanes<T>;
+
+  DType dtype;
+  Index batch, height, width, channels;
+  Index half = width / 2 + 1;
+  Index blocks = (channels + N - 1) / N;
+  // Half a spectrum of a block: rows are padded, so that the cells of a column, when their distance
+  // is a power of two, do not all fall on the same set of a cache.
+  Index pitch = half | 1;
+  Index plane = height * pitch;
+  // Columns are transformed in groups, as many side by side as fit a part of the first cache.
+  Index group = clamp(4096 / sizeof(Cell<T>) / height, 1, half);
+  Index groups = (half + group - 1) / group;
+  Index pairs = (height + 1) / 2;  // of rows
+  Index line = (height * group > width ? height * group : width) + 1;
+  // The sum of a map in bfloat16 can leave the range of float, so it is scaled down and up again.
+  T down = dtype == DType::bfloat16 ? T(std::exp2(-std::ceil(std::log2(2.0 * height * width)))) : 1;
+  T up = 1 / down;
+  Plan<T> rows{width}, columns{height};
+
+  static Index clamp(Index value, Index low, Index high) {
+    return value < low ? low : value > high ? high : value;
+  }
+  Index channels_of(Index block) const { return clamp(channels - block * N, 0, N); }
+  Range columns_of(Index g) const {
+    return {g * group, clamp((g + 1) * group, 0, half)};
+  }
+  // The last row of an odd number is its own pair: computed twice, to the same result.
+  Range pair_of(Index p) const { return {2 * p, clamp(2 * p + 1, 0, height - 1)}; }
+
+  Index buffer_cells() const { return 4 * line + (height > width ? height : width); }
+  Buffers<T> buffers(Cell<T>* p) const {
+    return {p, p + line, p + 2 * line, p + 3 * line, p + 4 * line};
+  }
+
+  template <class Use>
+  void with_storage(const Use& use) const {
+    if constexpr (std::is_same<T, double>::value)
+      use(double());
+    else if (dtype == DType::float32)
+      use(float());
+    else if (dtype == DType::bfloat16)
+      use(BFloat16());
+    else
+      use(Float16());
+  }
+
+  // Twice the half spectra of a pair of rows of a map. Both are of one image: of two maps, the
+  // rounding errors of the larger would drown the smaller.
+  void forward_rows(const Map& x, Cell<T>* z, Index pair, Index image, Index block,
+                    const Buffers<T>& buffers) const {
+    // The next pair is fetched ahead: the strides are too long for the processor to foresee it.
+    const Range h = pair_of(pair), ahead = pair_of(clamp(pair + 1, 0, pairs - 1));
+    with_storage([&](auto storage) {
+      using S = decltype(storage);
+      const Index n = channels_of(block);
+      const S* const p = static_cast<const S*>(x.data) + image * x.batch + block * N;
+      for (Index w = 0; w < width; w++) {
+        __builtin_prefetch(p + ahead.first * x.row + w * x.column);
+        __builtin_prefetch(p + ahead.last * x.row + w * x.column);
+        Cell<T> cell = {Storage<S, T>::read(p + h.first * x.row + w * x.column, n),
+                        Storage<S, T>::read(p + h.last * x.row + w * x.column, n)};
+        if (std::is_same<S, BFloat16>::value) cell = {cell.re * down, cell.im * down};
+        buffers.a[w] = cell;
+      }
+    });
+    transform(rows, buffers.a, 1, buffers.c, 1, 1, buffers);
+    Cell<T>*const to_a = z + h.first * pitch, *const to_b = z + h.last * pitch;
+    for (Index k = 0; k < half; k++) {
+      const Cell<T> p = buffers.c[k], q = buffers.c[k ? width - k : 0];
+      to_a[k] = {p.re + q.re, p.im - q.im};
+      to_b[k] = {p.im + q.im, q.re - p.re};
+    }
+  }
+
+  // Two real rows of a map from their half spectra, which are exchanged (see above).
+  void inverse_rows(const Cell<T>* z, void* map, Index pair, Index image, Index block,
+                    const Buffers<T>& buffers) const {
+    const Range h = pair_of(pair);
+    const Cell<T>*const from_a = z + h.first * pitch, *const from_b = z + h.last * pitch;
+    for (Index k = 0; k < half; k++) {
+      const Cell<T> a = from_a[k], b = from_b[k];
+      if (k == 0 || 2 * k == width) {
+        // Such a column is its own mirror image: the imaginary part of the spectrum does not act.
+        buffers.a[k] = {b.im, a.im};
+      } else {
+        buffers.a[k] = {b.im + a.re, a.im - b.re};
+        buffers.a[width - k] = {b.im - a.re, a.im + b.re};
+      }
+    }
+    transform(rows, buffers.a, 1, buffers.c, 1, 1, buffers);
+    with_storage([&](auto storage) {
+      using S = decltype(storage);
+      const Index n = channels_of(block), row = width * channels;
+      S* const p = static_cast<S*>(map) + image * height * row + block * N;
+      for (Index w = 0; w < width; w++) {
+        Cell<T> cell = buffers.c[w];
+        if (std::is_same<S, BFloat16>::value) cell = {cell.re * up, cell.im * up};
+        Storage<S, T>::write(p + h.first * row + w * channels, cell.im, n);
+        Storage<S, T>::write(p + h.last * row + w * channels, cell.re, n);
+      }
+    });
+  }
+
+  // Columns k of a plane, into a buffer and back.
+  void forward_columns(const Cell<T>* z, Cell<T>* to, Range k, const Buffers<T>& b) const {
+    const Index n = k.last - k.first;
+    transform(columns, z + k.first, pitch, to, n, n, b);
+  }
+  void inverse_columns(const Cell<T>* from, Cell<T>* z, Range k, const Buffers<T>& b) const {
+    const Index n = k.last - k.first;
+    transform(columns, from, n, z + k.first, pitch, n, b);
+  }
+
+  Index weight_at(Index h, Index k, Index block) const {
+    return ((h * half + k) * channels + block * N) * 2;
+  }
+
+  // A spectrum is as large as a map and read with long strides: it is fetched ahead.
+  void prefetch(const T* weight, Range k, Index block) const {
+    for (Index h = 0; h < height; h++)
+      for (Index i = k.first; i < k.last; i++) {
+        const T* p = weight + weight_at(h, i, block);
+        __builtin_prefetch(p);
+        __builtin_prefetch(p + N);
+      }
+  }
+
+  // K c or conj(K) c, exchanged, in place.
+  void multiply(Cell<T>* c, Range k, const T* weight, bool conjugate, Index block) const {
+    const T scale = 1 / (T(2) * T(height) * T(width)), scale_im = conjugate ? -scale : scale;
+    const Index n = channels_of(block);
+    for (Index h = 0; h < height; h++)
+      for (Index i = k.first; i < k.last; i++, c++) {
+        const Cell<T> w = load_interleaved(weight + weight_at(h, i, block), n), v = *c;
+        const auto re = w.re * scale, im = w.im * scale_im;
+        *c = {v.re * im + v.im * re, v.re * re - v.im * im};
+      }
+  }
+
+  // Adds F g . conj(F x) to `sum`, which starts with the first image; with the last it is scaled
+  // and goes to `gweight`.
+  void correlate(const Cell<T>* g, const Cell<T>* x, Cell<T>* sum, T* gweight, Range k,
+                 Index image, Index block) const {
+    const Index n = channels_of(block);
+    for (Index h = 0; h < height; h++)
+      for (Index i = k.first; i < k.last; i++, g++, x++, sum++) {
+        Cell<T> total = {g->re * x->re + g->im * x->im, g->im * x->re - g->re * x->im};
+        if (image > 0) total = total + *sum;
+        if (image + 1 < batch) {
+          *sum = total;
+          continue;
+        }
+        // Both factors are doubled. A column counts twice unless it is its own mirror image.
+        const T multiplicity = i == 0 || 2 * i == width ? 1 : 2;
+        const T scale = multiplicity / (T(4) * T(height) * T(width)) * up * up;
+        store_interleaved(gweight + weight_at(h, i, block), {total.re * scale, total.im * scale},
+                          n);
+      }
+  }
+};
+
+// ---------------------------------------------------------------------------------------------
+// Sharing out the work.
+//
+// A unit is an image and a chunk of blocks that lie side by side, so that a page of memory serves
+// several of them once it is found. With fewer units than threads, the threads take parts of the
+// rows and columns of a unit, step by step.
+
+constexpr Index LARGEST_CHUNK = 256 / VECTOR_BYTES;
+
+struct Split {
+  Index blocks, chunk, units, parts;
+
+  Split(Index blocks, Index images, int threads) : blocks(blocks), chunk(1) {
+    Index least = blocks * images;
+    for (Index c = 1; c <= LARGEST_CHUNK; c++) {
+      const Index rounds = ((blocks + c - 1) / c * images + threads - 1) / threads;
+      if (rounds * c <= least) least = rounds * c, chunk = c;
+    }
+    units = (blocks + chunk - 1) / chunk * images;
+    parts = units && units < threads ? (threads + units - 1) / units : 1;
+  }
+  Range blocks_of(Index i) const {
+    return {i * chunk, (i + 1) * chunk < blocks ? (i + 1) * chunk : blocks};
+  }
+  template <class Use>
+  void for_part(Index n, Index part, const Use& use) const {
+    for (Index i = n * part / parts; i < n * (part + 1) / parts; i++) use(i);
+  }
+};
+
+// Calls step(i, thread, place, unit, part) for steps i of all parts of all units, in order. `place`
+// says which of as many places as threads is the unit's own until its last step.
+template <class Step>
+void run_steps(Parallel parallel, int threads, const Split& split, Index steps, const Step& step) {
+  if (split.parts == 1)
+    return run_units(parallel, threads, split.units, [&](int thread, Index unit) {
+      for (Index i = 0; i < steps; i++) step(i, thread, thread, unit, 0);
+    });
+  for (Index i = 0; i < steps; i++)
+    run_units(parallel, threads, split.units * split.parts, [&](int thread, Index n) {
+      step(i, thread, n / split.parts, n / split.parts, n % split.parts);
+    });
+}
+
+struct Sizes {
+  Index batch, height, width, channels;
+};
+
+// A filter as three steps; z holds spectra of the blocks of a unit.
+template <class T>
+void filter(Parallel parallel, int threads, DType dtype, Sizes sizes, const Map& x,
+            const void* spectrum, bool conjugate, void* y) {
+  const Steps<T> s{dtype, sizes.batch, sizes.height, sizes.width, sizes.channels};
+  const T* const weight = static_cast<const T*>(spectrum);
+  const Split split(s.blocks, s.batch, threads);
+  const Index planes = split.chunk * s.plane, space = planes + s.buffer_cells();
+  const Workspace workspace(threads * space * sizeof(Cell<T>));
+  Cell<T>* const cells = static_cast<Cell<T>*>(workspace.data());
+
+  run_steps(parallel, threads, split, 3, [&](Index step, int thread, Index place, Index unit,
+                                             Index part) {
+    const Index image = unit % s.batch;
+    const Buffers<T> b = s.buffers(cells + thread * space + planes);
+    const auto for_blocks = [&](const auto& use) {
+      const Range blocks = split.blocks_of(unit / s.batch);
+      for (Index block = blocks.first; block < blocks.last; block++)
+        use(block, cells + place * space + (block - blocks.first) * s.plane);
+    };
+    if (step == 0) {
+      split.for_part(s.pairs, part, [&](Index pair) {
+        for_blocks([&](Index block, Cell<T>* z) { s.forward_rows(x, z, pair, image, block, b); });
+      });
+    } else if (step == 1) {
+      split.for_part(s.groups, part, [&](Index group) {
+        for_blocks([&](Index block, Cell<T>* z) {
+          const Range k = s.columns_of(group);
+          s.prefetch(weight, k, block);
+          s.forward_columns(z, b.c, k, b);
+          s.multiply(b.c, k, weight, conjugate, block);
+          s.inverse_columns(b.c, z, k, b);
+        });
+      });
+    } else {
+      split.for_part(s.pairs, part, [&](Index pair) {
+        for_blocks([&](Index block, Cell<T>* z) { s.inverse_rows(z, y, pair, image, block, b); });
+      });
+    }
+  });
+}
+
+// The same three steps for every image, one after the other; here a unit is a chunk of blocks.
+// Without gx only the gradient of the spectrum is computed.
+template <class T>
+void adjoint(Parallel parallel, int threads, DType dtype, Sizes sizes, const Map& g, const Map& x,
+             const void* spectrum, void* gx, void* gspectrum) {
+  const Steps<T> s{dtype, sizes.batch, sizes.height, sizes.width, sizes.channels};
+  const T* const weight = static_cast<const T*>(spectrum);
+  T* const gweight = static_cast<T*>(gspectrum);
+  if (s.batch == 0) std::memset(gweight, 0, s.weight_at(s.height, 0, 0) * sizeof(T));
+  const Split split(s.blocks, 1, threads);
+  const Index planes = split.chunk * 3 * s.plane, space = planes + s.buffer_cells();
+  const Workspace workspace(threads * space * sizeof(Cell<T>));
+  Cell<T>* const cells = static_cast<Cell<T>*>(workspace.data());
+
+  run_steps(parallel, threads, split, 3 * s.batch, [&](Index step, int thread, Index place,
+                                                       Index unit, Index part) {
+    const Index image = step / 3;
+    const Buffers<T> b = s.buffers(cells + thread * space + planes);
+    const auto for_blocks = [&](const auto& use) {
+      const Range blocks = split.blocks_of(unit);
+      for (Index block = blocks.first; block < blocks.last; block++)
+        use(block, cells + place * space + (block - blocks.first) * 3 * s.plane);
+    };
+    if (step % 3 == 0) {
+      split.for_part(s.pairs, part, [&](Index pair) {
+        for_blocks([&](Index block, Cell<T>* z) {
+          s.forward_rows(g, z, pair, image, block, b);
+          s.forward_rows(x, z + s.plane, pair, image, block, b);
+        });
+      });
+    } else if (step % 3 == 1) {
+      split.for_part(s.groups, part, [&](Index group) {
+        for_blocks([&](Index block, Cell<T>* z) {
+          const Range k = s.columns_of(group);
+          if (gx) s.prefetch(weight, k, block);
+          s.forward_columns(z, b.c, k, b);
+          s.forward_columns(z + s.plane, b.d, k, b);
+          s.correlate(b.c, b.d, z + 2 * s.plane + k.first * s.height, gweight, k, image, block);
+          if (!gx) return;
+          s.multiply(b.c, k, weight, true, block);
+          s.inverse_columns(b.c, z, k, b);
+        });
+      });
+    } else if (gx) {
+      split.for_part(s.pairs, part, [&](Index pair) {
+        for_blocks([&](Index block, Cell<T>* z) { s.inverse_rows(z, gx, pair, image, block, b); });
+      });
+    }
+  });
+}
+
+template <class Run>
+int guarded(const Run& run) {
+  try {
+    run();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------
+// What Python calls. Both return 0, or 1 if there is not enough memory.
+
+extern "C" int gfnet_dense_filter(Parallel parallel, int threads, int dtype, Index batch,
+                                  Index height, Index width, Index channels, const void* x,
+                                  Index x_batch, Index x_row, Index x_column, const void* weight,
+                                  int conjugate, void* y) {
+  return guarded([&] {
+    const auto run = DType(dtype) == DType::float64 ? filter<double> : filter<float>;
+    run(parallel, threads, DType(dtype), {batch, height, width, channels},
+        {x, x_batch, x_row, x_column}, weight, conjugate, y);
+  });
+}
+
+// `weight` and `gx` may both be null: then only the gradient of the spectrum is computed.
+extern "C" int gfnet_dense_adjoint(Parallel parallel, int threads, int dtype, Index batch,
+                                   Index height, Index width, Index channels, const void* g,
+                                   Index g_batch, Index g_row, Index g_column, const void* x,
+                                   Index x_batch, Index x_row, Index x_column, const void* weight,
+                                   void* gx, void* gweight) {
+  return guarded([&] {
+    const auto run = DType(dtype) == DType::float64 ? adjoint<double> : adjoint<float>;
+    run(parallel, threads, DType(dtype), {batch, height, width, channels},
+        {g, g_batch, g_row, g_column}, {x, x_batch, x_row, x_column}, weight, gx, gweight);
+  });
+}

@@ -1,0 +1,323 @@
+"""The C++ for CPUs against float64 `torch.fft`, and what is around it: building, threads, forks."""
+
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import example, given, settings
+from torch import Tensor
+
+import gfnet_dense
+from gfnet_dense.spectral import hermitian_part, native
+from gfnet_dense.spectral.native import build
+
+ERRORS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason='needs a C++ compiler'
+)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _private_cache(tmp_path_factory):
+    """Compile the source as it is now, once, and leave nothing behind."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+        yield
+
+
+def reference(x: Tensor, weight: Tensor, g: Tensor, conjugate: bool = False) -> list[Tensor]:
+    """Return the result and both gradients in float64, by autograd of `torch.fft`."""
+    if not len(x):  # which FFT libraries refuse
+        return [x.double(), x.double(), torch.zeros_like(weight, dtype=torch.float64)]
+    x, weight = (t.detach().double().requires_grad_() for t in (x, weight))
+    kernel = torch.view_as_complex(hermitian_part(weight, x.shape[2]).contiguous())
+    spectrum = torch.fft.rfft2(x, dim=(1, 2)) * (kernel.conj() if conjugate else kernel)
+    y = torch.fft.irfft2(spectrum, s=x.shape[1:3], dim=(1, 2))
+    return [y.detach(), *torch.autograd.grad(y, (x, weight), g.double())]
+
+
+def result_and_gradients(x: Tensor, weight: Tensor, g: Tensor) -> list[Tensor]:
+    return [native.filter(x, weight, False), *native.adjoint(g, x, weight)]
+
+
+def assert_near(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape and a.is_contiguous()
+        assert not e.numel() or (a.double() - e).abs().max() <= tolerance * e.abs().max()
+
+
+def case(batch, height, width, channels, dtype=torch.float32, seed=0) -> list[Tensor]:
+    """Return a map, a spectrum and the gradient of a result."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (batch, height, width, channels), (height, width // 2 + 1, channels, 2)
+    x, weight, g = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in (*shapes, shapes[0])
+    )
+    return [x.to(dtype), weight.to(torch.promote_types(dtype, torch.float32)), g.to(dtype)]
+
+
+def strided(tensor: Tensor, layout: str) -> Tensor:
+    """Return the same values in another place and order in memory."""
+    if layout == 'channels first':
+        return tensor.movedim(-1, 1).contiguous().movedim(1, -1)
+    if layout == 'every other':
+        return tensor.repeat_interleave(2, dim=-2)[..., ::2, :]
+    if layout == 'misaligned':
+        return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+    if layout == 'part of more channels':
+        return torch.cat([tensor, tensor, tensor], -1)[..., tensor.shape[-1] : -tensor.shape[-1]]
+    return tensor
+
+
+@contextmanager
+def threads_of_torch(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    yield
+    torch.set_num_threads(before)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill with NaN what `torch.empty` returns."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+LAYOUTS = ['dense', 'channels first', 'every other', 'misaligned', 'part of more channels']
+sides = st.one_of(st.integers(1, 16), st.integers(1, 70))
+
+
+@settings(max_examples=400)
+@example(2, 1, 1, 1, torch.float32, ['dense'] * 3, 1, 0)
+@example(1, 32, 62, 16, torch.float32, ['dense'] * 3, 1, 0)
+@given(
+    batch=st.integers(0, 5),
+    height=sides,
+    width=sides,
+    channels=st.integers(1, 100),
+    dtype=st.sampled_from(list(ERRORS)),
+    layouts=st.lists(st.sampled_from(LAYOUTS), min_size=3, max_size=3),
+    threads=st.integers(1, 5),
+    seed=st.integers(0, 2**31),
+)
+def test_result_and_gradients(batch, height, width, channels, dtype, layouts, threads, seed):
+    tensors = case(batch, height, width, channels, dtype, seed)
+    x, weight, g = map(strided, tensors, layouts)
+    with threads_of_torch(threads), poisoned():
+        actual = result_and_gradients(x, weight, g)
+        assert [t.dtype for t in actual] == [dtype, dtype, weight.dtype]
+        assert torch.equal(native.correlate(g, x), actual[2])
+        conjugate = native.filter(g, weight, True)
+    assert_near(actual, reference(*tensors), ERRORS[dtype])
+    assert torch.equal(conjugate, actual[1])
+
+
+@pytest.mark.parametrize(
+    'size', [(200, 334, 17), (128, 128, 32), (1, 509, 3), (331, 2, 3)], ids=str
+)
+def test_large_maps(size):
+    tensors = case(2, *size)
+    assert_near(result_and_gradients(*tensors), reference(*tensors), 1e-6)
+
+
+@pytest.mark.parametrize('scale', [1e-12, 1e12])
+def test_a_gradient_is_as_exact_when_it_is_small_or_large(scale):
+    x, weight, g = case(2, 9, 10, 20)
+    g *= scale
+    assert_near(result_and_gradients(x, weight, g), reference(x, weight, g), 1e-6)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_numbers_are_read_and_rounded_as_torch_does(dtype):
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(dtype)
+    tiny = torch.finfo(torch.float32).tiny  # below, numbers of bfloat16 are scaled down to zero
+    x = x[x.isfinite() & ((x == 0) | (x.abs().float() >= tiny))].view(1, 1, 1, -1)
+    weight = torch.zeros(1, 1, x.shape[3], 2)
+    for factor in (1, 0.7, 1.1, 2**-20, -(2.0**10)):
+        weight[..., 0] = factor
+        assert torch.equal(native.filter(x, weight, False), (x.float() * weight[..., 0]).to(dtype))
+
+
+def test_sums_may_leave_the_range_of_bfloat16():
+    x = torch.full((1, 16, 16, 4), 2e38, dtype=torch.bfloat16)
+    weight = torch.zeros(16, 9, 4, 2)
+    weight[..., 0] = 1
+    assert_near([native.filter(x, weight, False)], [x.double()], 1e-2)
+
+
+def test_the_imaginary_part_of_a_column_that_is_its_own_mirror_image_does_not_act():
+    x, weight, g = case(2, 6, 8, 5)
+    gweight = native.correlate(g, x)
+    for column in (0, 4):
+        mirrored = gweight[:, column].flip(0).roll(1, 0) * torch.tensor([1, -1])
+        torch.testing.assert_close(gweight[:, column], mirrored)
+    torch.testing.assert_close(
+        native.filter(x, weight, False), native.filter(x, hermitian_part(weight, 8), False)
+    )
+
+
+@pytest.mark.parametrize('size', [(1, 12, 9, 40), (3, 7, 7, 100), (2, 30, 31, 16)], ids=str)
+def test_threads_do_not_change_results(size):
+    tensors, results = case(*size), []
+    for threads in (1, 2, 3, 16):
+        with threads_of_torch(threads):
+            results.append(result_and_gradients(*tensors))
+    for result in results[1:]:
+        assert all(map(torch.equal, results[0], result))
+
+
+def test_several_python_threads_at_once():
+    cases = [case(2, 8 + i, 9 + i, 20 + i, seed=i) for i in range(6)]
+    expected = [result_and_gradients(*tensors) for tensors in cases]
+    with threads_of_torch(2), ThreadPoolExecutor(6) as pool:
+        for _ in range(20):
+            actual = pool.map(lambda tensors: result_and_gradients(*tensors), cases)
+            for a, e in zip(actual, expected, strict=True):
+                assert all(map(torch.equal, a, e))
+
+
+def _as_expected(tensors: list[Tensor], expected: list[Tensor]) -> None:
+    assert all(map(torch.equal, result_and_gradients(*tensors), expected))
+
+
+@pytest.mark.parametrize('threads', [1, 3])
+def test_a_forked_process_does_not_hang(threads):
+    tensors = case(2, 7, 7, 100)  # so small that torch.equal() takes one thread: it would hang
+    with threads_of_torch(threads):
+        torch.ones(2**20).sum()  # threads of torch, which the child does not have
+        expected = result_and_gradients(*tensors)
+        child = multiprocessing.get_context('fork').Process(
+            target=_as_expected, args=(tensors, expected)
+        )
+        child.start()
+        child.join(60)
+        exit_code = child.exitcode
+        child.kill()
+    assert exit_code == 0
+
+
+def test_graphs_hold_it_whole():
+    def run(x, weight, g):
+        if native.unsupported_reason(x):
+            return ()
+        gx, gweight = native.adjoint(g, x, weight)
+        return native.filter(x * 1, weight, False) + 1, gx, gweight, native.correlate(g, x)
+
+    for dtype in ERRORS:
+        tensors = case(2, 6, 7, 5, dtype)
+        compiled = torch.compile(run, fullgraph=True, backend='aot_eager')
+        assert all(map(torch.equal, compiled(*tensors), run(*tensors)))
+        assert len(compiled(*tensors)) == 4
+
+
+@pytest.mark.parametrize('dtype', list(ERRORS), ids=str)
+def test_operators_are_registered_correctly(dtype):
+    x, weight, g = case(2, 4, 5, 3, dtype)
+    x = strided(x, 'every other')
+    operators = torch.ops.gfnet_dense_native
+    tests = ('test_schema', 'test_faketensor')
+    torch.library.opcheck(operators.filter.default, (x, weight, True), test_utils=tests)
+    torch.library.opcheck(operators.adjoint.default, (g, x, weight), test_utils=tests)
+    torch.library.opcheck(operators.correlate.default, (g, x), test_utils=tests)
+
+
+def test_what_it_does_not_take():
+    x = torch.zeros(1, 2, 2, 1)
+    assert native.unsupported_reason(x) is None
+    assert 'float8' in native.unsupported_reason(x.to(torch.float8_e5m2))
+    assert 'CPU' in native.unsupported_reason(x.to('meta'))
+    assert 'dense' in native.unsupported_reason(x.to_sparse())
+
+
+REASON = (
+    'import torch; from gfnet_dense.spectral import native; '
+    'print(native.unsupported_reason(torch.zeros(1, 2, 2, 1)))'
+)
+
+
+def run_python(code: str, **env: str) -> subprocess.Popen:
+    """Start a process of its own that finds this package."""
+    env = {**os.environ, 'PYTHONPATH': str(Path(gfnet_dense.__file__).parents[1]), **env}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, '-c', code], env=env, text=True, stdout=pipe)
+
+
+def reason(**env: str) -> str:
+    process = run_python(REASON, **env)
+    output, _ = process.communicate()
+    assert process.returncode == 0
+    return output.strip()
+
+
+def test_without_a_compiler(tmp_path):
+    env = {'PATH': str(tmp_path), 'CXX': '', 'XDG_CACHE_HOME': str(tmp_path)}
+    assert reason(**env) == 'it needs a C++ compiler: $CXX, c++, g++ or clang++'
+
+
+def test_with_a_compiler_that_fails(tmp_path):
+    compiler = tmp_path / 'compiler'
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit\necho "fatal error: no header" >&2; exit 1\n'
+    )
+    compiler.chmod(0o755)
+    said = reason(CXX=str(compiler), XDG_CACHE_HOME=str(tmp_path))
+    assert said == f'the C++ compiler {compiler} fails: fatal error: no header'
+    assert list((tmp_path / 'gfnet-dense').iterdir()) == []
+    compiler.write_text('no program')
+    assert re.search('does not run', reason(CXX=str(compiler), XDG_CACHE_HOME=str(tmp_path)))
+
+
+def test_without_a_cache(tmp_path):
+    file = tmp_path / 'file'
+    file.touch()
+    assert reason(XDG_CACHE_HOME=str(file)) == 'None'
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_processes_that_start_together_build_once(tmp_path):
+    """The compiler keeps a list of its runs, and is slow enough for all of them to meet."""
+    compiler, runs = tmp_path / 'compiler', tmp_path / 'runs'
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in *-shared*) echo >> {runs}; sleep 2;; esac\n'
+        f'exec {shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")} "$@"\n'
+    )
+    compiler.chmod(0o755)
+    env = {'CXX': str(compiler), 'XDG_CACHE_HOME': str(tmp_path)}
+    processes = [run_python(REASON, **env) for _ in range(3)]
+    assert [process.communicate()[0].strip() for process in processes] == ['None'] * 3
+    assert runs.read_text() == '\n'
+    assert [path.suffix for path in (tmp_path / 'gfnet-dense').iterdir()] == ['.so']
+
+
+def test_the_name_of_the_library_carries_all_that_it_depends_on(monkeypatch, tmp_path):
+    names = {build._fingerprint(['c++'])}
+    monkeypatch.setattr(build, '_processor', lambda: 'another one')
+    names.add(build._fingerprint(['c++']))
+    monkeypatch.setattr(build, '_flags', lambda: ('-O1',))
+    names.add(build._fingerprint(['c++']))
+    monkeypatch.setattr(build, '_run', lambda command: 'another version')
+    names.add(build._fingerprint(['c++']))
+    monkeypatch.setattr(build, '_SOURCE', tmp_path / 'filter.cpp')
+    build._SOURCE.write_text('another source')
+    names.add(build._fingerprint(['c++']))
+    assert len(names) == 5
+
+
+def test_importing_it_compiles_nothing(tmp_path):
+    code = 'from gfnet_dense.spectral import native'
+    assert run_python(code, XDG_CACHE_HOME=str(tmp_path)).wait() == 0
+    assert list(tmp_path.iterdir()) == []
