@@ -10,7 +10,7 @@ import math
 
 from torch import Tensor
 
-from . import dense, fft, triton
+from . import dense, fft, native, triton
 from .autograd import Backend, differentiable_filter, register_derivatives
 from .resize import RESIZE_METHODS, Grid, hermitian_part, resize_position_embedding, resize_spectrum
 from .tracing import is_capturing
@@ -26,9 +26,15 @@ __all__ = [
     'unsupported_reason',
 ]
 
-_BACKENDS: dict[str, Backend] = {'fft': fft, 'dense': dense, 'fused': triton}
+_BACKENDS: dict[str, Backend] = {
+    'native': native,
+    'fft': fft,
+    'dense': dense,
+    'fused': triton,
+}
 BACKENDS = ('auto', *_BACKENDS)
 
+register_derivatives(native, 'gfnet_dense_native::filter', 'gfnet_dense_native::correlate')
 register_derivatives(triton, triton.filter, triton.correlate)
 
 # Per value, matrix products multiply H + W times and FFTs about as often as the prime factors of H
@@ -56,13 +62,15 @@ def global_filter(x: Tensor, weight: Tensor, backend: str = 'auto') -> Tensor:
             order (0, 1, ..., -1), columns the non-negative frequencies.
         backend: A name of :data:`BACKENDS`:
 
+            - `'native'`: C++ for CPUs, compiled on first use.
             - `'fft'`: `torch.fft`.
             - `'dense'`: products with real Fourier matrices; for small maps, and for compilers
               and exporters, which have no complex dtype.
             - `'fused'`: Triton kernels that move less memory, for 16-bit maps of up to 512 cells
               a side on NVIDIA GPUs. Their speed has not been measured yet.
-            - `'auto'`: `'dense'` in graphs that are compiled, exported or traced, and on a CPU for
-              maps with small sides or sides with a large prime factor; `'fft'` for all others.
+            - `'auto'`: `'native'` on a CPU with a C++ compiler, compiled graphs included; else
+              `'dense'` in graphs that are compiled, exported or traced, and on a CPU for maps with
+              small sides or sides with a large prime factor; `'fft'` for all others.
 
             Where a backend does not support a map, `'auto'` filters it, and the logger of this
             package says why, once, at debug level.
@@ -115,6 +123,8 @@ def _log_once(message: str) -> None:
 
 def _fastest(x: Tensor) -> str:
     """Choose a backend; the same in training and evaluation."""
+    if x.is_cpu and native.unsupported_reason(x) is None:
+        return 'native'
     if is_capturing():
         return 'dense'
     sides = x.shape[1:3]

@@ -13,6 +13,8 @@ import os
 import torch
 from torch import Tensor
 
+from gfnet_dense.spectral.tracing import operator_unsupported_reason
+
 from .build import BuildError, load
 
 __all__ = ['adjoint', 'correlate', 'filter', 'unsupported_reason']
@@ -22,6 +24,8 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 
 def unsupported_reason(x: Tensor) -> str | None:
     """Say why maps like `x` cannot be filtered here; None if they can. May compile the library."""
+    if reason := operator_unsupported_reason():
+        return reason
     if x.device.type != 'cpu' or x.layout != torch.strided:
         return 'it takes dense maps on a CPU'
     if x.dtype not in _DTYPES:
