@@ -92,7 +92,7 @@ def test_labels_beyond_the_classes(digits, reduce_zero_label):
 def test_colours_are_no_labels(digits):
     path = annotation(digits)
     Image.open(path).convert('RGB').save(path)
-    with pytest.raises(DataError, match=r'shape \(64, 64, 3\), not one label a pixel'):
+    with pytest.raises(DataError, match=r'shape \(64, 64, 3\), not one label per pixel'):
         check(digits)
 
 
