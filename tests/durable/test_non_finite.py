@@ -24,7 +24,7 @@ def test_steps_that_are_not_finite_leave_weights_and_optimizer_alone(tmp_path):
     assert torch.equal(optimizers[0][0]['exp_avg'], optimizers[1][0]['exp_avg'])
     assert state(tmp_path, 12)['meta']['iter'] == 12
     log = next(tmp_path.glob('*/*.log')).read_text()
-    assert len(re.findall(r'loss nan at iteration [56], .*step left out', log)) == 2
+    assert len(re.findall(r'loss nan at iteration [56], .*step skipped', log)) == 2
 
 
 def test_a_loss_that_stays_nan_ends_the_run(tmp_path):
@@ -35,7 +35,7 @@ def test_a_loss_that_stays_nan_ends_the_run(tmp_path):
     message = str(error.value)
     _, rate, *names = losses(tmp_path / 'good')[11]  # the fifth in a row
     assert f'loss nan at iteration 11, learning rate {float(rate):g}' in message
-    assert '5 in a row' in message and ', '.join(names) in message
+    assert '5 times in a row' in message and ', '.join(names) in message
     # The last checkpoint is one of good weights, and leads to the same failure.
     last = latest_checkpoint(work_dir)
     assert f'--resume {last}' in message and last.name == 'iter_9.pth'
