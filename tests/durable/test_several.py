@@ -1,15 +1,19 @@
 """What takes processes of its own, each kind in one of them to spare the imports."""
 
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from toy import toy_config
 
 from gfnet_dense.demo import write_digits
 
 HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
 
 
 def run(script: str, folder: Path, **environment: str) -> str:
@@ -38,3 +42,32 @@ def test_a_run_that_is_killed_twenty_times_equals_an_undisturbed_one(tmp_path):
 @pytest.mark.slow
 def test_runs_of_two_processes(tmp_path):
     run('ranks.py', tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('dead', 'killed'), [(0, True), (1, False)])
+def test_the_launcher_ends_the_other_process_of_a_run(tmp_path, dead, killed):
+    cfg = toy_config(tmp_path)
+    cfg.custom_imports = dict(imports=['toy'])
+    cfg.custom_hooks.append(dict(type='DieHook', rank=dead, iteration=5, killed=killed))
+    cfg.dump(tmp_path / 'config.py')
+    with socket.socket() as server:
+        server.bind(('127.0.0.1', 0))
+        port = server.getsockname()[1]
+    path = os.pathsep.join([str(HERE.parent), str(REPOSITORY), os.environ.get('PYTHONPATH', '')])
+    result = subprocess.run(
+        ['bash', str(REPOSITORY / 'tools/dist_train.sh'), str(tmp_path / 'config.py'), '2'],
+        env={
+            **os.environ, 'PYTHON': sys.executable, 'PYTHONPATH': path, 'MASTER_PORT': str(port)
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )  # fmt: skip
+    ended = time.time()
+    assert result.returncode != 0, result.stdout
+    assert ended - float((tmp_path / 'died').read_text()) < 60
+    # The other process says from where to continue, and so does one that ends by an error.
+    said = f'The last checkpoint is {tmp_path}/iter_3.pth; --resume continues from it.'
+    assert result.stdout.count(said) == (1 if killed else 2), result.stdout
