@@ -16,32 +16,32 @@ HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 
 
-def run(script: str, folder: Path, **environment: str) -> str:
-    environment = {
-        **os.environ, 'PYTHONPATH': str(HERE.parent), 'OMP_NUM_THREADS': '1', **environment
-    }  # fmt: skip
-    result = subprocess.run(
-        [sys.executable, str(HERE / script), str(folder)],
-        env=environment,
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run a command with this checkout's package and the helpers of the tests."""
+    path = os.pathsep.join([str(HERE.parent), str(REPOSITORY)])
+    return subprocess.run(
+        command,
+        env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1', **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    assert result.returncode == 0, result.stdout[-3000:]
-    return result.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_that_is_killed_twenty_times_equals_an_undisturbed_one(tmp_path):
     digits = write_digits(tmp_path / 'digits', num_training=16, num_validation=1)
-    out = run('killed.py', tmp_path / 'runs', DIGITS_ROOT=str(digits))
-    assert 'killed 20 times, equal an undisturbed run' in out
+    script, folder = str(HERE / 'killed.py'), str(tmp_path / 'runs')
+    result = run(sys.executable, script, folder, DIGITS_ROOT=str(digits))
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert 'killed 20 times, equal an undisturbed run' in result.stdout
 
 
 @pytest.mark.slow
 def test_runs_of_two_processes(tmp_path):
-    run('ranks.py', tmp_path)
+    result = run(sys.executable, str(HERE / 'ranks.py'), str(tmp_path))
+    assert result.returncode == 0, result.stdout[-3000:]
 
 
 @pytest.mark.slow
@@ -54,17 +54,9 @@ def test_the_launcher_ends_the_other_process_of_a_run(tmp_path, dead, killed):
     with socket.socket() as server:
         server.bind(('127.0.0.1', 0))
         port = server.getsockname()[1]
-    path = os.pathsep.join([str(HERE.parent), str(REPOSITORY), os.environ.get('PYTHONPATH', '')])
-    result = subprocess.run(
-        ['bash', str(REPOSITORY / 'tools/dist_train.sh'), str(tmp_path / 'config.py'), '2'],
-        env={
-            **os.environ, 'PYTHON': sys.executable, 'PYTHONPATH': path, 'MASTER_PORT': str(port)
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-    )  # fmt: skip
+    script = str(REPOSITORY / 'tools' / 'dist_train.sh')
+    options = dict(PYTHON=sys.executable, MASTER_PORT=str(port))
+    result = run('bash', script, str(tmp_path / 'config.py'), '2', **options)
     ended = time.time()
     assert result.returncode != 0, result.stdout
     assert ended - float((tmp_path / 'died').read_text()) < 60
