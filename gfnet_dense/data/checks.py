@@ -51,7 +51,7 @@ def check_folders(dataset: Mapping[str, Any]) -> None:
         raise DataError(f'{dataset.get("type")}: there is no file {root / ann_file}: {remedy}')
 
 
-def check_segmentation(dataset: Dataset) -> None:
+def check_segmentation(dataset: Any) -> None:
     """Check the files of a data set of semantic segmentation.
 
     Every image needs an annotation. Up to 64 pairs, evenly spread, are opened: both files must be
@@ -90,8 +90,8 @@ def check_segmentation(dataset: Dataset) -> None:
             labels = np.where(np.isin(labels, (0, 255)), ignored, labels - 1)
             shifted = ' (after reduce_zero_label)'
         renamed = info.get('label_map') or {}
-        labels = {int(renamed.get(label, label)) for label in labels} - {ignored}
-        beyond = sorted(label for label in labels if not 0 <= label < len(classes))
+        trained = {int(renamed.get(label, label)) for label in labels} - {ignored}
+        beyond = sorted(label for label in trained if not 0 <= label < len(classes))
         if classes and beyond:
             raise DataError(
                 f'{seg} has labels {join_first(beyond)}{shifted}, but there are {len(classes)} '
@@ -100,7 +100,7 @@ def check_segmentation(dataset: Dataset) -> None:
             )
 
 
-def check_heads(model: nn.Module, dataset: Dataset) -> None:
+def check_heads(model: nn.Module, dataset: Dataset[Any]) -> None:
     """Check that the heads of a segmentor or detector have as many classes as a data set.
 
     Heads are modules with names such as `decode_head` or `roi_head.bbox_head.0`. `rpn_head` and
@@ -129,7 +129,7 @@ def check_heads(model: nn.Module, dataset: Dataset) -> None:
                 )
 
 
-def _read(path: str, options: Mapping[str, Any]) -> np.ndarray:
+def _read(path: str, options: Mapping[str, Any]) -> np.ndarray[Any, Any]:
     try:
         return np.asarray(Image.open(io.BytesIO(fileio.get(path, **options))))
     except Exception as e:  # broken bytes raise errors of many kinds

@@ -18,7 +18,7 @@ from .errors import DataError, join_first
 _READ = ('image_id', 'category_id', 'bbox', 'area')  # what mmdet reads of every annotation
 
 
-def check_coco(dataset: Dataset) -> None:
+def check_coco(dataset: Dataset[Any]) -> None:
     """Check annotations and images of a data set in COCO's layout.
 
     mmdet leaves some boxes out, such as those without area in their image. The log says how many.

@@ -12,7 +12,7 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 from mmengine.structures import BaseDataElement
 from PIL import Image
-from timm.data import create_transform
+from timm.data.transforms_factory import create_transform
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -145,7 +145,8 @@ def _class_folders(folder: Path) -> list[str]:
 
 def _read(path: str) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as file:
+            image: Image.Image = file
             if image.mode.startswith('I;16'):  # Pillow's convert would clip at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert('RGB')

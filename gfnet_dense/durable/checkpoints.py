@@ -76,6 +76,7 @@ class DurableCheckpointHook(CheckpointHook):
     :class:`~gfnet_dense.durable.DurableRunner` replaces by this one.
     """
 
+    file_backend: Any
     _due = False
 
     def before_train(self, runner: Runner) -> None:

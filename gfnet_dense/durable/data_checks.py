@@ -31,7 +31,7 @@ class CheckDataHook(Hook):
         """Check test data."""
         self._check(runner, runner.test_dataloader)
 
-    def _check(self, runner: Runner, loader: DataLoader) -> None:
+    def _check(self, runner: Runner, loader: DataLoader[Any]) -> None:
         def check() -> None:
             check_segmentation(loader.dataset)
             check_coco(loader.dataset)
@@ -64,7 +64,7 @@ class CheckedDataset(DatasetWrapper):
             a sample cannot be loaded.
     """
 
-    def __init__(self, dataset: Dataset | Mapping[str, Any]) -> None:
+    def __init__(self, dataset: Dataset[Any] | Mapping[str, Any]) -> None:
         super().__init__(_loaded(dataset))
 
     def __getitem__(self, index: int) -> Any:

@@ -71,7 +71,7 @@ class NonFiniteLossHook(Hook):
         # All processes have the same gradients, so they skip the same steps.
         self._found = ~norm.isfinite()
         if _skips_by_flag(optimizer):
-            optimizer.found_inf = self._found.float()
+            optimizer.found_inf = self._found.float()  # type: ignore[attr-defined]
         elif self._found:
             for p in params:
                 p.grad = None  # optimizers skip parameters without a gradient

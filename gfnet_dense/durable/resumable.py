@@ -7,7 +7,7 @@ crops of the same images. Here all random numbers follow from the seed and the p
 
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -114,8 +114,9 @@ class SeededDataset(DatasetWrapper):
 
     def __getitem__(self, index: int) -> Any:
         """Return a sample as the wrapped data set does."""
-        seeded = isinstance(index, Sample)
-        with _random_numbers_of(self.seed, *index.place) if seeded else nullcontext():
+        if not isinstance(index, Sample):
+            return self.dataset[index]
+        with _random_numbers_of(self.seed, *index.place):
             return self.dataset[int(index)]
 
 

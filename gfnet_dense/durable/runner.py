@@ -50,6 +50,7 @@ class DurableRunner(Runner):
 
     # Training may start from weights without heads. Tests and resumed runs need all weights.
     _strict = False
+    _train_dataloader: Any  # has no public name before the loop is built
 
     def __init__(
         self,
@@ -216,15 +217,14 @@ class DurableRunner(Runner):
 
     def build_train_loop(self, loop: BaseLoop | dict[str, Any]) -> BaseLoop:
         """Build the loop as mmengine does, over data that can be resumed."""
-        # The config of the training data has no public name before the loop is built.
         if self.switches.exact_resume and isinstance(self._train_dataloader, Mapping):
             self._train_dataloader = resumable(self._train_dataloader, self.seed)
         return super().build_train_loop(loop)
 
     # Not static, as mmengine's own is: the switches are those of the runner.
     def build_dataloader(
-        self, dataloader: DataLoader | dict[str, Any], *args: Any, **kwargs: Any
-    ) -> DataLoader:
+        self, dataloader: DataLoader[Any] | dict[str, Any], *args: Any, **kwargs: Any
+    ) -> DataLoader[Any]:
         """Build a dataloader as mmengine does, with checks of its data.
 
         All processes have to call this.

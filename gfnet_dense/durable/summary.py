@@ -46,7 +46,8 @@ def accumulated_batches(optim_wrapper: OptimWrapper) -> int:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside the wrapper for several processes."""
-    return model.module if is_model_wrapper(model) else model
+    inner: nn.Module = model.module if is_model_wrapper(model) else model  # type: ignore[assignment]
+    return inner
 
 
 def _batch(runner: Runner) -> str:
