@@ -12,8 +12,8 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 from mmengine.structures import BaseDataElement
 from PIL import Image
-from timm.data.transforms_factory import create_transform
 from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.data.transforms_factory import create_transform
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .errors import DataError, join_first
