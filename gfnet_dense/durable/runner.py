@@ -72,7 +72,8 @@ class DurableRunner(Runner):
             if load_from:
                 # The order of the data follows from the seed, and mmengine builds the data before
                 # it reads the checkpoint.
-                randomness['seed'] = load_file(load_from, mmap=True)['meta']['seed']
+                meta = load_file(load_from, mmap=True).get('meta', {})
+                randomness['seed'] = meta.get('seed', randomness.get('seed'))
         self._resumed = (load_from or latest_checkpoint(work_dir)) if resume else None
         super().__init__(
             model,
@@ -192,7 +193,7 @@ class DurableRunner(Runner):
 
     def setup_env(self, env_cfg: dict[str, Any]) -> None:
         """Start gloo on machines without a GPU, where mmengine would ask for one."""
-        if self._several_on_cpu and self._launcher == 'pytorch' and not is_distributed():
+        if self._several_on_cpu and self.launcher == 'pytorch' and not is_distributed():
             torch.distributed.init_process_group('gloo')
         super().setup_env(env_cfg)
 
