@@ -21,13 +21,12 @@ class NonFiniteLossError(FloatingPointError):
 class NonFiniteLossHook(Hook):
     """Skip optimizer steps along gradients that are not finite; stop the run after some in a row.
 
-    Weights, running statistics and optimizer state always stay those of the last good iteration, so
-    every checkpoint is good.
+    Weights, optimizer state and running statistics (`running_mean` and `running_var` of all modules)
+    always stay those of the last good iteration, so every checkpoint is good.
 
-    The hook adds no wait for a GPU. The fused Adam and AdamW skip a step by a flag on the device,
-    `found_inf`, and the host reads that flag where mmengine reads the loss for its log, when
-    the device has finished the iteration anyway. For other optimizers the host reads the flag
-    before the step.
+    Fused Adam and AdamW, which the runner chooses on a GPU, skip a step by a flag on the device. The
+    host reads the flag after mmengine has read the loss for its log, so it adds no wait for the
+    device. For other optimizers the host reads the flag before the step.
 
     Args:
         patience: How many iterations in a row may have a loss or gradients that are not finite.
