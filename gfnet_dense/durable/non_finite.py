@@ -21,11 +21,11 @@ class NonFiniteLossError(FloatingPointError):
 class NonFiniteLossHook(Hook):
     """Skip optimizer steps along gradients that are not finite; stop the run after some in a row.
 
-    Weights, optimizer state and running statistics (`running_mean` and `running_var` of all modules)
+    Weights, optimizer state and running statistics (`running_mean` and `running_var` of modules)
     always stay those of the last good iteration, so every checkpoint is good.
 
-    Fused Adam and AdamW, which the runner chooses on a GPU, skip a step by a flag on the device. The
-    host reads the flag after mmengine has read the loss for its log, so it adds no wait for the
+    Fused Adam and AdamW, which the runner chooses on a GPU, skip a step by a flag on the device.
+    The host reads the flag after mmengine has read the loss for its log, so it adds no wait for the
     device. For other optimizers the host reads the flag before the step.
 
     Args:
