@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,8 @@ class DurableRunner(Runner):
     def setup_env(self, env_cfg: dict[str, Any]) -> None:
         """Start gloo on machines without a GPU, where mmengine would ask for one."""
         if self._several_on_cpu and self.launcher == 'pytorch' and not is_distributed():
-            torch.distributed.init_process_group('gloo')
+            seconds = env_cfg.get('dist_cfg', {}).get('timeout', 1800)
+            torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=seconds))
         super().setup_env(env_cfg)
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:

@@ -198,12 +198,32 @@ def a_loss_that_is_not_finite_in_one_process_is_no_step_in_both(folder: Path) ->
             assert torch.equal(four, six), key
 
 
+def a_process_that_stops_answering_is_not_awaited_for_ever(folder: Path) -> None:
+    """As on a machine that is gone: nothing closes its connections. The config says how long."""
+
+    def run() -> None:
+        cfg = config(folder)
+        cfg.env_cfg = dict(dist_cfg=dict(timeout=5))
+        train(cfg, launcher='pytorch')
+
+    stop = then(5, 1, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    waiting, stopped = start(folder, run, stop)
+    try:
+        assert ended([waiting]) == [1]
+    finally:
+        os.kill(stopped, signal.SIGKILL)
+    ended([stopped])
+    output = (folder / 'rank0').read_text()
+    assert f'The last checkpoint is {folder}/iter_3.pth; --resume continues' in output, output
+
+
 def main(folder: Path) -> None:
     """Run all."""
     torch.set_num_threads(1)
     two = one_or_two_processes_see_the_same(folder / 'same')
     accumulated_batches_count(folder / 'accumulated')
     a_signal_to_one_stops_both(folder / 'signal', two)
+    a_process_that_stops_answering_is_not_awaited_for_ever(folder / 'silent')
     the_first_process_checks_the_data_for_both(folder / 'checks')
     a_loss_that_is_not_finite_in_one_process_is_no_step_in_both(folder / 'finite')
 
