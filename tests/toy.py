@@ -1,6 +1,9 @@
 """A run of milliseconds an iteration, with randomness everywhere, for tests of what runs it."""
 
+import os
 import random
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +89,22 @@ class LossesHook(Hook):
             file.write(f'{n} {outputs["loss"].item()!r} {rate!r} {names}\n')
         if self.then and self.then[0] == n:
             self.then[1]()
+
+
+@HOOKS.register_module()
+class DieHook(Hook):
+    """Make one process of a run die in an iteration, and note the time in the file `died`."""
+
+    def __init__(self, rank: int, iteration: int, killed: bool) -> None:
+        self.rank, self.iteration, self.killed = rank, iteration, killed
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        """Die."""
+        if (runner.rank, runner.iter + 1) == (self.rank, self.iteration):
+            (Path(runner.work_dir) / 'died').write_text(repr(time.time()))
+            if self.killed:  # as the kernel kills a process that takes too much memory
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError('an error of one process')
 
 
 def toy_config(

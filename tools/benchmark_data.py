@@ -21,7 +21,7 @@ from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from gfnet_dense.durable.runner import GFNetRunner
+from gfnet_dense.durable import DurableRunner
 from gfnet_dense.openmmlab import find_config
 
 WARM_UP_STEPS = 3
@@ -32,7 +32,7 @@ def build_runner(config: str, options: dict[str, Any], work_dir: str) -> Runner:
     cfg.merge_from_dict(options)
     cfg.work_dir = work_dir
     cfg.log_level = 'WARNING'
-    return GFNetRunner.from_cfg(cfg)
+    return DurableRunner.from_cfg(cfg)
 
 
 def endless(loader: DataLoader) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Checks of the data that a run is about to read, and folders of images."""
+"""Checks of the data that a run is about to read, and a data set of image folders."""
 
 from .errors import DataError
 from .image_folder import ImageFolder

@@ -1,8 +1,7 @@
-"""What is wrong with a detection data set, said before the training that it would end or spoil.
+"""Checks of data sets in COCO's layout, before training starts.
 
-A built data set tells which images it will open and how it numbers the categories of its
-annotation file. Whether those are the classes of its config only the file tells, and what was
-dropped from it. So the file is read once more.
+A built data set knows its images and how it numbers categories. Only the annotation file knows the
+names of the categories and what the data set left out, so the checks read that file again.
 """
 
 import math
@@ -14,25 +13,24 @@ from mmengine import fileio
 from mmengine.logging import print_log
 from torch.utils.data import Dataset
 
-from .errors import DataError
+from .errors import DataError, join_first
 
-_NAMED = 3  # names in a message
 _READ = ('image_id', 'category_id', 'bbox', 'area')  # what mmdet reads of every annotation
 
 
-def check_coco(dataset: Dataset) -> None:
-    """Check annotations and images of a data set in the layout of COCO.
+def check_coco(dataset: Dataset[Any]) -> None:
+    """Check annotations and images of a data set in COCO's layout.
 
-    What is no error but left out of the training, such as boxes without area in their image, is
-    counted in the log. Other data sets pass.
+    mmdet leaves some boxes out, such as those without area in their image. The log says how many.
+    Data sets of other kinds pass.
 
     Args:
-        dataset: A data set like mmdet's `CocoDataset`, perhaps inside of mmengine's wrappers.
+        dataset: A data set like mmdet's `CocoDataset`, perhaps inside mmengine's wrappers.
 
     Raises:
-        DataError: If images are missing, masks are missing that the pipeline loads, annotations
-            lack what is read of them or belong to no image, or the categories of the file are not
-            the classes of the data set, in their order.
+        DataError: If images are missing, the pipeline loads masks that are missing, annotations
+            lack a key or belong to no image, or the classes of the data set are not categories of
+            the file in the same order.
     """
     for part in _parts(dataset):
         if hasattr(part, 'cat2label'):
@@ -43,13 +41,17 @@ def check_coco(dataset: Dataset) -> None:
 
 
 def check_coco_file(dataset: Mapping[str, Any]) -> str:
-    """Check the annotation file of a data set that could not be built, by its config.
+    """Check the annotation file of a data set that could not be built.
+
+    Args:
+        dataset: Config of the data set.
 
     Returns:
-        What the file holds, as a clause; nothing for one that is not in the layout of COCO.
+        A clause for an error message: how many images and annotations the file has. Empty if the
+        file is not in COCO's layout.
 
     Raises:
-        DataError: If its annotations are what is wrong.
+        DataError: If the annotations are at fault.
     """
     while 'dataset' in dataset:
         dataset = dataset['dataset']
@@ -66,7 +68,7 @@ def check_coco_file(dataset: Mapping[str, Any]) -> str:
 
 
 def _parts(dataset: Any) -> Iterator[Any]:
-    """Yield the data sets inside of wrappers."""
+    """Yield the data sets inside wrappers."""
     inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
     if inner == [None]:
         yield dataset
@@ -77,18 +79,18 @@ def _parts(dataset: Any) -> Iterator[Any]:
 
 def _check_categories(dataset: Any, content: Mapping[str, Any]) -> None:
     file, classes = dataset.ann_file, dataset.metainfo['classes']
-    if isinstance(classes, str):  # would match every category whose name is a part of it
+    if isinstance(classes, str):  # mmdet would take every category whose name is a part of it
         raise DataError(
-            f'classes are the text {classes!r}: write a list of names, with a comma even for one, '
+            f'classes are the text {classes!r}: write a tuple of names, with a comma even for one, '
             f'({classes!r},)'
         )
     names = {category['id']: category['name'] for category in content['categories']}
     absent = [name for name in classes if name not in names.values()]
     if absent:
         raise DataError(
-            f'{len(absent)} of {len(classes)} classes are no category of {file}: {_first(absent)}; '
-            f'it has {_first([*names.values()], 10)}: correct the classes in the metainfo of the '
-            'dataset'
+            f'{len(absent)} of {len(classes)} classes are not categories of {file}: '
+            f'{join_first(absent)}; it has {join_first(names.values(), 10)}: correct the classes '
+            'in the metainfo of the dataset'
         )
     labelled = tuple(names[i] for i in sorted(dataset.cat2label, key=dataset.cat2label.get))
     if labelled != tuple(classes):
@@ -99,27 +101,27 @@ def _check_categories(dataset: Any, content: Mapping[str, Any]) -> None:
 
 
 def _check_annotations(content: Mapping[str, Any], file: str) -> None:
-    # Of images alone, as for a test whose truth is kept, and of panoptic segments there are none.
+    # Files of test images have no annotations, and panoptic segments have no boxes.
     boxes = [a for a in content.get('annotations', ()) if 'segments_info' not in a]
     for key in _READ:
         if lacking := [box.get('id') for box in boxes if key not in box]:
             raise DataError(
                 f'{len(lacking)} of {len(boxes)} annotations in {file} have no {key}, first the '
-                f'ids {_first(lacking)}: correct the file'
+                f'ids {join_first(lacking)}: correct the file'
             )
     broken = [box.get('id') for box in boxes if not _is_box(box['bbox'])]
     if broken:
         raise DataError(
             f'{len(broken)} of {len(boxes)} annotations in {file} have a bbox that is not four '
-            f'finite numbers, first the ids {_first(broken)}: correct the file'
+            f'finite numbers, first the ids {join_first(broken)}: correct the file'
         )
     names = {category['id'] for category in content['categories']}
     unknown = Counter(box['category_id'] for box in boxes if box['category_id'] not in names)
     if unknown:
         raise DataError(
-            f'{unknown.total()} of {len(boxes)} annotations in {file} have a category_id that its '
-            f'categories have not: {_first(sorted(unknown))}; they have '
-            f'{_first(sorted(names), 10)}: correct the file'
+            f'{unknown.total()} of {len(boxes)} annotations in {file} have a category_id that is '
+            f'not one of its categories: {join_first(sorted(unknown))}; they have '
+            f'{join_first(sorted(names), 10)}: correct the file'
         )
     sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
     placed = [box for box in boxes if box['image_id'] in sizes]
@@ -145,7 +147,7 @@ def _is_box(value: Any) -> bool:
 
 
 def _has_area(box: Mapping[str, Any], size: tuple[float, float]) -> bool:
-    """Tell whether mmdet uses a box, by the rule of its `CocoDataset`."""
+    """Return whether mmdet uses a box, by the rule of its `CocoDataset`."""
     left, top, width, height = box['bbox']
     image_width, image_height = size
     return (
@@ -168,16 +170,11 @@ def _check_samples(dataset: Any) -> None:
         without_mask += sum('mask' not in instance for instance in info['instances'])
     if missing:
         raise DataError(
-            f'{len(missing)} of {len(dataset)} images that {dataset.ann_file} names are not '
-            f'there: {_first(missing)}: restore them, or correct data_root and data_prefix'
+            f'{len(missing)} of {len(dataset)} images of {dataset.ann_file} do not exist: '
+            f'{join_first(missing)}: restore them, or correct data_root and data_prefix'
         )
     if with_masks and without_mask:
         raise DataError(
             f'{without_mask} objects in {dataset.ann_file} have no segmentation, but the pipeline '
-            'loads masks: add them, or take a config for boxes alone, such as RetinaNet'
+            'loads masks: add them, or use a config for boxes alone, such as RetinaNet'
         )
-
-
-def _first(values: Sequence[Any], count: int = _NAMED) -> str:
-    names = ', '.join(map(str, values[:count]))
-    return f'{names}, …' if len(values) > count else names

@@ -1,7 +1,7 @@
-"""Images for classification in the standard folder layout, through timm's reader and transforms."""
+"""A data set of images in one folder per class, with timm's reader and transforms."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from logging import WARNING
 from pathlib import Path
 from typing import Any
@@ -12,43 +12,39 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 from mmengine.structures import BaseDataElement
 from PIL import Image
-from timm.data import create_transform
 from timm.data.readers.reader_image_folder import find_images_and_targets
+from timm.data.transforms_factory import create_transform
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from .errors import DataError
+from .errors import DataError, join_first
 
-# The folder that the classes of all others are compared with.
-_TRAINING = 'train'
-_NAMED = 5  # folders or files that a message names
+_TRAINING = 'train'  # the folder whose classes all others must have
 _EXTENSIONS = {*IMG_EXTENSIONS, '.gif'}  # in any case
 
 
 @DATASETS.register_module()
 class ImageFolder(BaseDataset):
-    """Images in one folder for each class, `SPLIT/CLASS/*.JPEG`, as ImageNet is laid out.
+    """Images in one folder per class, `SPLIT/CLASS/*.JPEG`, as ImageNet is laid out.
 
-    Classes are numbered in the natural order of their folders' names, as timm does. A sample is
+    Classes are numbered in the natural order of their folder names, as timm does. A sample is
     `dict(inputs=image, data_samples=BaseDataElement)`: the image is uint8 RGB of shape
     `(3, H, W)`; the element has the class index `gt_label` and the file's `img_path`.
 
-    Images are JPEG, PNG, WebP, BMP, TIFF, GIF, PPM and PGM files, by their names; the log counts
-    what else is there and not taken. An image that cannot be decoded ends the run with an error
-    that names the file: what stands in for it, or is left out, would change the data without
-    anybody knowing.
+    File names ending as JPEG, PNG, WebP, BMP, TIFF, GIF, PPM and PGM are images; the log counts all
+    other files. Training stops at an image that cannot be decoded and names the file: a substitute
+    would change the data silently.
 
     Args:
         data_root: Folder of the data set.
         split: Folder below it, such as `'train'` or `'val'`.
-        transform: Arguments of :func:`timm.data.create_transform`. Images are normalised, and
-            after that perhaps erased, by the model's data preprocessor, on its device.
-        num_classes: Number of classes that there have to be; None for any.
+        transform: Arguments of :func:`timm.data.create_transform`. The model's data preprocessor
+            normalises images on its device, and erases random parts after that.
+        num_classes: Number of classes to expect; None for any.
         **kwargs: Arguments of :class:`mmengine.dataset.BaseDataset`, such as `indices`.
 
     Raises:
-        DataError: If there is no such folder, its images lie in another way, or its classes are
-            not `num_classes` or not those of the folder `train` beside it. Later, if an image
-            cannot be decoded.
+        DataError: If the folder does not exist, its images lie elsewhere than in `SPLIT/CLASS`, or
+            its classes are not `num_classes` or not those of the folder `train` beside it.
         ValueError: If `transform` asks for random erasing.
     """
 
@@ -82,8 +78,8 @@ class ImageFolder(BaseDataset):
         if training.is_dir() and set(classes) != (expected := set(_class_folders(training))):
             raise DataError(
                 f'{folder} and {training} differ in their classes: '
-                f'{_names(set(classes) - expected)} only in {self.split}, '
-                f'{_names(expected - set(classes))} only in {_TRAINING}'
+                f'{join_first(sorted(set(classes) - expected))} only in {self.split}, '
+                f'{join_first(sorted(expected - set(classes)))} only in {_TRAINING}'
             )
         if self.num_classes not in (None, len(classes)):
             raise DataError(
@@ -113,7 +109,7 @@ def _scan(folder: Path) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
     samples, class_to_idx = find_images_and_targets(str(folder), types=_EXTENSIONS)
     if not samples:
         raise DataError(
-            f'{folder} holds no images in folders of their classes, no files named '
+            f'{folder} holds no images in class folders, no files ending in '
             f'{", ".join(sorted(_EXTENSIONS))}'
         )
     # timm names a class by the folder an image lies in, however deep that is.
@@ -122,13 +118,13 @@ def _scan(folder: Path) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
             raise DataError(f'images must lie in {folder}/CLASS/, but one is {path}: move it')
     if empty := set(_class_folders(folder)) - set(class_to_idx):
         raise DataError(
-            f'no images in {len(empty)} of the class folders of {folder}: {_names(empty)}; '
-            'fill or remove them'
+            f'no images in {len(empty)} of the class folders of {folder}: '
+            f'{join_first(sorted(empty), 5)}; fill or remove them'
         )
     if others := list(_other_files(folder)):
         print_log(
-            f'{len(others)} files in {folder} are not taken, for their names are not those of '
-            f'images: {_names(others)}',
+            f'{len(others)} files in {folder} are not taken, because their names do not end like '
+            f'those of images: {join_first(sorted(others))}',
             logger='current',
             level=WARNING,
         )
@@ -147,19 +143,12 @@ def _class_folders(folder: Path) -> list[str]:
         return [entry.name for entry in entries if entry.is_dir() and entry.name[0] != '.']
 
 
-def _names(names: Iterable[str]) -> str:
-    names = sorted(names)
-    if not names:
-        return 'none'
-    more = f' and {len(names) - _NAMED} more' if len(names) > _NAMED else ''
-    return ', '.join(names[:_NAMED]) + more
-
-
 def _read(path: str) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith('I;16'):  # Pillow's convert would cut off at 255
+        with Image.open(path) as file:
+            image: Image.Image = file
+            if image.mode.startswith('I;16'):  # Pillow's convert would clip at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert('RGB')
-    except Exception as e:  # broken bytes end in errors of many kinds
+    except Exception as e:  # broken bytes raise errors of many kinds
         raise DataError(f'{path} cannot be decoded: {e}; replace or remove it') from e

@@ -1,27 +1,34 @@
-"""Runs that survive: whole checkpoints, exact resume, interrupts, steps that are not finite."""
+"""Fault tolerance for runs of mmengine: `runner_type='DurableRunner'` in a config.
+
+Importing the package registers the runner and its parts in mmengine's registries. Each part has a
+switch in the config, see :class:`Switches`.
+"""
 
 from mmengine.logging import HistoryBuffer
 
 from gfnet_dense import serialization
 
-from .checkpoints import DurableCheckpointHook, InterruptHook, latest_checkpoint
+from .checkpoints import DurableCheckpointHook, latest_checkpoint
+from .interrupts import InterruptHook
 from .non_finite import NonFiniteLossError, NonFiniteLossHook
-from .peers import RankDiedError
-from .runner import GFNetRunner
+from .runner import DurableRunner, GFNetRunner
 from .summary import RunSummaryHook
-from .work_dir import WorkDirError
+from .switches import Switches
+from .work_dir import WorkDirError, lock_work_dir
 
 # Checkpoints hold mmengine's logs, which a resumed run goes on writing.
 serialization.PLAIN_TYPES[serialization.HISTORY] = HistoryBuffer
 
 __all__ = [
     'DurableCheckpointHook',
+    'DurableRunner',
     'GFNetRunner',
     'InterruptHook',
     'NonFiniteLossError',
     'NonFiniteLossHook',
-    'RankDiedError',
     'RunSummaryHook',
+    'Switches',
     'WorkDirError',
     'latest_checkpoint',
+    'lock_work_dir',
 ]

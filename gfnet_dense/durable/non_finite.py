@@ -1,4 +1,4 @@
-"""The end of a run whose loss is no longer a number."""
+"""Skip optimizer steps that are not finite, and stop a run whose loss stays so."""
 
 import math
 from typing import Any
@@ -7,90 +7,129 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from torch import nn
+from torch import Tensor
+from torch.optim import Adam, AdamW, Optimizer
 
 from .checkpoints import latest_checkpoint
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The loss was NaN or infinite too many times in a row."""
+    """The loss or the gradients were NaN or infinite too many times in a row."""
 
 
 @HOOKS.register_module()
 class NonFiniteLossHook(Hook):
-    """Leave out steps along gradients that are not finite, and end the run after some in a row.
+    """Skip optimizer steps along gradients that are not finite; stop the run after some in a row.
 
-    Weights, running statistics and optimizer are those of the last good iteration throughout, so
-    that a checkpoint in between is good, too.
+    Weights, optimizer state and running statistics (`running_mean` and `running_var` of modules)
+    always stay those of the last good iteration, so every checkpoint is good.
+
+    Fused Adam and AdamW, which the runner chooses on a GPU, skip a step by a flag on the device.
+    The host reads the flag after mmengine has read the loss for its log, so it adds no wait for the
+    device. For other optimizers the host reads the flag before the step.
 
     Args:
-        patience: Iterations in a row whose loss or gradients are not finite, after which the run
-            ends.
+        patience: How many iterations in a row may have a loss or gradients that are not finite.
 
     Raises:
-        NonFiniteLossError: Names iteration, learning rate and files, and how to see it again.
+        NonFiniteLossError: Names iteration, learning rate and files, and how to reproduce it.
     """
 
-    priority = 'ABOVE_NORMAL'  # before the hooks that save a checkpoint
+    priority = 'ABOVE_NORMAL'  # after mmengine reads the loss, before hooks that save a checkpoint
 
     def __init__(self, patience: int = 5) -> None:
         if patience < 1:
             raise ValueError(f'patience must be positive, but got {patience}')
         self.patience = patience
         self._in_a_row = 0
-        self._left_out = False
+        self._found: Tensor | None = None  # whether gradients of this iteration are not finite
 
     def before_train(self, runner: Runner) -> None:
-        """Look at gradients before each step of the optimizer."""
-        runner.optim_wrapper.optimizer.register_step_pre_hook(self._leave_out)
+        """Check gradients before each step of the optimizer."""
+        optimizer = runner.optim_wrapper.optimizer
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+        self._statistics: list[Tensor] = [
+            statistic
+            for module in runner.model.modules()
+            for name in ('running_mean', 'running_var')
+            if isinstance(statistic := getattr(module, name, None), Tensor)
+        ]
 
     def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
-        """Keep the running statistics, which a forward pass changes already."""
-        self._statistics = [buffer.clone() for buffer in _statistics(runner.model)]
+        """Copy the running statistics, which the forward pass changes, in one kernel."""
+        self._found = None
+        if self._statistics:
+            self._copy = torch.cat([statistic.flatten() for statistic in self._statistics])
 
-    def _leave_out(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, *args: Any) -> None:
+        if hasattr(optimizer, 'found_inf'):  # a GradScaler has looked at the gradients
+            return
         params = [p for group in optimizer.param_groups for p in group['params']]
         norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-        # All processes see the same gradients, so they leave out the same steps.
-        if not norm.isfinite():
-            self._left_out = True
+        # All processes have the same gradients, so they skip the same steps.
+        self._found = ~norm.isfinite()
+        if _skips_by_flag(optimizer):
+            optimizer.found_inf = self._found.float()  # type: ignore[attr-defined]
+        elif self._found:
             for p in params:
-                p.grad = None  # for optimizers, nothing to do
+                p.grad = None  # optimizers skip parameters without a gradient
+
+    def _after_step(self, optimizer: Optimizer, *args: Any) -> None:
+        if self._found is not None and hasattr(optimizer, 'found_inf'):
+            del optimizer.found_inf
 
     def after_train_iter(
         self,
         runner: Runner,
         batch_idx: int,
         data_batch: Any = None,
-        outputs: dict | None = None,
+        outputs: dict[str, Any] | None = None,
     ) -> None:
-        """Count iterations that are not finite."""
+        """Restore the running statistics and count, if the iteration is not finite."""
         loss = float(torch.as_tensor((outputs or {}).get('loss', 0.0)).detach())
-        bad = self._left_out or not math.isfinite(loss)
-        self._left_out = False
-        if not bad:
+        if math.isfinite(loss) and (self._found is None or not self._found):
             if runner.optim_wrapper.should_update():  # a step was made
                 self._in_a_row = 0
             return
         self._in_a_row += 1
-        for buffer, before in zip(_statistics(runner.model), self._statistics, strict=True):
-            buffer.copy_(before)
+        start = 0
+        for statistic in self._statistics:
+            end = start + statistic.numel()
+            statistic.copy_(self._copy[start:end].view_as(statistic))
+            start = end
         files = _files(data_batch)
         what = f'loss {loss} at iteration {runner.iter + 1}, learning rate {_lr(runner):g}'
         if self._in_a_row < self.patience:
-            runner.logger.warning(f'{what}: step left out; files: {files}')
+            runner.logger.warning(f'{what}: step skipped; files: {files}')
             return
         checkpoint = latest_checkpoint(runner.work_dir)
         again = f'--resume {checkpoint}' if checkpoint else f'--seed {runner.seed}'
         raise NonFiniteLossError(
-            f'{what}, {self._in_a_row} in a row that are not finite; files of this batch: {files}'
-            f'\n{again} runs into it again, with the same data and random numbers; a lower '
-            'learning rate, gradient clipping or bfloat16 in place of float16 may help'
+            f'{what}; loss or gradients were not finite {self._in_a_row} times in a row; files of '
+            f'this batch: {files}\n{again} reproduces it, with the same data and random numbers; a '
+            'lower learning rate, gradient clipping or bfloat16 instead of float16 may help'
         )
 
 
-def _statistics(model: nn.Module) -> list[torch.Tensor]:
-    return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+def use_fused_adam(optim_wrapper: Any) -> Any:
+    """Return the config of an optimizer wrapper with the fused kernels of Adam or AdamW.
+
+    Anything else, also a config that chooses an implementation itself, is returned unchanged.
+    """
+    optimizer = optim_wrapper.get('optimizer') if isinstance(optim_wrapper, dict) else None
+    if not isinstance(optimizer, dict) or optimizer.get('type') not in ('Adam', 'AdamW'):
+        return optim_wrapper
+    if {'fused', 'foreach', 'capturable', 'differentiable'} & {*optimizer}:
+        return optim_wrapper
+    return dict(optim_wrapper, optimizer=dict(optimizer, fused=True))
+
+
+def _skips_by_flag(optimizer: Optimizer) -> bool:
+    """Return whether the optimizer skips a step if its `found_inf` is 1, as GradScaler uses it."""
+    # Not the fused SGD: a skipped first step leaves its momentum uninitialised.
+    groups = optimizer.param_groups
+    return isinstance(optimizer, Adam | AdamW) and all(group.get('fused') for group in groups)
 
 
 def _lr(runner: Runner) -> float:
@@ -100,4 +139,4 @@ def _lr(runner: Runner) -> float:
 def _files(data_batch: Any) -> str:
     samples = data_batch.get('data_samples') if isinstance(data_batch, dict) else None
     paths = [getattr(sample, 'img_path', None) for sample in samples or ()]
-    return ', '.join(str(path) for path in paths if path) or 'not known'
+    return ', '.join(str(path) for path in paths if path) or 'unknown'

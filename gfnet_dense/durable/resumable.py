@@ -1,27 +1,29 @@
-"""Training data whose order and random numbers follow from the seed and the place in the run alone.
+"""Data, random numbers and validations of a resumed run, as if it had never been interrupted.
 
-The random numbers of augmentation otherwise come from the history of a process: a resumed run,
-which starts its data loading processes anew, or one with another number of them, would see other
-crops of the same images.
+Augmentations draw random numbers from the generators of the process they run in. A resumed run
+starts its data loading processes anew, and may start another number of them, so it would see other
+crops of the same images. Here all random numbers follow from the seed and the place in the run.
 """
 
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine.dist import get_dist_info
-from mmengine.registry import DATA_SAMPLERS, DATASETS
+from mmengine.hooks import Hook
+from mmengine.registry import DATA_SAMPLERS, DATASETS, HOOKS
+from mmengine.runner import IterBasedTrainLoop, Runner
 from torch.utils.data import BatchSampler, Dataset, Sampler
 
-from gfnet_dense.data.coco import check_coco_file
-from gfnet_dense.data.errors import DataError
+from .interrupts import SAMPLES_OF_EPOCH
+from .wrapper import DatasetWrapper
 
 
 class Sample(int):
-    """Index of a sample in its dataset, which also knows its place in the run.
+    """Index of a sample in its data set, which also knows its place in the run.
 
     Attributes:
         place: Epoch, and number within the epoch, counted over all processes.
@@ -35,32 +37,37 @@ class Sample(int):
         sample.place = place
         return sample
 
-    def __getnewargs__(self) -> tuple[int, tuple[int, int]]:
-        """Take the place along into data loading processes."""
+    def __getnewargs__(self) -> tuple[int, tuple[int, int]]:  # type: ignore[override]
+        """Keep the place on the way into data loading processes."""
         return int(self), self.place
 
 
 @DATA_SAMPLERS.register_module()
-class ResumableBatchSampler(Sampler):
-    """Batches of another sampler as :class:`Sample`, from any of them on.
+class ResumableBatchSampler(Sampler[list[Sample]]):
+    """Batches of another sampler as :class:`Sample`, starting from any batch.
 
     Args:
         sampler: The sampler of this process.
         batch_size: Samples in a batch.
         drop_last: Leave out a last batch that is not full.
-        batch_sampler: Config of what forms the batches, in place of plain batches.
+        batch_sampler: Config of a sampler that forms the batches, instead of plain batches.
+
+    Attributes:
+        epoch: How many epochs were complete before this process began; added to the sampler's own.
+        skip: How many batches to skip in the next iteration over the sampler, and only there.
     """
 
     def __init__(
         self,
-        sampler: Sampler,
+        sampler: Any,
         batch_size: int,
         drop_last: bool = False,
-        batch_sampler: Mapping | None = None,
+        batch_sampler: Mapping[str, Any] | None = None,
     ) -> None:
         self.sampler = sampler
         self.batch_size = batch_size
-        self.skip = 0  # batches left out of the next iteration, and of that alone
+        self.epoch = 0
+        self.skip = 0
         if batch_sampler is None:
             self._batches = BatchSampler(sampler, batch_size, drop_last)
         else:
@@ -75,7 +82,9 @@ class ResumableBatchSampler(Sampler):
     def __iter__(self) -> Iterator[list[Sample]]:
         """Yield the batches of an epoch."""
         rank, world_size = get_dist_info()
-        epoch = getattr(self.sampler, 'epoch', 0)
+        epoch = self.epoch + getattr(self.sampler, 'epoch', 0)
+        if self.epoch:
+            self.sampler.set_epoch(epoch)
         skip, self.skip = self.skip, 0
         for number, batch in enumerate(self._batches):
             if number >= skip:
@@ -87,83 +96,32 @@ class ResumableBatchSampler(Sampler):
 
 
 @DATASETS.register_module()
-class SeededDataset(Dataset):
-    """A dataset that draws the random numbers of a :class:`Sample` from its place.
-
-    In all else it stands for the dataset it wraps, attributes included.
+class SeededDataset(DatasetWrapper):
+    """A data set that draws the random numbers of a :class:`Sample` from its place in the run.
 
     Args:
-        dataset: A dataset or its config.
+        dataset: A data set or its config.
         seed: Seed of the run.
-
-    Raises:
-        DataError: If the dataset is not there or empty, or when a sample cannot be loaded.
     """
 
-    def __init__(self, dataset: Dataset | Mapping, seed: int) -> None:
-        self.__dict__.update(dataset=_loaded(dataset), seed=seed)
+    seed: int
 
-    def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the wrapped dataset."""
-        # The dataset is not there yet while unpickled; special methods would go past this class.
-        if name == 'dataset' or name.startswith('__'):
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute of the wrapped dataset, such as its pipeline."""
-        setattr(self.dataset, name, value)
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        """Return a sample as the wrapped dataset does."""
-        seeded = isinstance(index, Sample)
-        with _random_numbers_of(self.seed, *index.place) if seeded else nullcontext():
-            try:
-                return self.dataset[int(index)]
-            except DataError:
-                raise
-            except Exception as e:
-                raise DataError(
-                    f'{self._file(index)} cannot be loaded: {type(e).__name__}: {e}'
-                ) from e
-
-    def _file(self, index: int) -> str:
-        try:
-            return self.dataset.get_data_info(int(index))['img_path']
-        except (AttributeError, KeyError):
-            return f'sample {int(index)} of {type(self.dataset).__name__}'
-
-
-def _loaded(dataset: Dataset | Mapping) -> Dataset:
-    """Return the dataset with its list of samples, at least one."""
-    cfg, contents = dataset, ''
-    if not isinstance(cfg, Mapping):
-        cfg = dict(type=type(dataset).__name__, data_root=getattr(dataset, 'data_root', None))
-    try:
+    def __init__(self, dataset: Dataset[Any] | Mapping[str, Any], seed: int) -> None:
         if isinstance(dataset, Mapping):
             dataset = DATASETS.build(dict(dataset))
-        if hasattr(dataset, 'full_init'):
-            dataset.full_init()
-        if len(dataset) > 0:
-            return dataset
-    except DataError:
-        raise
-    except (KeyError, ValueError) as e:
-        contents = check_coco_file(cfg)
-        if 'need at least one array' not in str(e):  # numpy's, which joins the samples
-            raise
-    raise DataError(
-        f'no images are left for {cfg["type"]} in {cfg.get("data_root")}{contents}: see its '
-        'data_prefix, img_suffix, ann_file and filter_cfg'
-    )
+        super().__init__(dataset)
+        self.__dict__['seed'] = seed
+
+    def __getitem__(self, index: int) -> Any:
+        """Return a sample as the wrapped data set does."""
+        if not isinstance(index, Sample):
+            return self.dataset[index]
+        with _random_numbers_of(self.seed, *index.place):
+            return self.dataset[int(index)]
 
 
-def resumable(dataloader: Mapping, seed: int) -> dict:
-    """Return the config of a dataloader with :class:`ResumableBatchSampler` over a seeded dataset.
+def resumable(dataloader: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Return the config of a dataloader with :class:`ResumableBatchSampler` over a seeded data set.
 
     Args:
         dataloader: Config of a dataloader for training.
@@ -179,16 +137,81 @@ def resumable(dataloader: Mapping, seed: int) -> dict:
     return cfg
 
 
-def seed_random_numbers(*key: int) -> None:
-    """Seed python, numpy and torch, on all devices, from a key of numbers that are not negative."""
-    torch.manual_seed(_seed_python_and_numpy(key))
+@HOOKS.register_module()
+class ExactResumeHook(Hook):
+    """Continue a resumed run at the same sample and with the same random numbers.
+
+    mmengine restores weights, optimizer and schedules. This hook restores the place in the data,
+    also within an epoch. Random numbers follow from seed, rank and iteration.
+    """
+
+    priority = 'LOW'  # after mmengine's hook that sets the epoch of the sampler
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Skip the batches that the run has already trained on, without loading them."""
+        loop = runner.train_loop
+        batches = loop.dataloader.batch_sampler
+        if not isinstance(batches, ResumableBatchSampler):  # a dataloader that was given built
+            return
+        if isinstance(loop, IterBasedTrainLoop):
+            batches.skip = runner.iter
+            if hasattr(batches.sampler, 'epoch'):  # not infinite
+                batches.epoch, batches.skip = divmod(runner.iter, len(batches))
+            # mmengine's own skipping would load the batches.
+            loop.dataloader_iterator.skip_iter = lambda num_iters: None
+        else:
+            # Counted in samples: a resumed run may have another batch or number of processes.
+            samples = runner.message_hub.get_info(SAMPLES_OF_EPOCH, 0)
+            batches.skip = samples // (batches.batch_size * runner.world_size)
+            runner.message_hub.update_info(SAMPLES_OF_EPOCH, 0)
+
+    def before_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        """Seed the random numbers of the iteration."""
+        torch.manual_seed(_seed_python_and_numpy((runner.seed, runner.rank, runner.iter)))
+
+
+@HOOKS.register_module()
+class ValidationOnResumeHook(Hook):
+    """Validate first if the run was interrupted where a validation was due.
+
+    A checkpoint is saved before the validation of the same iteration.
+    """
+
+    priority = 'LOWEST'
+    _training = False
+
+    def before_train(self, runner: Runner) -> None:
+        """Validate if that was due and has not been done."""
+        self._training = True
+        if runner.val_loop is None or runner.iter == 0:
+            return
+        loop = runner.train_loop
+        done, last = _progress(runner), loop.max_epochs
+        if isinstance(loop, IterBasedTrainLoop):
+            last = loop.max_iters
+        elif runner.message_hub.get_info(SAMPLES_OF_EPOCH, 0):  # interrupted within an epoch
+            return
+        due = done >= loop.val_begin and (done % loop.val_interval == 0 or done == last)
+        if due and runner.message_hub.get_info('validated', None) != done:
+            runner.val_loop.run()
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Note what is being validated; until that is done, no checkpoint is saved."""
+        if self._training:
+            runner.message_hub.update_info('validated', _progress(runner))
+
+
+def _progress(runner: Runner) -> int:
+    """Return the number of complete iterations or epochs, whichever the run counts."""
+    by_iteration = isinstance(runner.train_loop, IterBasedTrainLoop)
+    return int(runner.iter if by_iteration else runner.epoch)
 
 
 @contextmanager
 def _random_numbers_of(*key: int) -> Iterator[None]:
-    # Without data loading processes the numbers of the model come from the same generators.
+    # Without data loading processes, the model draws from the same generators.
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    # Not torch.manual_seed: it asks for CUDA, which a forked process does not have.
+    # Not torch.manual_seed: it initialises CUDA, which a forked process cannot do.
     torch.default_generator.manual_seed(_seed_python_and_numpy(key))
     try:
         yield
@@ -199,7 +222,8 @@ def _random_numbers_of(*key: int) -> Iterator[None]:
 
 
 def _seed_python_and_numpy(key: tuple[int, ...]) -> int:
-    # SeedSequence makes neighbouring keys into seeds that have nothing in common.
+    """Seed python and numpy from a key of non-negative numbers, and return a seed for torch."""
+    # SeedSequence turns neighbouring keys into unrelated seeds.
     words = np.random.SeedSequence(key).generate_state(3, np.uint32)
     random.seed(int(words[0]))
     np.random.seed(words[1])

@@ -1,21 +1,21 @@
-"""What a run is, in a few lines before its first iteration."""
+"""A summary of a run in a few lines, before its first iteration."""
+
+from typing import Any
 
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
-from mmengine.optim import AmpOptimWrapper
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
-from torch.utils.data import Dataset
 
 
 @HOOKS.register_module()
 class RunSummaryHook(Hook):
     """Log model, weights, data, batch, learning rate, device and precision before training."""
 
-    # After the hooks that set the run up, so that it is the last thing said before iterating.
-    priority = 'LOWEST'
+    priority = 'LOWEST'  # the last message before the first iteration
 
     def before_train(self, runner: Runner) -> None:
         """Log the summary."""
@@ -39,11 +39,22 @@ class RunSummaryHook(Hook):
         )
 
 
+def accumulated_batches(optim_wrapper: OptimWrapper) -> int:
+    """Return how many batches make one step of the optimizer."""
+    return int(optim_wrapper._accumulative_counts)  # it has no public name
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside the wrapper for several processes."""
+    inner: nn.Module = model.module if is_model_wrapper(model) else model  # type: ignore[assignment]
+    return inner
+
+
 def _batch(runner: Runner) -> str:
     loader = runner.train_dataloader
     # A loader with a batch sampler of its own has no batch size.
     batch = loader.batch_size or loader.batch_sampler.batch_size
-    steps = runner.optim_wrapper._accumulative_counts
+    steps = accumulated_batches(runner.optim_wrapper)
     text = f'{batch} in each of {runner.world_size} processes'
     if steps > 1:
         text += f', {steps} accumulated'
@@ -51,7 +62,7 @@ def _batch(runner: Runner) -> str:
 
 
 def _learning_rate(runner: Runner) -> str:
-    # What schedulers start from: --auto-scale-lr has changed it, warm-up has not.
+    # The rates that schedulers start from: after --auto-scale-lr, before warm-up.
     groups = runner.optim_wrapper.optimizer.param_groups
     rates = [group.get('initial_lr', group['lr']) for group in groups]
     lowest, highest = min(rates), max(rates)
@@ -59,8 +70,8 @@ def _learning_rate(runner: Runner) -> str:
     scaling = runner.auto_scale_lr or {}
     if scaling.get('enable'):
         text += f', scaled to the total batch from that for {scaling["base_batch_size"]}'
-    # Rates that do not scale with the batch: WarmupCosineLR would rise where it should fall.
-    for scheduler in runner.param_schedulers:
+    # These rates do not scale with the batch. Above the learning rate, the schedule would rise.
+    for scheduler in runner.param_schedulers or ():
         for name in ('lr_min', 'warmup_lr_init'):
             rate = getattr(scheduler, name, 0.0)
             if rate > highest * (1 + 1e-6):
@@ -68,12 +79,8 @@ def _learning_rate(runner: Runner) -> str:
     return text
 
 
-def _unwrapped(runner: Runner) -> nn.Module:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
-
-
 def _model(runner: Runner) -> str:
-    model = _unwrapped(runner)
+    model = unwrapped(runner.model)
     parts = ', '.join(
         type(child).__name__
         for name, child in model.named_children()
@@ -86,17 +93,17 @@ def _model(runner: Runner) -> str:
 
 
 def _weights(runner: Runner) -> str:
-    if runner._load_from:
-        return f'{"resumed" if runner._resume else "loaded"} from {runner._load_from}'
+    if file := runner.cfg.get('load_from'):
+        return f'{"resumed" if runner.cfg.get("resume") else "loaded"} from {file}'
     files = [
         f'{name or "model"} from {module.loaded_from}'
-        for name, module in _unwrapped(runner).named_modules()
+        for name, module in unwrapped(runner.model).named_modules()
         if getattr(module, 'loaded_from', None)
     ]
     return ', '.join(files) or 'none loaded, trained from scratch'
 
 
-def _data(dataset: Dataset) -> str:
+def _data(dataset: Any) -> str:
     while hasattr(dataset, 'dataset'):
         dataset = dataset.dataset
     place = getattr(dataset, 'data_root', None) or getattr(dataset, 'ann_file', None) or '?'

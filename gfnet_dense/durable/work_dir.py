@@ -11,6 +11,9 @@ from pathlib import Path
 
 from mmengine.logging import print_log
 
+from .checkpoints import latest_checkpoint
+
+_LOCK = '.in_use'
 _SAVED = re.compile(r'(?:iter|epoch|best|interrupted)[_.]')
 
 
@@ -18,50 +21,53 @@ class WorkDirError(OSError):
     """A work directory cannot be written to, is in use, or holds another run."""
 
 
-@contextlib.contextmanager
-def reserved(work_dir: str | Path, resume: str | None) -> Iterator[None]:
-    """Within it, no other training can use a work directory.
-
-    Of several processes the first reserves it for all.
-
-    Args:
-        work_dir: The folder, made if need be.
-        resume: The checkpoint that the run continues from, `'auto'` for one in that folder.
+def make_work_dir(work_dir: str | Path) -> None:
+    """Make the folder of a run.
 
     Raises:
-        WorkDirError: If the folder cannot be written to, is in use, or holds the checkpoints of a
-            run that this one would write over.
+        WorkDirError: If it cannot be written to.
     """
-    # As launchers say it, for the processes do not know each other yet.
-    ranks = (os.environ.get(name) for name in ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'))
-    if int(next(filter(None, ranks), 0)) > 0:
-        yield
-        return
-    folder = Path(work_dir)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / '.in_use').open('a+')
+        Path(work_dir).mkdir(parents=True, exist_ok=True)
+        Path(work_dir, _LOCK).touch()
     except OSError as e:
         raise WorkDirError(
-            e.errno, f'{e.strerror}: {folder} cannot be written to; choose another --work-dir'
+            e.errno, f'{e.strerror}: {work_dir} cannot be written to; choose another --work-dir'
         ) from e
-    with file:
+
+
+@contextlib.contextmanager
+def lock_work_dir(work_dir: str | Path, resumed: str | Path | None = None) -> Iterator[None]:
+    """Keep other processes from locking a work directory within the block.
+
+    Args:
+        work_dir: The folder.
+        resumed: The checkpoint that the run continues from, if any.
+
+    Raises:
+        WorkDirError: If the folder cannot be written to, another process has locked it, or it holds
+            checkpoints of a run that this one does not continue.
+    """
+    make_work_dir(work_dir)
+    folder = Path(work_dir).absolute()
+    with (folder / _LOCK).open('r+') as file:
         try:
-            # Not flock, which data loading processes would go on holding after a kill.
+            # Not flock: data loading processes would keep that lock after their parent is killed.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
             raise WorkDirError(
                 f'{folder} is in use by {file.read().strip()}: choose another --work-dir'
             ) from None
         except OSError as e:  # some network file systems have no locks
-            print_log(f'{folder} cannot be reserved: {e}', logger='current', level=logging.WARNING)
-        own = resume == 'auto' or (resume and Path(resume).absolute().parent == folder.absolute())
+            print_log(f'{folder} cannot be locked: {e}', logger='current', level=logging.WARNING)
+        own = resumed and (
+            Path(resumed).absolute().parent == folder or Path(resumed) == latest_checkpoint(folder)
+        )
         found = sorted(path.name for path in folder.glob('*.pth') if _SAVED.match(path.name))
         if found and not own:
             raise WorkDirError(
-                f'{folder} holds the checkpoints of another run, {found[0]} among them, which this '
-                'one would write over: continue with --resume, or choose another --work-dir'
+                f'{folder} holds the checkpoints of another run, such as {found[0]}, and this one '
+                'would overwrite them: continue with --resume, or choose another --work-dir'
             )
         file.truncate(0)
         file.write(f'process {os.getpid()} on {socket.gethostname()}')

@@ -12,9 +12,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from gfnet_dense.durable.checkpoints import latest_checkpoint
-from gfnet_dense.durable.runner import GFNetRunner
-from gfnet_dense.durable.summary import RunSummaryHook
-from gfnet_dense.durable.work_dir import reserved
+from gfnet_dense.durable.runner import DurableRunner
 from gfnet_dense.serialization import CheckpointError, load_file
 
 _PACKAGE = Path(__file__).parents[1]
@@ -58,7 +56,6 @@ def train(
         DataError: If the data are not there, or not what the config says.
         CheckpointError: If a checkpoint cannot be read or does not fit.
         NonFiniteLossError: If the loss is NaN or infinite too many times in a row.
-        RankDiedError: If another process of the run dies.
     """
     cfg = _load(config, work_dir, launcher, cfg_options)
     if seed is not None:
@@ -83,19 +80,15 @@ def train(
         resume = cfg.load_from or 'auto'
     if resume == 'auto' and not Path(cfg.work_dir).exists():  # before it is made
         raise _nothing_to_resume(cfg.work_dir)
-    with reserved(cfg.work_dir, resume):
-        if resume:
-            _resume(cfg, resume)
-        runner = _build(cfg)
-        runner.register_hook(RunSummaryHook())
-        if compiled:
-            model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-            if not hasattr(model, 'backbone'):
-                raise ValueError(
-                    f'{type(model).__name__} has no backbone to compile: leave --compile'
-                )
-            model.backbone.compile()  # in place, so that names in checkpoints stay
-        runner.train()
+    if resume:
+        _resume(cfg, resume)
+    runner = _build(cfg)
+    if compiled:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        if not hasattr(model, 'backbone'):
+            raise ValueError(f'{type(model).__name__} has no backbone to compile: leave --compile')
+        model.backbone.compile()  # in place, so that names in checkpoints stay
+    runner.train()
     return runner
 
 
@@ -112,8 +105,6 @@ def _resume(cfg: Config, checkpoint: str) -> None:
             'start from its weights, name it as load_from in --cfg-options'
         )
     cfg.resume, cfg.load_from = True, checkpoint
-    # The seed makes the order of the data, which is built before mmengine reads the checkpoint.
-    cfg.merge_from_dict({'randomness.seed': content['meta']['seed']})
     # All weights come from the checkpoint: the pretrained ones need not be there any more.
     if 'backbone' in cfg.model:
         cfg.model.backbone.init_cfg = None
@@ -231,4 +222,4 @@ def _load(
 def _build(cfg: Config) -> Runner:
     if 'runner_type' in cfg:
         return RUNNERS.build(cfg)
-    return GFNetRunner.from_cfg(cfg)
+    return DurableRunner.from_cfg(cfg)

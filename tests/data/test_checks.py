@@ -10,7 +10,7 @@ from torch import nn
 from gfnet_dense.data.checks import check_folders, check_heads, check_segmentation
 from gfnet_dense.data.errors import DataError
 from gfnet_dense.demo import write_digits
-from gfnet_dense.durable import GFNetRunner
+from gfnet_dense.durable.data_checks import CheckedDataset, checked
 from gfnet_dense.openmmlab import find_config
 
 
@@ -46,7 +46,7 @@ def test_missing_and_empty_folders(tmp_path, digits, wrap):
         cfg = config(root)
         if wrap:
             cfg.dataset = dict(type='RepeatDataset', times=2, dataset=cfg.dataset)
-        GFNetRunner.build_dataloader(cfg)
+        checked(cfg)
 
     with pytest.raises(DataError, match=rf'no folder {tmp_path}/no/images/training.*data_root'):
         build(tmp_path / 'no')
@@ -92,7 +92,7 @@ def test_labels_beyond_the_classes(digits, reduce_zero_label):
 def test_colours_are_no_labels(digits):
     path = annotation(digits)
     Image.open(path).convert('RGB').save(path)
-    with pytest.raises(DataError, match=r'shape \(64, 64, 3\), not one label a pixel'):
+    with pytest.raises(DataError, match=r'shape \(64, 64, 3\), not one label per pixel'):
         check(digits)
 
 
@@ -109,7 +109,7 @@ def test_images_of_another_suffix(digits):
     cfg.dataset.update(type='mmseg.BaseSegDataset', pipeline=[], img_suffix='.tif')
     message = rf'no images are left for mmseg.BaseSegDataset in {digits}: .*img_suffix'
     with pytest.raises(DataError, match=message):
-        GFNetRunner.build_dataloader(cfg)
+        CheckedDataset(cfg.dataset)
 
 
 @pytest.mark.parametrize('head', ['decode_head', 'auxiliary_head', 'bbox_head', 'mask_head'])

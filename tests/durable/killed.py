@@ -16,7 +16,7 @@ import torch
 from mmengine.config import Config
 from mmengine.fileio import LocalBackend
 from mmseg.utils import register_all_modules
-from toy import losses
+from toy import LossesHook, losses
 
 from gfnet_dense.durable import latest_checkpoint
 from gfnet_dense.openmmlab import find_config, train
@@ -40,35 +40,41 @@ def config(work_dir: Path, iterations: int) -> Config:
     return cfg
 
 
-def put_slowly(self: LocalBackend, obj: bytes, filepath: str) -> None:
-    """Write a file in pieces, with time for a kill between them."""
-    with open(filepath, 'wb') as file:
-        for i in range(8):
-            file.write(obj[len(obj) * i // 8 : len(obj) * (i + 1) // 8])
-            file.flush()
-            time.sleep(0.02)
-
-
 def killed(work_dir: Path, iterations: int, while_writing: bool) -> None:
-    """Train in a fork and kill it."""
-    begun = len(losses(work_dir)) if (work_dir / 'losses0').exists() else 0
+    """Train in a fork, and kill it after some iterations or while it writes a checkpoint."""
     resume = 'auto' if latest_checkpoint(work_dir) else None
+    news, tell = os.pipe()
     child = os.fork()
     if child == 0:
+        os.close(news)
+
+        def put_slowly(self: LocalBackend, obj: bytes, filepath: str) -> None:
+            """Write a file in pieces, with time for a kill between them."""
+            os.write(tell, b'w')
+            with open(filepath, 'wb') as file:
+                for i in range(8):
+                    file.write(obj[len(obj) * i // 8 : len(obj) * (i + 1) // 8])
+                    file.flush()
+                    time.sleep(0.02)
+
+        def after_train_iter(self: LossesHook, *args: object, **kwargs: object) -> None:
+            note(self, *args, **kwargs)
+            os.write(tell, b'i')
+
+        note, LossesHook.after_train_iter = LossesHook.after_train_iter, after_train_iter
         LocalBackend.put = put_slowly
         train(config(work_dir, iterations), seed=0 if resume is None else None, resume=resume)
         os._exit(0)
-    while not (work_dir / 'losses0').exists() or len(losses(work_dir)) < begun + 1:
-        assert os.waitpid(child, os.WNOHANG) == (0, 0), 'ended by itself'
-        time.sleep(0.01)
-    if while_writing:
-        while not [*work_dir.glob('*.partial')]:
-            time.sleep(0.001)
-        time.sleep(random.uniform(0, 0.15))
-    else:
-        time.sleep(random.uniform(0, 0.6))
+    os.close(tell)
+    event, count = (b'w', random.randint(1, 2)) if while_writing else (b'i', random.randint(1, 6))
+    while count:
+        said = os.read(news, 1)
+        assert said, 'ended by itself'
+        count -= said == event
+    time.sleep(random.uniform(0, 0.15))
     os.kill(child, signal.SIGKILL)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), 'ended before it was killed'
+    os.close(news)
 
 
 def main(folder: Path) -> None:

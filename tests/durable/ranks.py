@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,8 @@ from pathlib import Path
 import torch
 from toy import LossesHook, losses, toy_config
 
-from gfnet_dense.durable import latest_checkpoint, peers
+from gfnet_dense.data import DataError
+from gfnet_dense.durable import data_checks
 from gfnet_dense.openmmlab import evaluate, train
 
 
@@ -58,17 +58,9 @@ def start(
     return children
 
 
-def ended(children: list[int], work_dir: Path, within: float = 60.0) -> list[int]:
-    """Return the exit codes of processes, minus the signal where one ended them."""
-    codes, deadline = {}, time.monotonic() + within
-    while len(codes) < len(children):
-        assert time.monotonic() < deadline, (work_dir / 'rank0').read_text()[-2000:]
-        for child in {*children} - {*codes}:
-            found, status = os.waitpid(child, os.WNOHANG)
-            if found:
-                codes[child] = os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    return [codes[child] for child in children]
+def ended(children: list[int]) -> list[int]:
+    """Return the exit codes of processes."""
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 def then(iteration: int, who: int, what: Callable[[], object]) -> Callable[[int], None]:
@@ -81,42 +73,12 @@ def then(iteration: int, who: int, what: Callable[[], object]) -> Callable[[int]
     return prepare
 
 
-def kill_self() -> None:
-    """Die as the kernel makes a process die that takes too much memory."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def config(work_dir: Path, processes: int = 2) -> object:
     """Return the toy run, with a batch that does not depend on the processes."""
     cfg = toy_config(work_dir)
     cfg.train_dataloader.batch_size = 8 // processes
     cfg.auto_scale_lr = dict(base_batch_size=16)
     return cfg
-
-
-def a_dead_rank_is_named(folder: Path, dead: int) -> None:
-    """One dies, the other ends and says who."""
-    children = start(
-        folder, lambda: train(config(folder), launcher='pytorch'), then(5, dead, kill_self)
-    )
-    codes = ended(children, folder)
-    assert codes[dead] == -signal.SIGKILL and codes[1 - dead] == 1, codes
-    output = (folder / f'rank{1 - dead}').read_text()
-    assert f'RankDiedError: rank {dead} has died' in output, output
-    assert latest_checkpoint(folder).name == 'iter_3.pth'
-
-
-def a_collective_that_never_ends(folder: Path) -> None:
-    """With NCCL, the main thread waits and raises nothing."""
-
-    def prepare(rank: int) -> None:
-        peers._GRACE = 1.0
-        what = kill_self if rank == 1 else lambda: time.sleep(1000)
-        LossesHook.then = (5, what)
-
-    children = start(folder, lambda: train(config(folder), launcher='pytorch'), prepare)
-    assert ended(children, folder) == [1, -signal.SIGKILL]
-    assert 'rank 1 has died' in (folder / 'rank0').read_text()
 
 
 def a_signal_to_one_stops_both(folder: Path, whole: Path) -> None:
@@ -128,9 +90,9 @@ def a_signal_to_one_stops_both(folder: Path, whole: Path) -> None:
         train(config(folder), launcher='pytorch', **options)
 
     children = start(folder, run, terminate)
-    assert ended(children, folder) == [143, 143]
+    assert ended(children) == [143, 143]
     assert max(losses(folder, 0)) == max(losses(folder, 1)) == 5
-    assert ended(start(folder, lambda: run('auto')), folder) == [0, 0]
+    assert ended(start(folder, lambda: run('auto'))) == [0, 0]
     for rank in range(2):
         assert losses(folder, rank) == losses(whole, rank)
 
@@ -153,7 +115,7 @@ def one_or_two_processes_see_the_same(folder: Path) -> Path:
 
     one, two = folder / 'one', folder / 'two'
     run(one)
-    assert ended(start(two, lambda: run(two, launcher='pytorch')), two) == [0, 0]
+    assert ended(start(two, lambda: run(two, launcher='pytorch'))) == [0, 0]
     alone, both = losses(one), [losses(two, rank) for rank in range(2)]
     for n, (_, rate, *names) in alone.items():
         assert {*names} == {*both[0][n][2:], *both[1][n][2:]}, n
@@ -176,15 +138,94 @@ def accumulated_batches_count(folder: Path) -> None:
     assert float(losses(folder)[1][1]) == 1e-2 * 8 / 16
 
 
+def the_first_process_checks_the_data_for_both(folder: Path) -> None:
+    """Folders before the data set is built, the rest before the first iteration."""
+
+    def run(name: str, **dataset: object) -> list[str]:
+        def note(rank: int) -> None:
+            def noted(check: Callable[..., None]) -> Callable[..., None]:
+                def call(*args: object) -> None:
+                    with open(folder / name / f'checked{rank}', 'a') as file:
+                        print(check.__name__, file=file)
+                    check(*args)
+
+                return call
+
+            def check_coco(dataset: object) -> None:
+                raise DataError('an annotation is broken')
+
+            data_checks.check_folders = noted(data_checks.check_folders)
+            data_checks.check_segmentation = noted(data_checks.check_segmentation)
+            data_checks.check_coco = noted(check_coco)
+
+        cfg = config(folder / name)
+        cfg.train_dataloader.dataset.update(dataset)
+        children = start(folder / name, lambda: train(cfg, launcher='pytorch'), note)
+        assert ended(children) == [1, 1]
+        assert not (folder / name / 'checked1').exists()
+        return (folder / name / 'checked0').read_text().split()
+
+    calls = run('folder', data_root='/no/such', data_prefix=dict(img='images'))
+    assert calls == ['check_folders']
+    calls = run('annotation')
+    assert calls == ['check_folders', 'check_folders', 'check_segmentation', 'check_coco']
+    for rank in range(2):
+        output = (folder / 'folder' / f'rank{rank}').read_text()
+        assert 'DataError: ToyData: there is no folder /no/such/images' in output, output
+        output = (folder / 'annotation' / f'rank{rank}').read_text()
+        assert 'DataError: an annotation is broken' in output, output
+
+
+def a_loss_that_is_not_finite_in_one_process_is_no_step_in_both(folder: Path) -> None:
+    """Both have the weights and the running statistics of the iteration before."""
+
+    def run() -> None:
+        broken = (5, 6) if os.environ['RANK'] == '1' else ()
+        cfg = config(folder)
+        cfg.model.update(broken=broken, norm=True)
+        cfg.default_hooks.checkpoint.update(interval=1, max_keep_ckpts=-1)
+        runner = train(cfg, seed=3, launcher='pytorch')
+        torch.save(runner.model.module.state_dict(), folder / f'state{runner.rank}')
+
+    assert ended(start(folder, run)) == [0, 0]
+    states = [torch.load(folder / f'state{rank}') for rank in range(2)]
+    saved = [torch.load(folder / f'iter_{n}.pth', weights_only=False) for n in (4, 6, 7)]
+    for key in states[0]:
+        assert torch.equal(states[0][key], states[1][key]), key
+        four, six, seven = (checkpoint['state_dict'][key] for checkpoint in saved)
+        assert seven.isfinite().all() and not torch.equal(six, seven), key
+        if key.startswith('layers.'):
+            assert torch.equal(four, six), key
+
+
+def a_process_that_stops_answering_is_not_awaited_for_ever(folder: Path) -> None:
+    """As on a machine that is gone: nothing closes its connections. The config says how long."""
+
+    def run() -> None:
+        cfg = config(folder)
+        cfg.env_cfg = dict(dist_cfg=dict(timeout=5))
+        train(cfg, launcher='pytorch')
+
+    stop = then(5, 1, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    waiting, stopped = start(folder, run, stop)
+    try:
+        assert ended([waiting]) == [1]
+    finally:
+        os.kill(stopped, signal.SIGKILL)
+    ended([stopped])
+    output = (folder / 'rank0').read_text()
+    assert f'The last checkpoint is {folder}/iter_3.pth; --resume continues' in output, output
+
+
 def main(folder: Path) -> None:
     """Run all."""
     torch.set_num_threads(1)
     two = one_or_two_processes_see_the_same(folder / 'same')
     accumulated_batches_count(folder / 'accumulated')
-    a_dead_rank_is_named(folder / 'dead1', 1)
-    a_dead_rank_is_named(folder / 'dead0', 0)
-    a_collective_that_never_ends(folder / 'stuck')
     a_signal_to_one_stops_both(folder / 'signal', two)
+    a_process_that_stops_answering_is_not_awaited_for_ever(folder / 'silent')
+    the_first_process_checks_the_data_for_both(folder / 'checks')
+    a_loss_that_is_not_finite_in_one_process_is_no_step_in_both(folder / 'finite')
 
 
 if __name__ == '__main__':

@@ -11,7 +11,7 @@ import torch
 from mmengine.runner import Runner
 from toy import toy_config
 
-from gfnet_dense.durable import WorkDirError, latest_checkpoint
+from gfnet_dense.durable import WorkDirError, latest_checkpoint, lock_work_dir
 from gfnet_dense.openmmlab import evaluate, train
 from gfnet_dense.serialization import CheckpointError, load_file, write_whole
 
@@ -99,30 +99,29 @@ def test_a_full_disk_ends_the_run_and_keeps_what_is_there(tmp_path):
 def test_a_work_dir_belongs_to_one_run(tmp_path):
     cfg = toy_config(tmp_path)
     train(cfg)
-    with pytest.raises(WorkDirError, match=r'holds the checkpoints of another run.*iter_12\.pth'):
+    with pytest.raises(
+        WorkDirError, match=r'holds the checkpoints of another run, such as iter_12\.pth'
+    ):
         train(cfg)
+    other_process, ours = os.pipe(), os.pipe()
     if os.fork() == 0:  # locks are between processes
         try:
-            from gfnet_dense.durable.work_dir import reserved
-
-            with reserved(tmp_path, resume='auto'):
-                (tmp_path / 'held').touch()
-                while not (tmp_path / 'enough').exists():
-                    pass
+            with lock_work_dir(tmp_path, tmp_path / 'iter_12.pth'):
+                os.write(ours[1], b'locked')
+                os.read(other_process[0], 1)
         finally:
             os._exit(0)
-    while not (tmp_path / 'held').exists():
-        pass
+    assert os.read(ours[0], 6) == b'locked'
     try:
         with pytest.raises(WorkDirError, match=r'in use by process \d+ on .*--work-dir'):
             train(cfg, resume='auto')
     finally:
-        (tmp_path / 'enough').touch()
+        os.write(other_process[1], b'x')
         os.wait()
     other = tmp_path / 'other'
     other.mkdir()
     (other / 'best_mIoU_iter_3.pth').touch()
-    with pytest.raises(WorkDirError, match=r'another run, best_mIoU_iter_3\.pth among them'):
+    with pytest.raises(WorkDirError, match=r'another run, such as best_mIoU_iter_3\.pth'):
         train(cfg, work_dir=str(other), resume=str(tmp_path / 'iter_12.pth'))
     with pytest.raises(WorkDirError, match='cannot be written to'):
         train(cfg, work_dir='/dev/null/run')

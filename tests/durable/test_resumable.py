@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from gfnet_dense.data import errors
 from gfnet_dense.durable import resumable
+from gfnet_dense.durable.data_checks import CheckedDataset
 from gfnet_dense.durable.resumable import ResumableBatchSampler, Sample, SeededDataset
 
 
@@ -102,7 +103,8 @@ def test_a_sample_that_cannot_be_loaded_is_named(workers):
     noise = Noise()
     noise.pipeline = 'broken'
     batches = ResumableBatchSampler(range(20), batch_size=4)
-    loader = DataLoader(SeededDataset(noise, 7), batch_sampler=batches, num_workers=workers)
+    dataset = CheckedDataset(SeededDataset(noise, 7))
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=workers)
     with pytest.raises(errors.DataError, match=r'images/13\.jpg cannot be loaded: OSError: trunc'):
         list(loader)
 
