@@ -332,7 +332,7 @@ def print_table(facts: Facts, problems: list[Problem]) -> None:
 
 
 def print_machine(facts: Facts) -> None:
-    """Print Python, system, GPUs, and whether mmcv has its operators."""
+    """Print Python, system, GPUs, and whether filters and mmcv have their compiled parts."""
     system = f'{platform.system()} {platform.machine()}, {os.cpu_count()} processors'
     print(f'Python {platform.python_version()}, {system}')
     if 'torch' not in facts.errors:
@@ -340,6 +340,12 @@ def print_machine(facts: Facts) -> None:
 
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         print(f'device: {", ".join(gpus) or "CPU (torch sees no GPU)"}')
+        if not import_error('gfnet_dense.spectral'):
+            from gfnet_dense.spectral import unsupported_reason
+
+            reason = unsupported_reason(torch.empty(1, 1, 1, 1), 'native')  # compiles it
+            slower = 'without it filters on a CPU take several times as long'
+            print(f'filters in C++: {f"no: {reason}; {slower}" if reason else "yes"}')
     if 'mmcv' in facts.errors:
         return
     if OPERATORS in facts.errors:

@@ -105,7 +105,7 @@ def global_filter(x: Tensor, weight: Tensor, backend: str = 'auto') -> Tensor:
         return x + 0 * weight.sum().to(x.dtype)
     if reason := unsupported_reason(x, backend):
         if not is_capturing():  # a graph cannot hold logging
-            _log_once(f"'auto' replaces {backend!r}: {reason}")
+            _log_once(logging.DEBUG, f"'auto' replaces {backend!r}: {reason}")
         backend = 'auto'
     backend = _fastest(x) if backend == 'auto' else backend
     return differentiable_filter(_BACKENDS[backend], x, weight)
@@ -117,16 +117,19 @@ def unsupported_reason(x: Tensor, backend: str) -> str | None:
 
 
 @functools.cache
-def _log_once(message: str) -> None:
-    logging.getLogger(__name__).debug(message)
+def _log_once(level: int, message: str) -> None:
+    logging.getLogger(__name__).log(level, message)
 
 
 def _fastest(x: Tensor) -> str:
     """Choose a backend; the same in training and evaluation."""
-    if x.is_cpu and native.unsupported_reason(x) is None:
+    reason = native.unsupported_reason(x) if x.is_cpu else 'it takes maps on a CPU'
+    if reason is None:
         return 'native'
     if is_capturing():
         return 'dense'
+    if x.is_cpu:
+        _log_once(logging.WARNING, f'filters take several times as long without C++: {reason}')
     sides = x.shape[1:3]
     is_dense_faster = x.is_cpu and sum(sides) <= _DENSE_SPEED * sum(map(_sum_of_factors, sides))
     return 'dense' if is_dense_faster else 'fft'

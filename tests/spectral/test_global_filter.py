@@ -1,6 +1,7 @@
 """The operator against direct sums, numbers of the official code, and its own mathematics."""
 
 import logging
+import shutil
 
 import hypothesis.strategies as st
 import numpy as np
@@ -19,6 +20,9 @@ from gfnet_dense.spectral import (
     unsupported_reason,
 )
 
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason='needs a C++ compiler'
+)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 
 
@@ -218,11 +222,27 @@ def test_an_unknown_backend_is_refused_with_the_known_ones():
     [((14, 14), 'dense'), ((64, 64), 'fft'), ((67, 67), 'dense'), ((100, 168), 'fft')],
     ids=str,
 )
-def test_auto_takes_dense_for_small_sides_and_large_prime_factors(size, choice):
+def test_auto_without_a_compiler(size, choice, monkeypatch, caplog):
+    spectral._log_once.cache_clear()
+    monkeypatch.setattr(spectral.native, 'unsupported_reason', lambda x: 'it needs a C++ compiler')
     x, weight = random_map_and_spectrum(size, torch.float32)
     results = {backend: global_filter(x, weight, backend) for backend in ('auto', 'dense', 'fft')}
     assert torch.equal(results['auto'], results[choice])
     assert not torch.equal(results['dense'], results['fft'])
+    global_filter(x, weight)
+    said = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert [record.getMessage() for record in said] == [
+        'filters take several times as long without C++: it needs a C++ compiler'
+    ]
+
+
+@needs_compiler
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_auto_on_a_cpu_with_a_compiler(dtype):
+    x, weight = random_map_and_spectrum((9, 10), dtype)
+    weight = weight.to(torch.promote_types(dtype, torch.float32))
+    assert torch.equal(global_filter(x, weight), global_filter(x, weight, 'native'))
+    assert unsupported_reason(x, 'native') is None
 
 
 def test_an_unsupported_map_falls_back_and_says_so_once(caplog):
