@@ -31,4 +31,4 @@ def operator_unsupported_reason() -> str | None:
 
 
 def _is_tracing() -> bool:
-    return torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return torch.jit.is_tracing()
