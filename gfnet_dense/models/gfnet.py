@@ -455,15 +455,29 @@ class GFNetBase(nn.Module):
 
     # Names. What the parameters are called is known here and nowhere else.
 
-    @abstractmethod
+    def _place(self, name: str) -> tuple[int, int] | None:
+        """Return stage and block of a parameter or module; block -1 is the patch embedding."""
+        first, *rest = name.split('.')
+        numbers = [int(number) for number in itertools.takewhile(str.isdecimal, rest)]
+        numbers = numbers if self.hierarchical else [0, *numbers]
+        if first == 'pos_embed':
+            return 0, -1
+        if first == 'patch_embed' and numbers:
+            return numbers[0], -1
+        return (numbers[0], numbers[1]) if first == 'blocks' and len(numbers) > 1 else None
+
     def get_level(self, name: str) -> int | None:
         """Return the level of a parameter or module; None for norm, head and anything foreign."""
+        place = self._place(name)
+        return None if place is None else place[0] if self.hierarchical else max(place[1], 0)
 
-    @abstractmethod
     def get_stage(self, name: str) -> int | None:
         """Return the stage of a parameter or module; None for head and anything foreign."""
+        if name.partition('.')[0] == self.final_norm:
+            return len(self.arch.depths) - 1
+        place = self._place(name)
+        return None if place is None else place[0]
 
-    @abstractmethod
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """Return the layer of a parameter for layer decay, and the number of layers.
 
@@ -474,6 +488,16 @@ class GFNetBase(nn.Module):
             param_name: Name of the parameter.
             prefix: What the names of this network begin with, such as `'backbone.'`.
         """
+        stages: Any = self.blocks if self.hierarchical else [self.blocks]
+        depths = [len(stage) for stage in stages]
+        num_layers = sum(depths) + 2
+        is_own = param_name.startswith(prefix)
+        place = self._place(param_name.removeprefix(prefix)) if is_own else None
+        if place is None:
+            return num_layers - 1, num_layers
+        stage, block = place
+        depth = 0 if place == (0, -1) else sum(depths[:stage]) + max(block, 0) + 1
+        return depth, num_layers
 
     @staticmethod
     def recognize_size(state: Mapping[str, Tensor]) -> Size:
@@ -555,11 +579,6 @@ class GFNetBase(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _index(parts: Sequence[str]) -> int | None:
-    """Return the first part of a dotted name as a number; None if it is no number."""
-    return int(parts[0]) if parts and parts[0].isdecimal() else None
-
-
 # timm's mark for parameters that belong to the layer before them.
 _LAST = ('^norm', (99999,))
 
@@ -589,29 +608,6 @@ class GFNet(GFNetBase):
         if level == 0:
             x = _add_position(self.patch_embed(x), self.pos_embed, self.grid)
         return self._forward_block(self.blocks[level], x)
-
-    def get_level(self, name: str) -> int | None:
-        """Return the level of a parameter or module; None for norm, head and anything foreign."""
-        first, *rest = name.split('.')
-        if first in ('pos_embed', 'patch_embed'):
-            return 0
-        return _index(rest) if first == 'blocks' else None
-
-    def get_stage(self, name: str) -> int | None:
-        """Return 0 for parameters and modules of this network; None for head and others."""
-        is_norm = name.partition('.')[0] == self.final_norm
-        return None if self.get_level(name) is None and not is_norm else 0
-
-    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """See :meth:`GFNetBase.get_layer_depth`."""
-        num_layers = len(self.blocks) + 2
-        if not param_name.startswith(prefix):
-            return num_layers - 1, num_layers
-        name = param_name.removeprefix(prefix)
-        level = self.get_level(name)
-        if level is None:
-            return num_layers - 1, num_layers
-        return level + name.startswith('blocks.'), num_layers
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Tell timm the layers: the stem, then each block; the norm belongs to the last block."""
@@ -650,35 +646,6 @@ class GFNetPyramid(GFNetBase):
         for block in stage:
             x = self._forward_block(block, x)
         return x
-
-    def get_level(self, name: str) -> int | None:
-        """Return the stage of a parameter or module; None for norm, head and anything foreign."""
-        first, *rest = name.split('.')
-        if first == 'pos_embed':
-            return 0
-        return _index(rest) if first in ('patch_embed', 'blocks') else None
-
-    def get_stage(self, name: str) -> int | None:
-        """Return the stage of a parameter or module; None for head and anything foreign."""
-        if name.partition('.')[0] == self.final_norm:
-            return len(self.blocks) - 1
-        return self.get_level(name)
-
-    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """See :meth:`GFNetBase.get_layer_depth`."""
-        depths = [len(stage) for stage in self.blocks]  # type: ignore[arg-type]
-        num_layers = sum(depths) + 2
-        if not param_name.startswith(prefix):
-            return num_layers - 1, num_layers
-        name = param_name.removeprefix(prefix)
-        level = self.get_level(name)
-        if level is None:
-            return num_layers - 1, num_layers
-        before = list(itertools.accumulate(depths, initial=0))[level]
-        if name.startswith('blocks.'):
-            block = _index(name.split('.')[2:])
-            return before + 1 + (block or 0), num_layers
-        return (before + 1 if level > 0 else 0), num_layers
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Tell timm the layers: the stem, then each block, or each stage if `coarse`.

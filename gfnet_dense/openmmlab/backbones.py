@@ -144,7 +144,7 @@ class BackboneMixin(GFNetBase, BaseModule):
         level = self._output_level(name)
         if level is not None:
             return level if self.hierarchical else 0
-        return super().get_stage(name)  # type: ignore[safe-super]
+        return super().get_stage(name)
 
     def init_weights(self) -> None:
         """Load what `init_cfg` names; without it the initialisation of the constructor stays.
