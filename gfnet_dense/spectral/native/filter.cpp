@@ -24,6 +24,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <new>
 #include <system_error>
 #include <thread>
@@ -613,7 +614,8 @@ struct Steps {
   // rounding errors of the larger would drown the smaller.
   void forward_rows(const Map& x, Cell<T>* z, Index pair, Index image, Index block,
                     const Buffers<T>& buffers) const {
-    // The next pair is fetched ahead: the strides are too long for the processor to foresee it.
+    // The next pair, and where this one goes, are fetched ahead: the strides are too long for the
+    // processor to foresee them.
     const Range h = pair_of(pair), ahead = pair_of(clamp(pair + 1, 0, pairs - 1));
     with_storage([&](auto storage) {
       using S = decltype(storage);
@@ -628,8 +630,13 @@ struct Steps {
         buffers.a[w] = cell;
       }
     });
-    transform(rows, buffers.a, 1, buffers.c, 1, 1, buffers);
     Cell<T>*const to_a = z + h.first * pitch, *const to_b = z + h.last * pitch;
+    for (Index k = 0; k < half; k++)
+      for (const Cell<T>* to : {to_a + k, to_b + k}) {
+        __builtin_prefetch(&to->re);
+        __builtin_prefetch(&to->im);
+      }
+    transform(rows, buffers.a, 1, buffers.c, 1, 1, buffers);
     for (Index k = 0; k < half; k++) {
       const Cell<T> p = buffers.c[k], q = buffers.c[k ? width - k : 0];
       to_a[k] = {p.re + q.re, p.im - q.im};
