@@ -9,6 +9,7 @@ only its Hermitian part acts. The same numbers come out for any number of thread
 import ctypes
 import functools
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -129,7 +130,7 @@ def _call(name: str, x: Tensor, *arguments: int | None) -> None:
 
 
 @functools.cache
-def _function(name: str) -> ctypes._CFuncPtr:
+def _function(name: str) -> Callable[..., int]:
     pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_ssize_t
     strided = [pointer, size, size, size]
     rest = {

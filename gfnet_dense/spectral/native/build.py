@@ -42,9 +42,9 @@ def load() -> ctypes.CDLL:
         logging.getLogger(__name__).info('Compiling without a cache: %s', e)
     # A folder of our own, which nobody else may write to. What is loaded needs its file no longer.
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            _compile(compiler, Path(folder) / name)
-            return ctypes.CDLL(str(Path(folder) / name))
+        with tempfile.TemporaryDirectory() as temporary:
+            _compile(compiler, Path(temporary) / name)
+            return ctypes.CDLL(str(Path(temporary) / name))
     except OSError as e:
         raise BuildError(f'the compiled library cannot be loaded: {e}') from e
 
