@@ -1,5 +1,6 @@
 """A run of milliseconds an iteration, with randomness everywhere, for tests of what runs it."""
 
+import itertools
 import os
 import random
 import signal
@@ -16,6 +17,8 @@ from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS
 from mmengine.structures import BaseDataElement
 from torch import nn
+
+_numbers = itertools.count()
 
 
 @DATASETS.register_module()
@@ -121,6 +124,8 @@ def toy_config(
         dict(
             default_scope='mmengine',
             work_dir=str(work_dir),
+            # mmengine's own name is the second, so runs of one second would share a log.
+            experiment_name=f'{Path(work_dir).name}_{next(_numbers)}',
             model=dict(type='ToyModel', broken=broken),
             train_dataloader=dict(
                 batch_size=8,
