@@ -23,19 +23,21 @@ __all__ = [
     'resize_spectrum',
 ]
 
-if importlib.util.find_spec('timm') is not None:
+# The operator works where timm is missing, and the networks where mmengine is.
+_networks_error = ''
+try:
     from .models import GFNet, GFNetPyramid, GlobalFilter
-
+except ImportError as e:
+    _networks_error = str(e)
+else:
     if importlib.util.find_spec('mmengine') is not None:
         try:
             from . import openmmlab  # noqa: F401
         except ImportError as e:
-            warnings.warn(
-                f'GFNet is not registered in mmengine, which cannot be imported: {e}', stacklevel=2
-            )
+            warnings.warn(f'GFNet is not registered in mmengine: {e}', stacklevel=2)
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        raise ImportError(f'{name} needs timm: pip install timm')
+        raise ImportError(f'{name} needs timm 1.0.26 or later: {_networks_error}')
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -100,7 +100,7 @@ def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
     Raises:
         OSError: If it cannot be written; what was there before stays.
     """
-    # A tensor that is part of another one would take the whole of it along.
+    # Saving a view would save its whole storage.
     state = {
         key: value.clone(memory_format=torch.contiguous_format) for key, value in state.items()
     }
@@ -118,7 +118,7 @@ def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
         if written.keys() != state.keys() or not all(
             torch.equal(written[key], value) for key, value in state.items()
         ):
-            raise OSError(errno.EIO, 'not what was written is read back', str(path))
+            raise OSError(errno.EIO, 'other weights than written are read back', str(path))
 
 
 def plain_types() -> AbstractContextManager[None]:

@@ -292,10 +292,10 @@ class GFNetBase(nn.Module):
         self._build(spec, make_block)
         self.norm: nn.Module = LayerNorm(self.num_features)
         self.head_drop = nn.Dropout(drop_rate)
+        self._make_head(num_classes, global_pool)
         # Filters and LayerScales have their initial values; convolutions keep torch's default.
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(init_linear)
-        self.reset_classifier(num_classes, global_pool)
         self.to(device=device, dtype=dtype)
 
     def _architecture(self, arch: str | Mapping[str, Any]) -> Architecture:
@@ -437,11 +437,14 @@ class GFNetBase(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a new one; None keeps the pooling."""
+        self._make_head(num_classes, global_pool)
+        self.head.apply(init_linear).to(self.pos_embed).train(self.training)
+
+    def _make_head(self, num_classes: int, global_pool: str | None) -> None:
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool
         self.global_pool, self.head = create_classifier(
             self.num_features, num_classes, pool_type, input_fmt=self.output_fmt
         )
-        self.head.apply(init_linear).to(self.pos_embed).train(self.training)
         self.num_classes = num_classes
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 

@@ -3,9 +3,8 @@
 Files go to the checkpoints folder of torch.hub, where timm and torchvision keep theirs, too. One
 mechanism serves processes that start together, whether they belong to one distributed run or to
 several: who holds the lock beside the file downloads it, the others wait and find it. The kernel
-takes the lock from a process that dies. Nodes that share the folder share the lock, where their
-file system knows locks; where it does not, each downloads for itself, and the last one that is
-complete stays.
+takes the lock from a process that dies. Nodes that share the folder share the lock if the file
+system supports locks. Otherwise each node downloads the file, and the last complete download stays.
 """
 
 import html

@@ -1,9 +1,12 @@
 """The networks as backbones of OpenMMLab: a tuple of maps, frozen stages, `init_cfg`."""
 
 import copy
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from mmengine.logging import print_log
 from mmengine.model import BaseModule, PretrainedInit, initialize
 from mmengine.registry import MODELS
 from timm.layers import LayerNorm
@@ -11,6 +14,30 @@ from torch import Tensor, nn
 
 from gfnet_dense import models
 from gfnet_dense.models.gfnet import GFNetBase
+
+
+class _RunLog(logging.Handler):
+    """Writes what the core logs, such as the weights that were loaded, into the log of the run."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass a record on to mmengine's current logger; without one mmengine prints it."""
+        print_log(self.format(record), logger='current', level=record.levelno)
+
+
+@contextmanager
+def log_to_run() -> Iterator[None]:
+    """Within it, the core logs into the log of the run; the core's logger is left as it was."""
+    core, handler = logging.getLogger('gfnet_dense'), _RunLog()
+    before = core.level, core.propagate
+    core.addHandler(handler)
+    core.setLevel(logging.INFO)
+    core.propagate = False
+    try:
+        yield
+    finally:
+        core.removeHandler(handler)
+        core.level, core.propagate = before
+
 
 _PRETRAINED = ('Pretrained', 'mmengine.Pretrained', PretrainedInit)
 
@@ -175,8 +202,9 @@ class BackboneMixin(GFNetBase, BaseModule):
                     f'the backbone of a segmentor or detector by itself), but got {dict(cfg)}'
                 )
         initialize(self, [cfg for cfg in cfgs if cfg not in files])
-        for cfg in files:
-            self.load_pretrained(cfg['checkpoint'])
+        with log_to_run():
+            for cfg in files:
+                self.load_pretrained(cfg['checkpoint'])
         self._is_init = True
 
     def train(self, mode: bool = True) -> 'BackboneMixin':

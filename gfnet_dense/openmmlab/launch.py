@@ -63,7 +63,7 @@ def train(
     if amp:
         if not torch.cuda.is_available():
             raise ValueError(
-                f'mixed precision ({amp}) needs a GPU for training, and there is none: leave --amp'
+                f'mixed precision ({amp}) needs a GPU for training, and there is none: omit --amp'
             )
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.dtype = amp
@@ -86,7 +86,7 @@ def train(
     if compiled:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         if not hasattr(model, 'backbone'):
-            raise ValueError(f'{type(model).__name__} has no backbone to compile: leave --compile')
+            raise ValueError(f'{type(model).__name__} has no backbone to compile: omit --compile')
         model.backbone.compile()  # in place, so that names in checkpoints stay
     runner.train()
     return runner
@@ -111,7 +111,7 @@ def _resume(cfg: Config, checkpoint: str) -> None:
 
 
 def _nothing_to_resume(work_dir: str) -> FileNotFoundError:
-    return FileNotFoundError(f'nothing to resume in {work_dir}: leave --resume to start anew')
+    return FileNotFoundError(f'nothing to resume in {work_dir}: omit --resume to start anew')
 
 
 def evaluate(
@@ -151,7 +151,7 @@ def evaluate(
     if tta:
         missing = sorted({'tta_model', 'tta_pipeline'} - set(cfg))
         if missing:
-            raise ValueError(f'{cfg.filename} has no {" and no ".join(missing)}: leave --tta')
+            raise ValueError(f'{cfg.filename} has no {" and no ".join(missing)}: omit --tta')
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.model = dict(**cfg.tta_model, module=cfg.model)
     if show_dir:

@@ -34,7 +34,7 @@ _BACKENDS: dict[str, Backend] = {
 }
 BACKENDS = ('auto', *_BACKENDS)
 
-register_derivatives(native, 'gfnet_dense_native::filter', 'gfnet_dense_native::correlate')
+register_derivatives(native, f'{native.NAMESPACE}::filter', f'{native.NAMESPACE}::correlate')
 register_derivatives(triton, triton.filter, triton.correlate)
 
 # Per value, matrix products multiply H + W times and FFTs about as often as the prime factors of H

@@ -19,7 +19,13 @@ from gfnet_dense.models.gfnet import ISOTROPIC, Architecture
 
 
 def load() -> None:
-    GFNet('nano', img_size=512, num_classes=0).load_pretrained('gfnet-nano')
+    try:
+        from gfnet_dense.openmmlab import GFNet as Backbone
+    except ImportError:  # the core alone
+        GFNet('nano', img_size=512, num_classes=0).load_pretrained('gfnet-nano')
+    else:
+        init_cfg = dict(type='Pretrained', checkpoint='gfnet-nano')
+        Backbone('nano', img_size=512, init_cfg=init_cfg).init_weights()
     print('loaded by a process\n', end='', flush=True)
 
 

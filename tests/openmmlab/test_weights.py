@@ -1,6 +1,7 @@
 """Weights in the networks of OpenMMLab: other outputs, `init_cfg`, checkpoints of mmengine."""
 
 import io
+import logging
 import struct
 import zipfile
 from pathlib import Path
@@ -23,10 +24,9 @@ from weights import (
     saved,
 )
 
-from gfnet_dense import openmmlab
 from gfnet_dense.models.checkpoint import CheckpointError, adapt_state_dict, read_state_dict
 from gfnet_dense.models.gfnet import HIERARCHICAL, ISOTROPIC
-from gfnet_dense.openmmlab import GFNet, GFNetPyramid
+from gfnet_dense.openmmlab import GFNet, GFNetPyramid, backbones
 from gfnet_dense.openmmlab.layer_decay import layer_ids
 from gfnet_dense.serialization import load_file
 
@@ -39,10 +39,14 @@ networks = pytest.mark.parametrize(
 
 def test_the_log_of_a_run_says_what_was_loaded_resized_and_left(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(openmmlab, 'print_log', lambda message, **_: said.append(message))
+    monkeypatch.setattr(backbones, 'print_log', lambda message, **_: said.append(message))
     source = GFNetPyramid(PYRAMID, img_size=32, num_classes=5)
     path = saved(official_content(source), tmp_path)
-    GFNetPyramid(PYRAMID, img_size=64).load_pretrained(path)
+    core = logging.getLogger('gfnet_dense')
+    before = core.level, core.propagate, list(core.handlers)
+    init_cfg = {'type': 'Pretrained', 'checkpoint': str(path)}
+    GFNetPyramid(PYRAMID, img_size=64, init_cfg=init_cfg).init_weights()
+    assert (core.level, core.propagate, core.handlers) == before
     said = '\n'.join(said)
     assert str(path) in said
     assert 'pos_embed' in said

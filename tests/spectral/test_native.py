@@ -85,16 +85,20 @@ def strided(tensor: Tensor, layout: str) -> Tensor:
 def threads_of_torch(threads: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
 def poisoned() -> Iterator[None]:
     """Fill with NaN what `torch.empty` returns."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 LAYOUTS = ['dense', 'channels first', 'every other', 'misaligned', 'part of more channels']
@@ -229,11 +233,30 @@ def test_graphs_hold_it_whole():
 def test_operators_are_registered_correctly(dtype):
     x, weight, g = case(2, 4, 5, 3, dtype)
     x = strided(x, 'every other')
-    operators = torch.ops.gfnet_dense_native
+    operators = getattr(torch.ops, native.NAMESPACE)
     tests = ('test_schema', 'test_faketensor')
     torch.library.opcheck(operators.filter.default, (x, weight, True), test_utils=tests)
     torch.library.opcheck(operators.adjoint.default, (g, x, weight), test_utils=tests)
     torch.library.opcheck(operators.correlate.default, (g, x), test_utils=tests)
+
+
+@pytest.mark.parametrize(
+    ('run', 'message'),
+    [
+        (lambda x, w, g: native.filter(x, w[:, :1], False), r'shape \(4, 3, 2, 2\), but has'),
+        (lambda x, w, g: native.filter(x[0], w, False), r'map \(B, H, W, C\), but is'),
+        (lambda x, w, g: native.adjoint(g[:1], x, w), r'g must be as x.*\(1, 4, 5, 2\)'),
+        (lambda x, w, g: native.adjoint(g, x, w[:2]), 'weight must have shape'),
+        (lambda x, w, g: native.correlate(g.double(), x), 'but is torch.float64'),
+    ],
+)
+def test_operators_refuse_what_does_not_fit_together(run, message):
+    with pytest.raises(ValueError, match=message):
+        run(*case(2, 4, 5, 2))
+
+
+def test_a_compiler_command_that_cannot_be_parsed():
+    assert '$CXX cannot be parsed' in reason(CXX="g++ 'x")
 
 
 def test_what_it_does_not_take():

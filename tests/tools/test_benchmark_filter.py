@@ -25,3 +25,12 @@ def test_prints_a_ratio_for_every_contender_and_says_where():
     assert len(rows) == 8
     for row in rows:
         assert len(re.findall(r'\d+\.\d\d \(\d+\.\d\d-\d+\.\d\d\)', row)) == len(names)
+
+
+def test_the_filter_of_another_checkout_takes_part():
+    root = TOOL.parents[1]
+    command = [sys.executable, TOOL, '--against', root, '--sizes', '4x4x8', '--repeats', '2']
+    command += ['--batch', '1', '--seconds', '0']
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f' | {root.name} |' in run.stdout
+    assert len(re.findall(r'(?m)^\| 1x4x4x8 \|', run.stdout)) == 2

@@ -3,7 +3,7 @@
 Three operators of namespace `gfnet_dense_native`, which compilers take as they are. What they have
 in common: maps of shape `(B, H, W, C)`, of which float16 and bfloat16 ones are computed in float32;
 spectra of shape `(H, W // 2 + 1, C, 2)` in float32, or float64 for maps of float64. Of a spectrum
-only its Hermitian part acts. The same numbers come out for any number of threads.
+only its Hermitian part acts. Results are identical for any number of threads.
 """
 
 import ctypes
@@ -14,8 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gfnet_dense.spectral.tracing import operator_unsupported_reason
-
+from ..tracing import operator_unsupported_reason
 from .build import BuildError, load
 
 __all__ = ['adjoint', 'correlate', 'filter', 'unsupported_reason']
@@ -49,14 +48,15 @@ def _try_to_build() -> str | None:
 
 
 # torch.library.custom_op is more convenient, but takes longer than the filter of a small map.
-_LIBRARY = torch.library.Library('gfnet_dense_native', 'DEF')
+NAMESPACE = __name__.replace('.', '_')
+_LIBRARY = torch.library.Library(NAMESPACE, 'DEF')
 for _schema in (
     'filter(Tensor x, Tensor weight, bool conjugate) -> Tensor',
     'adjoint(Tensor g, Tensor x, Tensor weight) -> (Tensor, Tensor)',
     'correlate(Tensor g, Tensor x) -> Tensor',
 ):
     _LIBRARY.define(_schema, tags=torch.Tag.pt2_compliant_tag)
-_OPERATORS = torch.ops.gfnet_dense_native
+_OPERATORS = getattr(torch.ops, NAMESPACE)
 
 
 def filter(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
@@ -75,6 +75,7 @@ def correlate(g: Tensor, x: Tensor) -> Tensor:
 
 
 def _filter(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
+    _check(x, weight=weight)
     x, weight = _readable(x), _spectrum(weight, x)
     y = torch.empty(x.shape, dtype=x.dtype)
     _call('filter', x, *_map(x), weight.data_ptr(), conjugate, y.data_ptr())
@@ -82,6 +83,7 @@ def _filter(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
 
 
 def _adjoint(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    _check(x, g, weight)
     g, x, spectrum = _readable(g), _readable(x), _spectrum(weight, x)
     gx, gweight = torch.empty(x.shape, dtype=x.dtype), torch.empty_like(spectrum)
     pointers = spectrum.data_ptr(), gx.data_ptr(), gweight.data_ptr()
@@ -90,10 +92,25 @@ def _adjoint(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _correlate(g: Tensor, x: Tensor) -> Tensor:
+    _check(x, g)
     g, x = _readable(g), _readable(x)
     gweight = _empty_spectrum(x)
     _call('adjoint', x, *_map(g), *_map(x), None, None, gweight.data_ptr())
     return gweight
+
+
+def _check(x: Tensor, g: Tensor | None = None, weight: Tensor | None = None) -> None:
+    """Raise a ValueError where C++ would read beyond a tensor or mistake its dtype."""
+    if x.dtype not in _DTYPES or x.ndim != 4:
+        raise ValueError(f'x must be a map (B, H, W, C), but is {x.dtype} {tuple(x.shape)}')
+    if g is not None and (g.dtype != x.dtype or g.shape != x.shape):
+        raise ValueError(
+            f'g must be as x, {x.dtype} {tuple(x.shape)}, but is {g.dtype} {tuple(g.shape)}'
+        )
+    _, height, width, channels = x.shape
+    expected = (height, width // 2 + 1, channels, 2)
+    if weight is not None and weight.shape != expected:
+        raise ValueError(f'weight must have shape {expected}, but has {tuple(weight.shape)}')
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -170,16 +187,16 @@ _LIBRARY.impl('adjoint', _adjoint, 'CPU')
 _LIBRARY.impl('correlate', _correlate, 'CPU')
 
 
-@torch.library.register_fake('gfnet_dense_native::filter', lib=_LIBRARY)
+@torch.library.register_fake(f'{NAMESPACE}::filter', lib=_LIBRARY)
 def _(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake('gfnet_dense_native::adjoint', lib=_LIBRARY)
+@torch.library.register_fake(f'{NAMESPACE}::adjoint', lib=_LIBRARY)
 def _(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-@torch.library.register_fake('gfnet_dense_native::correlate', lib=_LIBRARY)
+@torch.library.register_fake(f'{NAMESPACE}::correlate', lib=_LIBRARY)
 def _(g: Tensor, x: Tensor) -> Tensor:
     return _empty_spectrum(x)

@@ -52,7 +52,10 @@ def load() -> ctypes.CDLL:
 def _find_compiler() -> list[str]:
     """Return the command of the first C++ compiler there is; `$CXX` may hold arguments, too."""
     for command in (os.environ.get('CXX', ''), 'c++', 'g++', 'clang++'):
-        words = shlex.split(command)
+        try:
+            words = shlex.split(command)
+        except ValueError as e:
+            raise BuildError(f'$CXX cannot be parsed ({e}): {command}') from e
         if words and (path := shutil.which(words[0])):
             return [path, *words[1:]]
     raise BuildError('it needs a C++ compiler: $CXX, c++, g++ or clang++')
@@ -111,7 +114,9 @@ def _run(command: list[str]) -> str:
     # Messages in English, whatever the user's language.
     env = {**os.environ, 'LC_ALL': 'C'}
     try:
-        process = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+        process = subprocess.run(
+            command, capture_output=True, text=True, errors='replace', env=env, check=False
+        )
     except OSError as e:
         raise BuildError(f'the C++ compiler {command[0]} does not run: {e.strerror}') from e
     if process.returncode:

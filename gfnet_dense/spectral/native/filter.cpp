@@ -752,6 +752,8 @@ struct Split {
     units = (blocks + chunk - 1) / chunk * images;
     parts = units && units < threads ? (threads + units - 1) / units : 1;
   }
+  // How many units have their planes in the workspace at a time.
+  Index places(int threads) const { return parts == 1 ? threads : units; }
   Range blocks_of(Index i) const {
     return {i * chunk, (i + 1) * chunk < blocks ? (i + 1) * chunk : blocks};
   }
@@ -786,18 +788,18 @@ void filter(Parallel parallel, int threads, DType dtype, Sizes sizes, const Map&
   const Steps<T> s{dtype, sizes.batch, sizes.height, sizes.width, sizes.channels};
   const T* const weight = static_cast<const T*>(spectrum);
   const Split split(s.blocks, s.batch, threads);
-  const Index planes = split.chunk * s.plane, space = planes + s.buffer_cells();
-  const Workspace workspace(threads * space * sizeof(Cell<T>));
+  const Index planes = split.chunk * s.plane, places = split.places(threads);
+  const Workspace workspace((places * planes + threads * s.buffer_cells()) * sizeof(Cell<T>));
   Cell<T>* const cells = static_cast<Cell<T>*>(workspace.data());
 
   run_steps(parallel, threads, split, 3, [&](Index step, int thread, Index place, Index unit,
                                              Index part) {
     const Index image = unit % s.batch;
-    const Buffers<T> b = s.buffers(cells + thread * space + planes);
+    const Buffers<T> b = s.buffers(cells + places * planes + thread * s.buffer_cells());
     const auto for_blocks = [&](const auto& use) {
       const Range blocks = split.blocks_of(unit / s.batch);
       for (Index block = blocks.first; block < blocks.last; block++)
-        use(block, cells + place * space + (block - blocks.first) * s.plane);
+        use(block, cells + place * planes + (block - blocks.first) * s.plane);
     };
     if (step == 0) {
       split.for_part(s.pairs, part, [&](Index pair) {
@@ -831,18 +833,18 @@ void adjoint(Parallel parallel, int threads, DType dtype, Sizes sizes, const Map
   T* const gweight = static_cast<T*>(gspectrum);
   if (s.batch == 0) std::memset(gweight, 0, s.weight_at(s.height, 0, 0) * sizeof(T));
   const Split split(s.blocks, 1, threads);
-  const Index planes = split.chunk * 3 * s.plane, space = planes + s.buffer_cells();
-  const Workspace workspace(threads * space * sizeof(Cell<T>));
+  const Index planes = split.chunk * 3 * s.plane, places = split.places(threads);
+  const Workspace workspace((places * planes + threads * s.buffer_cells()) * sizeof(Cell<T>));
   Cell<T>* const cells = static_cast<Cell<T>*>(workspace.data());
 
   run_steps(parallel, threads, split, 3 * s.batch, [&](Index step, int thread, Index place,
                                                        Index unit, Index part) {
     const Index image = step / 3;
-    const Buffers<T> b = s.buffers(cells + thread * space + planes);
+    const Buffers<T> b = s.buffers(cells + places * planes + thread * s.buffer_cells());
     const auto for_blocks = [&](const auto& use) {
       const Range blocks = split.blocks_of(unit);
       for (Index block = blocks.first; block < blocks.last; block++)
-        use(block, cells + place * space + (block - blocks.first) * 3 * s.plane);
+        use(block, cells + place * planes + (block - blocks.first) * 3 * s.plane);
     };
     if (step % 3 == 0) {
       split.for_part(s.pairs, part, [&](Index pair) {

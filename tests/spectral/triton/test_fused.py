@@ -29,7 +29,7 @@ from gfnet_dense.spectral import triton as fused
 from gfnet_dense.spectral.reference import reference_filter
 from gfnet_dense.spectral.triton import folded
 
-triton = pytest.importorskip('triton')
+triton = pytest.importorskip('triton', minversion='3.4')
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = 'cuda' if torch.cuda.is_available() and not INTERPRETED else 'cpu'
