@@ -55,7 +55,7 @@ test-fast: install $(TOOLS)  ## run the tests without training runs and compiled
 	$(PY) $(PYTEST) -m 'not slow' $(FAST) $(NOT_FAST) $(ARGS)
 
 test-core: $(CORE)  ## test operator and networks with torch and timm alone; TORCH=2.14.1
-	$(CORE_PY) $(PYTEST) -m 'not slow' $(CORE_TESTS) $(ARGS)
+	$(CORE_PY) $(PYTEST) $(CORE_TESTS) $(ARGS)
 
 coverage: ops  ## run all tests and report which lines they execute
 	$(PY) $(PYTEST) --cov --cov-report=term --cov-report=html $(ARGS)

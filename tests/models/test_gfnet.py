@@ -326,6 +326,7 @@ def shallow(name: str) -> nn.Module:
     return timm.create_model(name, arch=arch, img_size=32, num_classes=4)
 
 
+@pytest.mark.slow
 @names
 def test_compiles_forward_and_backward_to_one_graph(name):
     # Without the code that inductor makes of the graphs, for which its compiler takes a minute.

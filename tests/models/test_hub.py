@@ -476,6 +476,7 @@ def run_processes(mode: str, server: Server) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_processes_of_a_group_download_once_and_speak_once(server, content):
     def slowly(handler: Handler) -> None:
         time.sleep(1)
@@ -493,6 +494,7 @@ def test_processes_of_a_group_download_once_and_speak_once(server, content):
     assert out.count('waiting for another process') <= times
 
 
+@pytest.mark.slow
 def test_a_killed_download_is_taken_over(server, folder, content):
     def stall_at_first(handler: Handler) -> None:
         (stalled if len(server.requests) == 1 else whole)(content)(handler)

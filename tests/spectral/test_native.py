@@ -292,6 +292,7 @@ def test_without_a_compiler(tmp_path):
     assert reason(**env) == 'it needs a C++ compiler: $CXX, c++, g++ or clang++'
 
 
+@pytest.mark.slow
 def test_with_a_compiler_that_fails(tmp_path):
     compiler = tmp_path / 'compiler'
     compiler.write_text(
@@ -305,6 +306,7 @@ def test_with_a_compiler_that_fails(tmp_path):
     assert re.search('does not run', reason(CXX=str(compiler), XDG_CACHE_HOME=str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_without_a_cache(tmp_path):
     file = tmp_path / 'file'
     file.touch()
@@ -312,6 +314,7 @@ def test_without_a_cache(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_build_once(tmp_path):
     """The compiler keeps a list of its runs, and is slow enough for all of them to meet."""
     compiler, runs = tmp_path / 'compiler', tmp_path / 'runs'

@@ -113,6 +113,7 @@ def by_kernels(x: Tensor, weight: Tensor) -> Tensor:
     return global_filter(x, weight, 'fused')
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason='the interpreter runs')
 def test_under_the_interpreter():
     command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__]
