@@ -4,8 +4,11 @@ import argparse
 import io
 from pathlib import Path
 
+import timm
 import torch
 from torch import Tensor, nn
+
+from gfnet_dense.models.gfnet import HIERARCHICAL, ISOTROPIC
 
 PYRAMID = {'embed_dims': (4, 6, 8, 10), 'depths': (1, 2, 1, 1), 'layer_scale_init_value': 0.5}
 PATCHES = {'embed_dims': 8, 'depths': 3}
@@ -48,3 +51,37 @@ def file_of(content: object, **arguments) -> bytes:
     file = io.BytesIO()
     torch.save(content, file, **arguments)
     return file.getvalue()
+
+
+def on_meta(name: str, **arguments) -> nn.Module:
+    """Make a timm model without memory for its parameters."""
+    with torch.device('meta'):
+        return timm.create_model(name, **arguments).eval()
+
+
+def narrow(name: str, **arguments) -> nn.Module:
+    """Make a model of the depths of a published one and a sixteenth of its channels."""
+    return timm.create_model(name, **{'arch': narrow_arch(name), 'img_size': 32, **arguments})
+
+
+def narrow_arch(name: str) -> dict:
+    """Return the architecture of :func:`narrow`."""
+    size = name.split('.')[0].removeprefix('gfnet_').replace('_', '-')
+    spec = (HIERARCHICAL | ISOTROPIC)[size]
+    scale = None if spec.layer_scale_init_value is None else 0.5
+    return dict(
+        embed_dims=[dim // 16 for dim in spec.embed_dims],
+        depths=spec.depths,
+        patch_size=spec.patch_size,
+        layer_scale_init_value=scale,
+    )
+
+
+def is_hierarchical(name: str) -> bool:
+    """Tell whether a timm name is of a hierarchical network."""
+    return name.startswith('gfnet_h_')
+
+
+def from_file(path: Path, **arguments) -> dict:
+    """Return the arguments that make timm load a file as pretrained weights."""
+    return dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **arguments)

@@ -19,8 +19,8 @@ from timm.layers import create_feature_extractor
 from timm.models import FeatureInfo, get_pretrained_cfg
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+from weights import from_file, is_hierarchical, narrow, narrow_arch, on_meta
 
-from gfnet_dense.models.gfnet import HIERARCHICAL, ISOTROPIC
 from gfnet_dense.serialization import CheckpointError
 
 # Parameters, top-1 and top-5 as reported, and the address of the weights.
@@ -44,32 +44,6 @@ REDUCTIONS = [4, 8, 16, 32]
 
 names = pytest.mark.parametrize('name', PUBLISHED)
 one_of_each = pytest.mark.parametrize('name', ['gfnet_h_ti', 'gfnet_ti'])
-
-
-def on_meta(name: str, **arguments) -> nn.Module:
-    with torch.device('meta'):
-        return timm.create_model(name, **arguments).eval()
-
-
-def narrow(name: str, **arguments) -> nn.Module:
-    """Make a model of the depths of a published one and a sixteenth of its channels."""
-    return timm.create_model(name, **{'arch': narrow_arch(name), 'img_size': 32, **arguments})
-
-
-def narrow_arch(name: str) -> dict:
-    size = name.split('.')[0].removeprefix('gfnet_').replace('_', '-')
-    spec = (HIERARCHICAL | ISOTROPIC)[size]
-    scale = None if spec.layer_scale_init_value is None else 0.5
-    return dict(
-        embed_dims=[dim // 16 for dim in spec.embed_dims],
-        depths=spec.depths,
-        patch_size=spec.patch_size,
-        layer_scale_init_value=scale,
-    )
-
-
-def is_hierarchical(name: str) -> bool:
-    return name.startswith('gfnet_h_')
 
 
 def golden_of(name: str) -> tuple[str, dict]:
@@ -432,11 +406,6 @@ def official_file(folder: Path, state: dict[str, Tensor], name: str = 'official.
 def golden_state(numbers: dict[str, Tensor]) -> dict[str, Tensor]:
     prefix = 'state_dict.'
     return {k.removeprefix(prefix): v for k, v in numbers.items() if k.startswith(prefix)}
-
-
-def from_file(path: Path, **arguments) -> dict:
-    """Return the arguments that make timm load a file as pretrained weights."""
-    return dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **arguments)
 
 
 @names

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from mmengine.logging import HistoryBuffer, MessageHub, history_buffer
 from mmengine.model import BaseModule, PretrainedInit
@@ -19,7 +18,11 @@ from weights import (
     PYRAMID,
     assert_equal_states,
     file_of,
+    from_file,
+    is_hierarchical,
+    narrow,
     official_content,
+    on_meta,
     randomized,
     saved,
 )
@@ -243,37 +246,6 @@ names = pytest.mark.parametrize(
     'name', [f'gfnet_{size.replace("-", "_")}' for size in HIERARCHICAL | ISOTROPIC]
 )
 one_of_each = pytest.mark.parametrize('name', ['gfnet_h_ti', 'gfnet_ti'])
-
-
-def narrow(name: str, **arguments) -> nn.Module:
-    """Make a model of the depths of a published one and a sixteenth of its channels."""
-    return timm.create_model(name, **{'arch': narrow_arch(name), 'img_size': 32, **arguments})
-
-
-def narrow_arch(name: str) -> dict:
-    size = name.split('.')[0].removeprefix('gfnet_').replace('_', '-')
-    spec = (HIERARCHICAL | ISOTROPIC)[size]
-    scale = None if spec.layer_scale_init_value is None else 0.5
-    return dict(
-        embed_dims=[dim // 16 for dim in spec.embed_dims],
-        depths=spec.depths,
-        patch_size=spec.patch_size,
-        layer_scale_init_value=scale,
-    )
-
-
-def is_hierarchical(name: str) -> bool:
-    return name.startswith('gfnet_h_')
-
-
-def from_file(path: Path, **arguments) -> dict:
-    """Return the arguments that make timm load a file as pretrained weights."""
-    return dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **arguments)
-
-
-def on_meta(name: str, **arguments) -> nn.Module:
-    with torch.device('meta'):
-        return timm.create_model(name, **arguments).eval()
 
 
 def faces(name: str, state: dict[str, Tensor], folder: Path) -> dict[str, nn.Module]:
