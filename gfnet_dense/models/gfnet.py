@@ -28,7 +28,6 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
     LayerNorm,
-    Mlp,
     calculate_drop_path_rates,
     create_classifier,
     register_notrace_module,
@@ -45,6 +44,7 @@ from gfnet_dense.spectral import Grid, resize_position_embedding
 from .checkpoint import adapt_state_dict, find_weights, prefix_errors, read_state_dict
 from .global_filter import GlobalFilter
 from .hub import OFFICIAL_WEIGHTS
+from .mlp import Mlp, apply_to_cells
 
 _logger = logging.getLogger(__name__)
 
@@ -180,7 +180,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Process a map `(B, H, W, C)`; the shape stays the same."""
-        y = self.drop_path(self.mlp(self.norm2(self.filter(self.norm1(x)))))
+        filtered = self.filter(self.norm1(x))
+        return apply_to_cells(self, self._mix_channels, _MLP_RATIO, x, filtered)
+
+    def _mix_channels(self, x: Tensor, filtered: Tensor) -> Tensor:
+        y = self.drop_path(self.mlp(self.norm2(filtered)))
         return x + y if self.gamma is None else torch.addcmul(x, self.gamma, y)
 
 

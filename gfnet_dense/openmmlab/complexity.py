@@ -11,12 +11,12 @@ import torch
 from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
-from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gfnet_dense.models.gfnet import GFNetBase, PatchEmbed
 from gfnet_dense.models.global_filter import GlobalFilter
+from gfnet_dense.models.mlp import Mlp
 
 from .launch import find_config
 

@@ -1,0 +1,122 @@
+"""The MLP of a block, and how a CPU computes it fast.
+
+Two things take time on a CPU besides the arithmetic. The hidden map has four times the values of
+its input: it leaves the cache, and for large blocks of memory the operating system provides new
+pages at every call. So evaluation computes large maps slice by slice. And torch leaves float32
+matrix products to MKL, which uses narrower instructions than oneDNN on some processors. There
+linear layers run as 1x1 convolutions, which torch leaves to oneDNN.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import timm.layers
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gfnet_dense.spectral.tracing import is_capturing
+
+# From tools/benchmark_model.py and maps of 96 to 768 channels: with fewer rows matrix products slow
+# down, and smaller hidden maps stay in memory that is reused.
+_SLICE_ROWS = 1536
+_LARGE_HIDDEN_BYTES = 8 << 20
+
+
+class Mlp(timm.layers.Mlp):
+    """timm's MLP, with the faster matrix library for float32 on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Process a map `(..., C)`; the shape stays the same."""
+        # Adapters and quantisation replace layers by others, which have to run as they are.
+        is_plain = type(self.fc1) is type(self.fc2) is nn.Linear and not _has_hooks(self)
+        if not (is_plain and _runs_on_onednn(x)):
+            return super().forward(x)
+        return _convolve(self.act(_convolve(x, self.fc1)), self.fc2)
+
+
+def apply_to_cells(
+    block: nn.Module, function: Callable[..., Tensor], expansion: int, *maps: Tensor
+) -> Tensor:
+    """Apply a function that treats each cell alone, slice by slice where that is faster.
+
+    Args:
+        block: The module that owns the function. In training, with gradients or with hooks on one
+            of its parts it gets whole maps.
+        function: Takes as many tensors `(..., C)` as there are maps and returns one.
+        expansion: How many times as large the largest map is that the function makes.
+        maps: Maps `(B, H, W, C)`.
+    """
+    x = maps[0]
+    if (
+        isinstance(x, torch.fx.Proxy)
+        or is_capturing()
+        or not x.is_cpu
+        or block.training
+        or torch.is_grad_enabled()
+        or _has_hooks(block)
+    ):
+        return function(*maps)
+    rows = x.shape[:3].numel()
+    slices = rows // _SLICE_ROWS
+    if slices < 2 or expansion * x.nbytes < _LARGE_HIDDEN_BYTES:
+        return function(*maps)
+    parts = zip(*(m.flatten(0, 2).chunk(slices) for m in maps), strict=True)
+    return torch.cat([function(*part) for part in parts]).unflatten(0, x.shape[:3])
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+def _runs_on_onednn(x: Tensor) -> bool:
+    return (
+        isinstance(x, Tensor)
+        and x.is_cpu
+        and x.dtype == torch.float32
+        and not torch.is_autocast_enabled('cpu')
+        and not is_capturing()
+        and torch.backends.mkldnn.enabled
+        and is_onednn_wider()
+    )
+
+
+def _convolve(x: Tensor, layer: nn.Linear) -> Tensor:
+    """Apply a linear layer to `(..., C)` as a 1x1 convolution; nothing is copied."""
+    cells = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+    y = F.conv2d(cells, layer.weight[:, :, None, None], layer.bias)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+@functools.cache
+def is_onednn_wider() -> bool:
+    """Tell whether oneDNN uses AVX-512 on this processor and MKL does not, as on AMD's.
+
+    MKL says itself which instructions it takes. False where torch comes without MKL.
+    """
+    if torch.backends.cpu.get_cpu_capability() != 'AVX512':
+        return False
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / 'lib' / 'libtorch_cpu.so'))
+        version = _MklVersion()
+        library.mkl_serv_get_version(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return False
+    return b'AVX-512' not in version.processor
+
+
+class _MklVersion(ctypes.Structure):
+    """MKLVersion of mkl_service.h, which `mkl_get_version` fills."""
+
+    _fields_ = (
+        ('major', ctypes.c_int),
+        ('minor', ctypes.c_int),
+        ('update', ctypes.c_int),
+        ('status', ctypes.c_char_p),
+        ('build', ctypes.c_char_p),
+        ('processor', ctypes.c_char_p),
+        ('platform', ctypes.c_char_p),
+    )
