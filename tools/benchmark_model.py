@@ -1,8 +1,8 @@
 """Time whole backbones: `python tools/benchmark_model.py [--compile | --scaling | --resizing]`.
 
-Without options, GFNet-H-S at 224 as it is, with the filter computed by its definition (the
-baseline of all ratios), and two networks of timm of its size. With --scaling, the time of a pixel
-as images grow. With --resizing, what it costs that images of COCO are seldom two alike.
+By default, GFNet-H-S as it is, with the filter computed by its definition (the baseline of all
+ratios), and two networks of timm of its size. With --scaling, the time of a pixel as images grow.
+With --resizing, what it costs that images of COCO are seldom two alike.
 """
 
 import argparse
@@ -47,23 +47,27 @@ def training_step(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
 
 def compare(args: argparse.Namespace) -> None:
     """Print GFNet-H-S beside networks of its size."""
+    size = tuple(args.size)
+    swin = dict(img_size=size, num_classes=0)
     models = {
         'GFNet-H-S, filter by its definition': plain(GFNetPyramid('h-s', num_classes=0)),
         'GFNet-H-S': GFNetPyramid('h-s', num_classes=0),
         'GFNet-H-S, compiled': torch.compile(GFNetPyramid('h-s', num_classes=0)),
-        'Swin-T (timm)': timm.create_model('swin_tiny_patch4_window7_224', num_classes=0),
+        'Swin-T (timm)': timm.create_model('swin_tiny_patch4_window7_224', **swin),
         'ConvNeXt-T (timm)': timm.create_model('convnext_tiny', num_classes=0),
     }
     if not args.compile:
         del models['GFNet-H-S, compiled']
-    x = torch.randn(args.batch, 3, 224, 224, device=args.device)
+    x = torch.randn(args.batch, 3, *size, device=args.device)
     baseline, *_ = models
-    print(f'224x224, batch {args.batch}: times as fast as the baseline, median (quartiles)\n')
+    what = f'{size[0]}x{size[1]}, batch {args.batch}, {args.amp or "float32"}'
+    print(f'{what}: times as fast as the baseline, median (quartiles)\n')
     print('| backbone | inference | ms | training step | ms |\n|---|---|---|---|---|')
     columns = []
     for kind in (inference, training_step):
         tasks = {name: kind(model.to(args.device), x) for name, model in models.items()}
-        columns.append(measure(tasks, args.repeats, args.seconds, args.device))
+        with torch.autocast(args.device, getattr(torch, args.amp or 'float32'), bool(args.amp)):
+            columns.append(measure(tasks, args.repeats, args.seconds, args.device))
     for name in models:
         cells = [f'{speedup(t, name, baseline)} | {milliseconds(t, name)}' for t in columns]
         print(f'| {name} | {" | ".join(cells)} |')
@@ -122,6 +126,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Time whole backbones.')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--batch', type=int, default=8)
+    parser.add_argument('--size', type=int, nargs=2, default=(224, 224), metavar=('H', 'W'))
+    parser.add_argument('--amp', choices=('bfloat16', 'float16'), help='run under autocast')
     what = parser.add_mutually_exclusive_group()
     what.add_argument('--compile', action='store_true', help='add the compiled backbone')
     what.add_argument('--scaling', action='store_true', help='time a pixel as images grow')
@@ -133,7 +139,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    print(f'{machine(args.device)}; timm {timm.__version__}; float32\n')
+    print(f'{machine(args.device)}; timm {timm.__version__}\n')
     (scale if args.scaling else compare_resizing if args.resizing else compare)(args)
 
 

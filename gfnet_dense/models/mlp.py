@@ -35,7 +35,8 @@ class Mlp(timm.layers.Mlp):
         is_plain = type(self.fc1) is type(self.fc2) is nn.Linear and not _has_hooks(self)
         if not (is_plain and _runs_on_onednn(x)):
             return super().forward(x)
-        return _convolve(self.act(_convolve(x, self.fc1)), self.fc2)
+        x = self.act(_convolve(x, self.fc1.weight, self.fc1.bias))
+        return _convolve(x, self.fc2.weight, self.fc2.bias)
 
 
 def apply_to_cells(
@@ -73,7 +74,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _runs_on_onednn(x: Tensor) -> bool:
-    return (
+    return bool(
         isinstance(x, Tensor)
         and x.is_cpu
         and x.dtype == torch.float32
@@ -84,10 +85,10 @@ def _runs_on_onednn(x: Tensor) -> bool:
     )
 
 
-def _convolve(x: Tensor, layer: nn.Linear) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Apply a linear layer to `(..., C)` as a 1x1 convolution; nothing is copied."""
     cells = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-    y = F.conv2d(cells, layer.weight[:, :, None, None], layer.bias)
+    y = F.conv2d(cells, weight[:, :, None, None], bias)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 

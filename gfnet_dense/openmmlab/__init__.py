@@ -8,11 +8,13 @@ from .classifier import ClassificationPreprocessor, ImageClassifier
 from .complexity import Complexity, count_macs, measure_complexity
 from .launch import evaluate, find_config, train
 from .layer_decay import LayerDecayOptimWrapperConstructor
+from .mixed_precision import CPUBFloat16OptimWrapper
 from .sampler import RepeatAugSampler
 from .schedule import WarmupCosineLR
 
 __all__ = [
     'Accuracy',
+    'CPUBFloat16OptimWrapper',
     'ClassificationPreprocessor',
     'Complexity',
     'GFNet',

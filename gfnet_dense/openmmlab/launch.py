@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
 from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
@@ -14,6 +13,8 @@ from mmengine.runner import Runner
 from gfnet_dense.durable.checkpoints import latest_checkpoint
 from gfnet_dense.durable.runner import DurableRunner
 from gfnet_dense.serialization import CheckpointError, load_file
+
+from .mixed_precision import use_mixed_precision
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -38,7 +39,7 @@ def train(
             `work_dirs/NAME_OF_CONFIG`.
         resume: `'auto'` continues from the latest checkpoint of `work_dir`, a path from that
             checkpoint; None starts a new run.
-        amp: `'float16'` or `'bfloat16'` for automatic mixed precision.
+        amp: `'float16'` or `'bfloat16'` for automatic mixed precision; on a CPU `'bfloat16'`.
         auto_scale_lr: Scale the learning rate by the total batch over the batch it is made for,
             the `auto_scale_lr` of the config.
         compiled: Run the backbone through :func:`torch.compile`. Checkpoints stay the same.
@@ -61,14 +62,7 @@ def train(
     if seed is not None:
         cfg.merge_from_dict({'randomness.seed': seed})
     if amp:
-        if not torch.cuda.is_available():
-            raise ValueError(
-                f'mixed precision ({amp}) needs a GPU for training, and there is none: omit --amp'
-            )
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.dtype = amp
-        # bfloat16 has the range of float32, so its loss needs no scale.
-        cfg.optim_wrapper.loss_scale = 'dynamic' if amp == 'float16' else dict(enabled=False)
+        use_mixed_precision(cfg, amp)
     if auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             raise ValueError(

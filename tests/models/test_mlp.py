@@ -94,12 +94,15 @@ def test_convolution_is_the_linear_layer(shape: tuple[int, ...], monkeypatch) ->
 
 
 def test_only_plain_float32_layers_on_a_cpu_run_as_convolutions(monkeypatch) -> None:
-    called: list[nn.Module] = []
+    called: list[torch.Tensor] = []
     monkeypatch.setattr(mlp, 'is_onednn_wider', lambda: True)
-    monkeypatch.setattr(mlp, '_convolve', lambda x, layer: called.append(layer) or layer(x))
+    convolve = mlp._convolve
+    monkeypatch.setattr(
+        mlp, '_convolve', lambda x, *layer: called.append(layer[0]) or convolve(x, *layer)
+    )
     layer, x = mlp.Mlp(8, 32), torch.randn(2, 3, 3, 8)
     layer(x)
-    assert called == [layer.fc1, layer.fc2]
+    assert [w.shape for w in called] == [(32, 8), (8, 32)]
     called.clear()
     with torch.autocast('cpu', torch.bfloat16):
         layer(x)

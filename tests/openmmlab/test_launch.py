@@ -12,6 +12,7 @@ from toy import toy_config
 
 from gfnet_dense.demo import write_digits
 from gfnet_dense.openmmlab import evaluate, find_config, launch, train
+from gfnet_dense.serialization import load_file
 
 STEP = Path(__file__).with_name('step.py')
 NANO = 'upernet_gfnet_nano_digits'
@@ -46,8 +47,8 @@ def test_errors_before_a_run_starts(tmp_path):
     with pytest.raises(FileNotFoundError, match=r'no checkpoint at nowhere\.pth'):
         evaluate(NANO, 'nowhere.pth', work_dir=str(tmp_path))
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match=r'bfloat16.*GPU'):
-            train(NANO, work_dir=str(tmp_path), amp='bfloat16')
+        with pytest.raises(ValueError, match=r'float16 needs a GPU.*bfloat16'):
+            train(NANO, work_dir=str(tmp_path), amp='float16')
     cfg = Config.fromfile(find_config(NANO))
     cfg.pop('auto_scale_lr')
     with pytest.raises(ValueError, match='auto_scale_lr'):
@@ -78,6 +79,37 @@ def test_one_switch_trains_in_mixed_precision(monkeypatch, tmp_path, dtype, loss
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     monkeypatch.setattr(amp_optimizer_wrapper, 'is_cuda_available', lambda: True)
     AmpOptimWrapper(optimizer=optimizer, dtype=wrapper.dtype, loss_scale=wrapper.loss_scale)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason='a GPU takes the wrapper of mmengine')
+def test_a_cpu_trains_in_bfloat16_with_float32_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv(
+        'DIGITS_ROOT', str(write_digits(tmp_path / 'digits', num_training=16, num_validation=1))
+    )
+    options = {
+        'train_cfg.max_iters': 2,
+        'train_cfg.val_interval': 2,
+        'train_dataloader.num_workers': 0,
+    }
+    options |= {'train_dataloader.persistent_workers': False, 'train_dataloader.batch_size': 2}
+    computed_in = set()
+    monkeypatch.setattr(
+        launch, '_build', lambda cfg, build=launch._build: watch(build(cfg), computed_in)
+    )
+    runner = train(NANO, work_dir=str(tmp_path), amp='bfloat16', cfg_options=options)
+    assert computed_in == {torch.bfloat16, torch.float32}  # in training, in validation
+    assert {p.dtype for p in runner.model.parameters()} == {torch.float32}
+    saved = load_file(tmp_path / 'iter_2.pth')['state_dict']
+    assert {v.dtype for v in saved.values() if v.is_floating_point()} == {torch.float32}
+    assert all(v.isfinite().all() for v in saved.values())
+
+
+def watch(runner, computed_in):
+    runner.model.backbone.blocks[0][0].mlp.fc1.register_forward_hook(
+        lambda module, args, y: computed_in.add(y.dtype)
+    )
+    return runner
 
 
 def test_a_step_of_two_processes_equals_one_with_the_joined_batch(tmp_path):
