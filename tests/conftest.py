@@ -1,6 +1,7 @@
 """Helpers that tests of several folders share."""
 
 import functools
+import gc
 import importlib.util
 import os
 from collections.abc import Callable
@@ -24,15 +25,21 @@ os.environ['no_proxy'] = '127.0.0.1'
 torch.set_num_threads(1)
 
 
-# The tests of the operator and the networks run without mmengine, too. Where it is, it spends
-# seconds on reading all of mmdet's metafiles for each `mmdet::` base of a config, and on formatting
-# the config of a run five times.
+# Subprocesses import the stand-ins of tests/stand_ins, too.
+paths = [str(Path(__file__).parent / 'stand_ins'), os.environ.get('PYTHONPATH')]
+os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, paths))
+
+# mmengine spends seconds on reading all of mmdet's metafiles for each `mmdet::` base of a config.
+# The tests of the operator and the networks run without mmengine, too.
 if importlib.util.find_spec('mmengine') is not None:
     from mmengine.config import utils as config_utils
-    from yapf.yapflib import yapf_api
 
     config_utils.load = functools.cache(config_utils.load)
-    yapf_api.FormatCode = lambda text, **kwargs: (text, False)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what is imported: mmengine calls it for every data set."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

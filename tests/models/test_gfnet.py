@@ -43,7 +43,16 @@ GOLDEN = {
 REDUCTIONS = [4, 8, 16, 32]
 
 names = pytest.mark.parametrize('name', PUBLISHED)
-one_of_each = pytest.mark.parametrize('name', ['gfnet_h_ti', 'gfnet_ti'])
+ONE_OF_EACH = ['gfnet_h_ti', 'gfnet_ti']
+one_of_each = pytest.mark.parametrize('name', ONE_OF_EACH)
+# The fast lane takes one of each kind.
+slow_names = pytest.mark.parametrize(
+    'name',
+    [
+        name if name in ONE_OF_EACH else pytest.param(name, marks=pytest.mark.slow)
+        for name in PUBLISHED
+    ],
+)
 
 
 def golden_of(name: str) -> tuple[str, dict]:
@@ -99,7 +108,7 @@ def test_evaluation_resizes_to_256_and_crops_to_224():
 # What timm tests of every model
 
 
-@names
+@slow_names
 def test_forward_and_backward(name):
     model = timm.create_model(name, num_classes=42, img_size=32).train()
     logits = model(torch.randn(2, 3, 32, 32))
@@ -280,7 +289,7 @@ def test_gradient_checkpointing_changes_nothing(name):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@names
+@slow_names
 def test_fx(name):
     model, x = narrow(name, num_classes=6).eval(), torch.randn(2, 3, 48, 32)
     traced = create_feature_extractor(model, ['head'])
@@ -318,7 +327,7 @@ def test_compiles_forward_and_backward_to_one_graph(name):
 
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')  # sizes become constants, as meant
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
-@names
+@slow_names
 def test_traced_and_exported(name):
     model = shallow(name).eval()
     x, other = torch.randn(2, 2, 3, 40, 64)

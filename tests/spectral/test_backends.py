@@ -191,6 +191,7 @@ def test_graphs_without_complex_numbers(tmp_path, backend, size):
         assert not re.search('fft|complex', str(graph), re.IGNORECASE)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:.isinstance.treespec:FutureWarning')  # torch.export in itself
 @pytest.mark.parametrize('size', [(6, 8), (7, 5)], ids=str)
 def test_onnx_runtime_computes_it_without_its_own_fourier_transform(tmp_path, size):
