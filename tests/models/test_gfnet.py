@@ -120,7 +120,7 @@ def test_forward_and_backward(name):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@names
+@slow_names
 def test_default_cfgs_fit_the_models(name):
     model = on_meta(name)
     cfg, state = model.default_cfg, model.state_dict()
@@ -327,7 +327,8 @@ def test_compiles_forward_and_backward_to_one_graph(name):
 
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')  # sizes become constants, as meant
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
-@slow_names
+@pytest.mark.slow
+@names
 def test_traced_and_exported(name):
     model = shallow(name).eval()
     x, other = torch.randn(2, 2, 3, 40, 64)
@@ -470,7 +471,7 @@ def test_features_of_official_weights(golden, relative_error, tmp_path):
     assert relative_error(model(numbers['input'])[0], numbers['stage1']) < 1e-5
 
 
-@names
+@slow_names
 def test_pretrained_finds_the_official_weights_by_name(tmp_path, monkeypatch, name):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     (tmp_path / 'checkpoints').mkdir()

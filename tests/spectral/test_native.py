@@ -83,6 +83,7 @@ LAYOUTS = ['dense', 'channels first', 'every other', 'misaligned', 'part of more
 sides = st.one_of(st.integers(1, 16), st.integers(1, 70))
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @example(2, 1, 1, 1, torch.float32, ['dense'] * 3, 1, 0)
 @example(1, 32, 62, 16, torch.float32, ['dense'] * 3, 1, 0)
