@@ -24,6 +24,9 @@ _numbers = itertools.count()
 
 # Before each epoch mmengine waits two seconds, against a deadlock of older versions of torch.
 loops.time = SimpleNamespace(sleep=lambda seconds: None)
+# A DataLoader that is garbage may lose its queues before it ends its workers. It then waits this
+# long for each of them, by default five seconds.
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2
 
 
 @DATASETS.register_module()
