@@ -176,7 +176,13 @@ def test_features_only(name):
 @one_of_each
 @pytest.mark.parametrize(
     ('feature_cls', 'out_indices'),
-    [('getter', (0, 2)), ('getter', (-2, -1)), ('getter', 2), ('fx', (0, 2)), ('hook', (1, -1))],
+    [
+        ('getter', (0, 2)),
+        ('getter', (-2, -1)),
+        ('getter', 2),
+        pytest.param('fx', (0, 2), marks=pytest.mark.slow),
+        ('hook', (1, -1)),
+    ],
 )
 def test_out_indices(name, feature_cls, out_indices):
     model = narrow(name, features_only=True, out_indices=out_indices, feature_cls=feature_cls)

@@ -152,7 +152,11 @@ class Filter(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ('backend', 'dynamic'), [*((backend, False) for backend in BACKENDS), ('auto', True)]
+    ('backend', 'dynamic'),
+    [
+        ('auto', True),
+        *(pytest.param(backend, False, marks=pytest.mark.slow) for backend in BACKENDS),
+    ],
 )
 def test_compiles_to_one_graph_with_its_gradients(backend, dynamic):
     torch.compiler.reset()
