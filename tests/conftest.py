@@ -1,16 +1,18 @@
 """Helpers that tests of several folders share."""
 
 import functools
+import gc
 import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The same examples on every machine, and no folder of examples left behind.
 hypothesis.settings.register_profile('repeatable', deadline=None, database=None, derandomize=True)
@@ -20,37 +22,46 @@ hypothesis.settings.load_profile('repeatable')
 os.environ |= {f'{scheme}_proxy': 'http://127.0.0.1:9' for scheme in ('http', 'https')}
 os.environ['no_proxy'] = '127.0.0.1'
 
-# Tensors of tests are so small that threads cost more than they bring, above all on a busy machine.
-torch.set_num_threads(1)
+# Subprocesses import the stand-ins of tests/stand_ins, too.
+paths = [str(Path(__file__).parent / 'stand_ins'), os.environ.get('PYTHONPATH')]
+os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, paths))
 
 
-# The tests of the operator and the networks run without mmengine, too. Where it is, it spends
-# seconds on reading all of mmdet's metafiles for each `mmdet::` base of a config, and on formatting
-# the config of a run five times.
-if importlib.util.find_spec('mmengine') is not None:
-    from mmengine.config import utils as config_utils
-    from yapf.yapflib import yapf_api
+def pytest_collection_finish() -> None:
+    """Prepare a process that runs tests. The one that hands tests out imports nothing large."""
+    import torch
 
-    config_utils.load = functools.cache(config_utils.load)
-    yapf_api.FormatCode = lambda text, **kwargs: (text, False)
+    # Tensors of tests are so small that threads cost more than they bring.
+    torch.set_num_threads(1)
+    # mmengine spends seconds on reading all of mmdet's metafiles for each `mmdet::` base of a
+    # config. The tests of the operator and the networks run without mmengine, too.
+    if importlib.util.find_spec('mmengine') is not None:
+        from mmengine.config import utils
+
+        utils.load = functools.cache(utils.load)
+    gc.freeze()  # mmengine collects garbage for every data set: spare it what is imported
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture
-def golden() -> Callable[[str], dict[str, Tensor]]:
+def golden() -> Callable[[str], 'dict[str, Tensor]']:
     """Return a reader of the numbers that the official code produced."""
+    from safetensors.torch import load_file
+
     return lambda name: load_file(Path(__file__).parent / 'golden' / f'{name}.safetensors')
 
 
 @pytest.fixture
-def relative_error() -> Callable[[Tensor, Tensor], float]:
+def relative_error() -> 'Callable[[Tensor, Tensor], float]':
     """Return a measure: the largest deviation, in units of the largest expected value."""
 
-    def measure(actual: Tensor, expected: Tensor) -> float:
+    def measure(actual: 'Tensor', expected: 'Tensor') -> float:
         assert actual.shape == expected.shape
         return ((actual - expected).abs().max() / expected.abs().max()).item()
 

@@ -29,21 +29,25 @@ def headings(path: Path) -> set[str]:
     return {re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-') for title in titles}
 
 
-@pytest.mark.parametrize('path', [path for path in PAGES if blocks(path)], ids=page_id)
-def test_python_blocks_of_a_page_run_one_after_the_other(path):
+def run_blocks(path: Path) -> dict[str, object]:
+    """Run the Python of a page, one block after the other; return the variables."""
     scope = {}
     for block in blocks(path):
-        exec(
-            compile(block.replace('pretrained=True', 'pretrained=False'), str(path), 'exec'), scope
-        )
+        code = block.replace('pretrained=True', 'pretrained=False')
+        exec(compile(code, str(path), 'exec'), scope)
+    return scope
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('path', [path for path in PAGES[1:] if blocks(path)], ids=page_id)
+def test_python_blocks_of_a_page_run_one_after_the_other(path):
+    run_blocks(path)
 
 
 def test_the_readme_shows_maps_of_four_strides():
     (block,) = blocks(ROOT / 'README.md')
     assert 'pretrained=True' in block
-    scope = {}
-    exec(block.replace('pretrained=True', 'pretrained=False'), scope)
-    sizes = [tuple(m.shape) for m in scope['maps']]
+    sizes = [tuple(m.shape) for m in run_blocks(ROOT / 'README.md')['maps']]
     assert sizes == [(1, 96 << i, 480 // (4 << i), 640 // (4 << i)) for i in range(4)]
 
 

@@ -1,6 +1,7 @@
 """Who may import whom, and what the core works without, with real imports."""
 
 import ast
+import functools
 import os
 import re
 import subprocess
@@ -157,7 +158,8 @@ def run(code: str, **environment: str) -> str:
     return result.stdout
 
 
-def modules_of(distributions: list[str]) -> set[str]:
+@functools.cache
+def modules_of(*distributions: str) -> set[str]:
     """Return the top-level modules of distributions and of all that they depend on."""
 
     def normal(name: str) -> str:
@@ -201,11 +203,11 @@ sys.meta_path[:] = map(Hidden, sys.meta_path)
 
 
 def alone_with(*distributions: str) -> str:
-    return f'ALLOWED = {sorted(modules_of([*distributions]))!r}\n{ALONE}'
+    return f'ALLOWED = {sorted(modules_of(*distributions))!r}\n{ALONE}'
 
 
 def test_the_operator_works_with_torch_alone():
-    allowed = modules_of(['torch'])
+    allowed = modules_of('torch')
     assert 'torch' in allowed
     assert not allowed & {'timm', 'torchvision', 'mmengine', 'cv2', 'sklearn'}
     run(
@@ -228,7 +230,7 @@ def test_the_operator_works_with_torch_alone():
 
 
 def test_the_networks_work_with_torch_and_timm_alone(tmp_path):
-    allowed = modules_of(['torch', 'timm'])
+    allowed = modules_of('torch', 'timm')
     assert {'torch', 'timm', 'torchvision', 'safetensors', 'PIL'} <= allowed
     assert not allowed & {'mmengine', 'mmcv', 'cv2', 'sklearn', 'pycocotools', 'matplotlib'}
     run(
@@ -250,6 +252,7 @@ def test_the_networks_work_with_torch_and_timm_alone(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_package_imports_without_triton_and_openmmlabs_tasks_and_operators():
     run(
         'import importlib, pkgutil, sys\n'
@@ -270,6 +273,7 @@ def test_the_package_imports_without_triton_and_openmmlabs_tasks_and_operators()
     )
 
 
+@pytest.mark.slow
 def test_an_mmengine_that_cannot_be_imported_costs_the_registration_alone():
     # mmengine's runner needs OpenCV, which it does not ask for.
     output = run(

@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -15,10 +16,17 @@ from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS
+from mmengine.runner import loops
 from mmengine.structures import BaseDataElement
 from torch import nn
 
 _numbers = itertools.count()
+
+# Before each epoch mmengine waits two seconds, against a deadlock of older versions of torch.
+loops.time = SimpleNamespace(sleep=lambda seconds: None)
+# A DataLoader that is garbage may lose its queues before it ends its workers. It then waits this
+# long for each of them, by default five seconds.
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2
 
 
 @DATASETS.register_module()

@@ -23,9 +23,15 @@ NOT_PUBLISHED = 'not published for GFNet'
 NOT_MEASURED = 'not measured here'
 
 SIZES = ('ti', 'xs', 's', 'b', 'h_ti', 'h_s', 'h_b')
+METRICS = {
+    'Image Classification': ('Top 1 Accuracy',),
+    'Semantic Segmentation': ('mIoU',),
+    'Object Detection': ('box AP',),
+    'Instance Segmentation': ('box AP', 'mask AP'),
+}
 # Families in the order of the page. `shape` is the image size for which multiply-accumulates are
 # counted, if it is not the default of tools/get_flops.py. `published` is what is known besides
-# REPORTED_ACCURACIES.
+# REPORTED_ACCURACIES, and `metrics` replaces those of the task.
 FAMILIES: dict[str, dict[str, Any]] = {
     'GFNet': dict(
         configs='gfnet_{}_imagenet',
@@ -38,91 +44,72 @@ FAMILIES: dict[str, dict[str, Any]] = {
         configs='gfnet_{}_imagenet_384',
         task='Image Classification',
         data='ImageNet-1k',
-        metrics=('Top 1 Accuracy',),
         recipe='30 epochs of finetuning, batch 512, mixed precision (`--amp`)',
     ),
     'Transfer': dict(
         configs='gfnet_{}_transfer',
         task='Image Classification',
         data='any image folder',
-        metrics=('Top 1 Accuracy',),
         published='98.6 on CIFAR-10, 89.1 on CIFAR-100, 98.1 on Flowers-102, 92.8 on Stanford Cars',
         recipe='1000 epochs of finetuning, batch 512; counted with the classes of Flowers-102',
     ),
     'Semantic FPN': dict(
-        architecture='Semantic FPN',
         configs='fpn_gfnet_{}_ade20k',
         task='Semantic Segmentation',
         data='ADE20K',
-        metrics=('mIoU',),
         shape=(1024, 1024),
         recipe="80k iterations, batch 16: the paper's recipe",
     ),
     'UperNet': dict(
-        architecture='UperNet',
         configs='upernet_gfnet_{}_ade20k',
         task='Semantic Segmentation',
         data='ADE20K',
-        metrics=('mIoU',),
         shape=(1024, 1024),
         published='54.3 in the abstract of TPAMI 45(9), without model or schedule',
         recipe='160k iterations, batch 16: that of ConvNeXt and HorNet',
     ),
     'RetinaNet': dict(
-        architecture='RetinaNet',
         configs='retinanet_gfnet_{}_coco',
         task='Object Detection',
         data='COCO',
-        metrics=('box AP',),
         recipe='12 epochs, batch 16',
     ),
     'Mask R-CNN': dict(
-        architecture='Mask R-CNN',
         configs='mask_rcnn_gfnet_{}_coco',
         task='Instance Segmentation',
         data='COCO',
-        metrics=('box AP', 'mask AP'),
         recipe='12 epochs, batch 16',
     ),
     'Cascade Mask R-CNN': dict(
-        architecture='Cascade Mask R-CNN',
         configs='cascade_mask_rcnn_gfnet_{}_coco',
         task='Instance Segmentation',
         data='COCO',
-        metrics=('box AP', 'mask AP'),
         recipe='36 epochs, batch 16, several scales',
     ),
     'Nano GFNet': dict(
         configs='gfnet_nano_digits',
         task='Image Classification',
         data='digits',
-        metrics=('Top 1 Accuracy',),
         recipe='6 epochs, batch 32',
     ),
     'Nano UperNet': dict(
-        architecture='UperNet',
         configs='upernet_gfnet_nano_digits',
         task='Semantic Segmentation',
         data='digits',
-        metrics=('mIoU',),
         shape=(64, 64),
         recipe='600 iterations, batch 32',
     ),
     'Nano RetinaNet': dict(
-        architecture='RetinaNet',
         configs='retinanet_gfnet_nano_digits',
         task='Object Detection',
         data='digits',
-        metrics=('box AP',),
         shape=(64, 64),
         recipe='5 epochs, batch 16',
     ),
     'Nano Mask R-CNN': dict(
-        architecture='Mask R-CNN',
         configs='mask_rcnn_gfnet_nano_digits',
         task='Instance Segmentation',
         data='digits',
-        metrics=('box AP', 'mask AP'),
         shape=(64, 64),
         recipe='3 epochs, batch 16',
     ),
@@ -190,6 +177,11 @@ def names(family: str) -> list[str]:
     return [name for name in candidates if (CONFIGS / f'{name}.py').exists()]
 
 
+def metrics(family: str) -> tuple[str, ...]:
+    """Return the metrics of a family."""
+    return FAMILIES[family].get('metrics') or METRICS[FAMILIES[family]['task']]
+
+
 def model(family: str, name: str) -> dict[str, Any]:
     """Return the entry of a config in its metafile."""
     about = FAMILIES[family]
@@ -205,8 +197,8 @@ def model(family: str, name: str) -> dict[str, Any]:
     }
     result: dict[str, Any] = dict(Task=about['task'], Dataset=about['data'])
     measured, reported = MEASURED.get(name), REPORTED_ACCURACIES.get(name)
-    values = measured['values'] if measured else reported or [None] * len(about['metrics'])
-    result['Metrics'] = dict(zip(about['metrics'], values, strict=True))
+    values = measured['values'] if measured else reported or [None] * len(metrics(family))
+    result['Metrics'] = dict(zip(metrics(family), values, strict=True))
     if measured:
         result['Source'] = f'measured here: {measured["command"]}'
     else:
@@ -222,12 +214,13 @@ def model(family: str, name: str) -> dict[str, Any]:
 def metafile(family: str, models: list[dict[str, Any]]) -> str:
     """Return the metafile of a family."""
     about = FAMILIES[family]
+    head = [family.removeprefix('Nano ')] if about['task'] != 'Image Classification' else []
     collection = {
         'Name': family,
         'License': 'Apache License 2.0',
         'Metadata': {
             'Training Data': [about['data']],
-            'Architecture': ['GFNet', *filter(None, [about.get('architecture')])],
+            'Architecture': ['GFNet', *head],
         },
         'Paper': {'Title': PAPER, 'URL': URL},
         'README': 'configs/README.md',
@@ -243,13 +236,13 @@ def section(family: str, models: list[dict[str, Any]]) -> list[str]:
     """Return the section of a family on the page."""
     about = FAMILIES[family]
     height, width = models[0]['Metadata']['Image Size']
-    metrics = ' / '.join(about['metrics'])
+    values = ' / '.join(metrics(family))
     lines = [
         f'## {family}, {about["data"]}',
         '',
         f'{about["recipe"][0].upper()}{about["recipe"][1:]}.',
         '',
-        f'| config | parameters | GMACs, {height}x{width} | {metrics}, reported | measured here |',
+        f'| config | parameters | GMACs, {height}x{width} | {values}, reported | measured here |',
         '|---|---|---|---|---|',
     ]
     for entry in models:

@@ -36,19 +36,8 @@ from tqdm import tqdm
 
 from .pictures import label_grid
 
-CLASSES = (
-    'background',
-    'zero',
-    'one',
-    'two',
-    'three',
-    'four',
-    'five',
-    'six',
-    'seven',
-    'eight',
-    'nine',
-)
+_DIGITS = 'zero', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine'
+CLASSES = ('background', *_DIGITS)
 """The classes, in the order of their indices after `reduce_zero_label` has removed label 0."""
 
 PALETTE = (
@@ -107,10 +96,9 @@ class DigitsSpec:
     digit_height: tuple[int, int]
     seed: int
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """The number of scenes in each subset."""
-        return {'training': self.num_training, 'validation': self.num_validation}
+    def count(self, subset: str) -> int:
+        """Return the number of scenes in a subset."""
+        return int(getattr(self, f'num_{subset}'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,12 +193,8 @@ def write_digit_scans(root: str | os.PathLike[str]) -> Path:
     """Write the scans as images of ten classes to `root`, unless they are there already.
 
     There are 1,433 scans for training and 364 for validation, with the split of
-    :func:`load_material`. Images are the scans, with values scaled to 0 to 255.
-
-    The folder is handled as in :func:`write_digits`.
-
-    Args:
-        root: The folder. Missing folders above it are created.
+    :func:`load_material`. Images are the scans, with values scaled to 0 to 255. `root` is handled
+    as in :func:`write_digits`.
 
     Returns:
         `root`.
@@ -406,19 +390,13 @@ def _write_scans(folder: Path) -> None:
 def _write_folder(folder: Path, spec: DigitsSpec) -> None:
     for subset, prefix in SUBSETS.items():
         material = load_material(subset)
-        images = folder / 'images' / subset
-        annotations = folder / 'annotations' / subset
+        images, annotations = folder / 'images' / subset, folder / 'annotations' / subset
         images.mkdir(parents=True)
         annotations.mkdir(parents=True)
-        coco: dict[str, Any] = {
-            'info': {'description': f'gfnet_dense digits, {subset}'},
-            'images': [],
-            'annotations': [],
-            'categories': [
-                {'id': number, 'name': name} for number, name in enumerate(CLASSES) if number > 0
-            ],
-        }
-        for index in tqdm(range(spec.counts[subset]), desc=f'drawing {subset} scenes'):
+        categories = [{'id': i, 'name': name} for i, name in enumerate(CLASSES) if i > 0]
+        info = {'description': f'gfnet_dense digits, {subset}'}
+        coco: dict[str, Any] = dict(info=info, images=[], annotations=[], categories=categories)
+        for index in tqdm(range(spec.count(subset)), desc=f'drawing {subset} scenes'):
             scene = draw_scene(material, spec, subset, index)
             name = f'{prefix}_{index + 1:08}'
             Image.fromarray(scene.image).save(images / f'{name}.jpg', quality=95)
@@ -496,8 +474,9 @@ def _holds(root: Path, manifest: Mapping[str, Any], files: Mapping[str, int]) ->
 def _files(spec: DigitsSpec) -> dict[str, int]:
     """Return the number of files of each pattern in a complete folder."""
     files = {'annotations/instances_*.json': len(SUBSETS)}
-    for subset, count in spec.counts.items():
-        files[f'images/{subset}/*.jpg'] = files[f'annotations/{subset}/*.png'] = count
+    for subset in SUBSETS:
+        for pattern in (f'images/{subset}/*.jpg', f'annotations/{subset}/*.png'):
+            files[pattern] = spec.count(subset)
     return files
 
 

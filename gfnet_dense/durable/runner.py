@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from mmengine.dist import is_distributed, master_only
-from mmengine.hooks import Hook
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
 from mmengine.registry import RUNNERS
@@ -61,10 +60,9 @@ class DurableRunner(Runner):
         load_from: str | None = None,
         resume: bool = False,
         randomness: dict[str, Any] | None = None,
-        cfg: Any = None,
         **kwargs: Any,
     ) -> None:
-        self.switches = Switches.from_config((cfg or {}).get('durable'))
+        self.switches = Switches.from_config((kwargs.get('cfg') or {}).get('durable'))
         if self.switches.work_dir_lock:
             make_work_dir(work_dir)
         randomness = dict(randomness or dict(seed=None))
@@ -76,16 +74,8 @@ class DurableRunner(Runner):
                 meta = load_file(load_from, mmap=True).get('meta', {})
                 randomness['seed'] = meta.get('seed', randomness.get('seed'))
         self._resumed = (load_from or latest_checkpoint(work_dir)) if resume else None
-        super().__init__(
-            model,
-            work_dir,
-            *args,
-            load_from=load_from,
-            resume=resume,
-            randomness=randomness,
-            cfg=cfg,
-            **kwargs,
-        )
+        own = dict(load_from=load_from, resume=resume, randomness=randomness)
+        super().__init__(model, work_dir, *args, **own, **kwargs)
 
     def train(self) -> nn.Module:
         """Train; if that fails, log the iteration and the checkpoint to continue from."""
@@ -264,11 +254,7 @@ class DurableRunner(Runner):
             auto_scale_lr = dict(auto_scale_lr, base_batch_size=base)
         super().scale_lr(optim_wrapper, auto_scale_lr)
 
-    def register_hooks(
-        self,
-        default_hooks: dict[str, Any] | None = None,
-        custom_hooks: list[Any] | None = None,
-    ) -> None:
+    def register_hooks(self, default_hooks: Any = None, custom_hooks: Any = None) -> None:
         """Register hooks as mmengine does, and those of the parts that are on."""
         on = self.switches
         default_hooks = dict(default_hooks or {})
@@ -277,23 +263,19 @@ class DurableRunner(Runner):
         if on.checkpoints and is_default:
             default_hooks['checkpoint'] = dict(checkpoint, type='DurableCheckpointHook')
         super().register_hooks(default_hooks, custom_hooks)
-        hooks: list[Hook] = []
-        if on.exact_resume:
-            hooks += [ExactResumeHook(), ValidationOnResumeHook()]
-        if on.data_checks:
-            hooks.append(CheckDataHook())
-        if on.interrupts:
-            hooks.append(InterruptHook())
         # A hook in the config has options of its own, such as patience.
         configured = any(isinstance(hook, NonFiniteLossHook) for hook in self.hooks)
-        if on.non_finite_guard and not configured:
-            hooks.append(NonFiniteLossHook())
-        if self._several_on_cpu:
-            hooks.append(AverageBuffersHook())
-        if on.summary:
-            hooks.append(RunSummaryHook())
-        for hook in hooks:
-            self.register_hook(hook)
+        for hook, is_on in (
+            (ExactResumeHook, on.exact_resume),
+            (ValidationOnResumeHook, on.exact_resume),
+            (CheckDataHook, on.data_checks),
+            (InterruptHook, on.interrupts),
+            (NonFiniteLossHook, on.non_finite_guard and not configured),
+            (AverageBuffersHook, self._several_on_cpu),
+            (RunSummaryHook, on.summary),
+        ):
+            if is_on:
+                self.register_hook(hook())
 
 
 GFNetRunner = DurableRunner  # the name in earlier configs and scripts

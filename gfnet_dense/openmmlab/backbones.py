@@ -46,15 +46,12 @@ class BackboneMixin(GFNetBase, BaseModule):
     """A network with the interface of OpenMMLab's backbones.
 
     Args:
-        arch: See :class:`gfnet_dense.models.gfnet.GFNetBase`.
-        img_size: See :class:`gfnet_dense.models.gfnet.GFNetBase`.
+        arch: As `img_size`, see :class:`gfnet_dense.models.gfnet.GFNetBase`.
         in_channels: Channels of the images.
         num_classes: Classes of the head; 0 for a backbone without one.
         out_indices: Levels whose maps a backbone returns, each through a LayerNorm of its own,
             `norm0`, `norm1` and so on; negative ones count from the end. None for the default of
             the subclass. Levels after the last one are not built.
-        filter_resize: See :class:`gfnet_dense.models.gfnet.GFNetBase`.
-        filter_backend: See :class:`gfnet_dense.models.gfnet.GFNetBase`.
         drop_path_rate: Drop path rate of the last block; None for the official rate of `arch`.
         frozen_stages: 0 freezes the first patch embedding and the position embedding, n also
             the first n levels with the norms of their outputs; -1 freezes nothing.
@@ -64,6 +61,8 @@ class BackboneMixin(GFNetBase, BaseModule):
         init_cfg: See :class:`mmengine.model.BaseModule`; `dict(type='Pretrained',
             checkpoint=...)` takes a path, of an official file too, or the name of official
             weights, such as `'gfnet-h-s'`, which are downloaded on first use.
+        **kwargs: `filter_resize`, `filter_backend` and the rest of
+            :class:`gfnet_dense.models.gfnet.GFNetBase`.
 
     Raises:
         ValueError: If an argument is not one of the above.
@@ -76,25 +75,17 @@ class BackboneMixin(GFNetBase, BaseModule):
         in_channels: int = 3,
         num_classes: int = 0,
         out_indices: Sequence[int] | None = None,
-        filter_resize: str = 'bilinear',
-        filter_backend: str = 'auto',
         drop_path_rate: float | None = None,
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
         init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
+        **kwargs: Any,
     ) -> None:
         if in_channels < 1:
             raise ValueError(f'in_channels must be positive, but got {in_channels}')
-        super().__init__(
-            arch,
-            img_size,
-            in_channels,
-            num_classes,
-            drop_path_rate=drop_path_rate,
-            filter_resize=filter_resize,
-            filter_backend=filter_backend,
-        )
+        kwargs['drop_path_rate'] = drop_path_rate
+        super().__init__(arch, img_size, in_channels, num_classes, **kwargs)
         self.init_cfg = copy.deepcopy(init_cfg)
         num_levels = len(self.blocks)
         if not -1 <= frozen_stages <= num_levels:

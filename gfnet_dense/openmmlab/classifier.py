@@ -157,18 +157,12 @@ class ImageClassifier(BaseModel):
             smoothing = LabelSmoothingCrossEntropy(self.label_smoothing)
             criterion = SoftTargetCrossEntropy() if soft else smoothing
             return dict(loss=criterion(logits.float(), targets))
-        if mode == 'predict':
-            return self._add_predictions(logits, data_samples)
-        raise ValueError(f"mode must be 'tensor', 'predict' or 'loss', but got {mode!r}")
-
-    @staticmethod
-    def _add_predictions(
-        logits: Tensor, data_samples: list[BaseDataElement] | None
-    ) -> list[BaseDataElement]:
+        if mode != 'predict':
+            raise ValueError(f"mode must be 'tensor', 'predict' or 'loss', but got {mode!r}")
         scores = logits.float().softmax(dim=-1)
+        labels = scores.argmax(dim=-1).tolist()
         if data_samples is None:
             data_samples = [BaseDataElement() for _ in scores]
-        labels = scores.argmax(dim=-1).tolist()
         for sample, score, label in zip(data_samples, scores, labels, strict=True):
             sample.pred_score = score.clone()  # a view would be dumped with its whole batch
             sample.pred_label = label

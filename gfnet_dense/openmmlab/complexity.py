@@ -94,7 +94,11 @@ def measure_complexity(name: str | Path, shape: tuple[int, int] | None = None) -
             pretrained: Any = model.pretrained_cfg
             default = tuple(pretrained['input_size'][1:])
         else:
-            cfg = Config.fromfile(_find_config(name))
+            try:
+                cfg = Config.fromfile(find_config(name))
+            except FileNotFoundError as e:
+                known = ', '.join(timm.list_models('gfnet*'))
+                raise FileNotFoundError(f'{e}; and of timm models {known}') from None
             with MODELS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
                 model = registry.build(cfg.model)
             size = cfg.model.get('backbone', {}).get('img_size', 224)
@@ -104,16 +108,8 @@ def measure_complexity(name: str | Path, shape: tuple[int, int] | None = None) -
     return count_macs(model, shape or default, Path(name).stem)
 
 
-def _find_config(name: str | Path) -> Path:
-    try:
-        return find_config(name)
-    except FileNotFoundError as e:
-        known = ', '.join(timm.list_models('gfnet*'))
-        raise FileNotFoundError(f'{e}; and of timm models {known}') from None
-
-
 def count_macs(model: nn.Module, shape: tuple[int, int], name: str = 'model') -> Complexity:
-    """Count MACs and parameters of a model that is built already.
+    """Count MACs and parameters of a model that is built already, as :func:`measure_complexity`.
 
     A layer whose cost its operators do not show, such as a global filter, has a method
     `macs(shape)` that counts them for an input of that shape.
@@ -123,9 +119,6 @@ def count_macs(model: nn.Module, shape: tuple[int, int], name: str = 'model') ->
             It is not changed.
         shape: Height and width of the image in pixels.
         name: What to call it.
-
-    Raises:
-        ValueError: If `shape` is not positive.
     """
     if len(shape) != 2 or min(shape) < 1:
         raise ValueError(f'shape must be a positive (H, W), but got {tuple(shape)}')

@@ -102,7 +102,14 @@ def test_the_nano_configs_share_one_backbone():
         assert backbone['img_size'] == 64
 
 
-@pytest.mark.parametrize('name', sorted(EXPECTED))
+# The fast lane takes the smallest networks.
+slow_names = pytest.mark.parametrize(
+    'name',
+    [pytest.param(n, marks=[pytest.mark.slow] * ('_h_ti_' not in n)) for n in sorted(EXPECTED)],
+)
+
+
+@slow_names
 def test_segmentor_builds_and_its_channels_agree(name):
     cfg = load(name)
     size = cfg.model.data_preprocessor.size

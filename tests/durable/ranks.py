@@ -1,5 +1,6 @@
 """Runs of two processes: ranks.py FOLDER. Each process is a fork, which spares the imports."""
 
+import gc
 import os
 import signal
 import socket
@@ -220,6 +221,7 @@ def a_process_that_stops_answering_is_not_awaited_for_ever(folder: Path) -> None
 def main(folder: Path) -> None:
     """Run all."""
     torch.set_num_threads(1)
+    gc.freeze()  # mmengine collects garbage for every data set
     two = one_or_two_processes_see_the_same(folder / 'same')
     accumulated_batches_count(folder / 'accumulated')
     a_signal_to_one_stops_both(folder / 'signal', two)

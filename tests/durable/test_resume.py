@@ -1,7 +1,7 @@
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -123,21 +123,22 @@ def test_the_signal_of_a_launcher_reaches_data_loading_processes_too(tmp_path, t
     train(toy_config(tmp_path / 'whole'), seed=5)
 
     def launcher():
-        if os.fork() == 0:  # another process than their parent
+        workers.extend(multiprocessing.active_children())
+        child = os.fork()
+        if child == 0:  # another process than their parent
             try:
-                for child in [os.getppid(), *workers]:
+                for pid in [os.getppid(), *(worker.pid for worker in workers)]:
                     with suppress(ProcessLookupError):  # one that has ended by itself
-                        os.kill(child, signal.SIGTERM)
+                        os.kill(pid, signal.SIGTERM)
             finally:
                 os._exit(0)
-        time.sleep(0.5)
-
-    def note():
-        workers.extend(process.pid for process in multiprocessing.active_children())
-        launcher()
+        os.waitpid(child, 0)
+        # None of them ends.
+        sentinels = [worker.sentinel for worker in workers]
+        assert not multiprocessing.connection.wait(sentinels, timeout=0.5)
 
     workers = []
-    then(5, note)
+    then(5, launcher)
     with pytest.raises(SystemExit):
         train(toy_config(tmp_path / 'run', workers=2), seed=5)
     then(None, None)
@@ -186,13 +187,15 @@ def test_an_interrupted_epoch_goes_on_with_other_batches(tmp_path, then):
 
 
 def test_a_validation_that_was_cut_off_is_done_after_resuming(tmp_path, monkeypatch):
-    cfg = toy_config(tmp_path)
-    cfg.default_hooks.checkpoint.save_best = 'mean'
-    cfg.default_hooks.checkpoint.rule = 'greater'
+    def config():
+        cfg = toy_config(tmp_path)
+        cfg.default_hooks.checkpoint.update(save_best='mean', rule='greater')
+        return cfg
+
     with monkeypatch.context() as patch:
         patch.setattr(ToyMetric, 'process', lambda *args: stop())
         with pytest.raises(StopError):
-            train(cfg)
+            train(config())
     assert not [*tmp_path.glob('best*')]
-    train(cfg, resume='auto')
+    train(config(), resume='auto')
     assert [path.name for path in tmp_path.glob('best*')] == ['best_mean_iter_12.pth']

@@ -18,7 +18,7 @@ REPOSITORY = HERE.parents[1]
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
     """Run a command with this checkout's package and the helpers of the tests."""
-    path = os.pathsep.join([str(HERE.parent), str(REPOSITORY)])
+    path = os.pathsep.join([str(HERE.parent), str(REPOSITORY), os.environ['PYTHONPATH']])
     return subprocess.run(
         command,
         env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1', **environment},

@@ -7,10 +7,8 @@ another one waits for it.
 import logging
 import multiprocessing
 import os
-import socket
 import sys
-import time
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 
@@ -47,22 +45,25 @@ def together() -> None:
 
 
 def takeover() -> None:
-    partial = Path(
-        torch.hub.get_dir(), f'checkpoints/gfnet-nano.pth.{socket.gethostname()}.partial'
-    )
-    waiting = processes.Event()
+    downloading, waiting = processes.Event(), processes.Event()
+    read = hub._read
+
+    def read_and_tell(*args: str) -> Iterator[bytes]:
+        for piece in read(*args):
+            yield piece
+            downloading.set()
 
     def notice(record: logging.LogRecord) -> bool:
         if record.getMessage().startswith('waiting for another process'):
             waiting.set()
         return True
 
+    hub._read = read_and_tell
     hub._logger.addFilter(notice)
     hub._logger.setLevel(logging.INFO)
     first, second = processes.Process(target=load), processes.Process(target=load)
     first.start()
-    while not (partial.exists() and partial.stat().st_size):
-        time.sleep(0.05)
+    assert downloading.wait(60)
     second.start()
     assert waiting.wait(60)
     first.kill()

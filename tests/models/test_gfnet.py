@@ -43,7 +43,16 @@ GOLDEN = {
 REDUCTIONS = [4, 8, 16, 32]
 
 names = pytest.mark.parametrize('name', PUBLISHED)
-one_of_each = pytest.mark.parametrize('name', ['gfnet_h_ti', 'gfnet_ti'])
+ONE_OF_EACH = ['gfnet_h_ti', 'gfnet_ti']
+one_of_each = pytest.mark.parametrize('name', ONE_OF_EACH)
+# The fast lane takes one of each kind.
+slow_names = pytest.mark.parametrize(
+    'name',
+    [
+        name if name in ONE_OF_EACH else pytest.param(name, marks=pytest.mark.slow)
+        for name in PUBLISHED
+    ],
+)
 
 
 def golden_of(name: str) -> tuple[str, dict]:
@@ -99,7 +108,7 @@ def test_evaluation_resizes_to_256_and_crops_to_224():
 # What timm tests of every model
 
 
-@names
+@slow_names
 def test_forward_and_backward(name):
     model = timm.create_model(name, num_classes=42, img_size=32).train()
     logits = model(torch.randn(2, 3, 32, 32))
@@ -111,7 +120,7 @@ def test_forward_and_backward(name):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-@names
+@slow_names
 def test_default_cfgs_fit_the_models(name):
     model = on_meta(name)
     cfg, state = model.default_cfg, model.state_dict()
@@ -167,7 +176,13 @@ def test_features_only(name):
 @one_of_each
 @pytest.mark.parametrize(
     ('feature_cls', 'out_indices'),
-    [('getter', (0, 2)), ('getter', (-2, -1)), ('getter', 2), ('fx', (0, 2)), ('hook', (1, -1))],
+    [
+        ('getter', (0, 2)),
+        ('getter', (-2, -1)),
+        ('getter', 2),
+        pytest.param('fx', (0, 2), marks=pytest.mark.slow),
+        ('hook', (1, -1)),
+    ],
 )
 def test_out_indices(name, feature_cls, out_indices):
     model = narrow(name, features_only=True, out_indices=out_indices, feature_cls=feature_cls)
@@ -280,7 +295,7 @@ def test_gradient_checkpointing_changes_nothing(name):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@names
+@slow_names
 def test_fx(name):
     model, x = narrow(name, num_classes=6).eval(), torch.randn(2, 3, 48, 32)
     traced = create_feature_extractor(model, ['head'])
@@ -318,6 +333,7 @@ def test_compiles_forward_and_backward_to_one_graph(name):
 
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')  # sizes become constants, as meant
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
+@pytest.mark.slow
 @names
 def test_traced_and_exported(name):
     model = shallow(name).eval()
@@ -461,7 +477,7 @@ def test_features_of_official_weights(golden, relative_error, tmp_path):
     assert relative_error(model(numbers['input'])[0], numbers['stage1']) < 1e-5
 
 
-@names
+@slow_names
 def test_pretrained_finds_the_official_weights_by_name(tmp_path, monkeypatch, name):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     (tmp_path / 'checkpoints').mkdir()

@@ -390,6 +390,7 @@ def test_official_weights_are_those_of_the_seven_sizes():
     assert all(len(pair) == len(ADDRESSES) for pair in OFFICIAL_WEIGHTS.values())
 
 
+@pytest.mark.slow
 def test_each_name_stands_for_its_own_size(tmp_path):
     names = list(OFFICIAL_WEIGHTS)
     for name, other in zip(names, names[1:] + names[:1], strict=True):

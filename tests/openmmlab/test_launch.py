@@ -112,6 +112,7 @@ def watch(runner, computed_in):
     return runner
 
 
+@pytest.mark.slow
 def test_a_step_of_two_processes_equals_one_with_the_joined_batch(tmp_path):
     digits = write_digits(tmp_path / 'digits', num_training=8, num_validation=1)
     environment = {**os.environ, 'DIGITS_ROOT': str(digits), 'OMP_NUM_THREADS': '1'}

@@ -17,7 +17,11 @@ backends = pytest.mark.parametrize('backend', [b for b in BACKENDS if b != 'fuse
 
 
 @backends
-@pytest.mark.parametrize('size', [(1, 1), (3, 2), (2, 3), (4, 4)], ids=str)
+@pytest.mark.parametrize(
+    'size',
+    [(1, 1), (2, 3), *(pytest.param(s, marks=pytest.mark.slow) for s in [(3, 2), (4, 4)])],
+    ids=str,
+)
 def test_derivatives_of_any_order_and_kind(backend, size):
     inputs = random_case(size, channels=1)[:2]
 

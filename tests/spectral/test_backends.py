@@ -152,7 +152,11 @@ class Filter(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ('backend', 'dynamic'), [*((backend, False) for backend in BACKENDS), ('auto', True)]
+    ('backend', 'dynamic'),
+    [
+        ('auto', True),
+        *(pytest.param(backend, False, marks=pytest.mark.slow) for backend in BACKENDS),
+    ],
 )
 def test_compiles_to_one_graph_with_its_gradients(backend, dynamic):
     torch.compiler.reset()
@@ -163,6 +167,7 @@ def test_compiles_to_one_graph_with_its_gradients(backend, dynamic):
         assert_near(actual, expected(*case), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('backend', ['fft', 'dense'])
 def test_a_gradient_is_compiled_whose_forward_was_not(backend):
     x, weight, g = random_case((28, 28), torch.float32, channels=4)
@@ -174,7 +179,7 @@ def test_a_gradient_is_compiled_whose_forward_was_not(backend):
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')  # sizes become constants, as meant
 @pytest.mark.filterwarnings('ignore:.isinstance.treespec:FutureWarning')  # torch.export in itself
 @pytest.mark.parametrize('backend', ['auto', 'dense'])
-@pytest.mark.parametrize('size', [(6, 8), (7, 5)], ids=str)
+@pytest.mark.parametrize('size', [(6, 8), pytest.param((7, 5), marks=pytest.mark.slow)], ids=str)
 def test_graphs_without_complex_numbers(tmp_path, backend, size):
     model, x, other = Filter(size, backend), torch.randn(2, *size, 3), torch.randn(5, *size, 3)
 
@@ -191,6 +196,7 @@ def test_graphs_without_complex_numbers(tmp_path, backend, size):
         assert not re.search('fft|complex', str(graph), re.IGNORECASE)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:.isinstance.treespec:FutureWarning')  # torch.export in itself
 @pytest.mark.parametrize('size', [(6, 8), (7, 5)], ids=str)
 def test_onnx_runtime_computes_it_without_its_own_fourier_transform(tmp_path, size):

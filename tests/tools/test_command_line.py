@@ -5,11 +5,9 @@ import os
 import pickle
 import re
 import runpy
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +73,23 @@ def run(*command, environment, cwd) -> str:
     return result.stdout
 
 
+def start(*command, environment, until: str) -> tuple[subprocess.Popen, str]:
+    """Start a command; return it, and its output up to a line that holds a pattern."""
+    process = subprocess.Popen(
+        [str(c) for c in command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    output = ''
+    for line in process.stdout:
+        output += line
+        if re.search(until, line):
+            return process, output
+    raise AssertionError(f'ended with {process.wait()}: {output[-5000:]}')
+
+
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, environment) -> tuple[Path, str]:
     """Train four iterations, from a folder that is not the checkout; config by name."""
@@ -122,20 +137,12 @@ def test_a_killed_run_resumes_from_its_latest_checkpoint(tmp_path, environment):
         sys.executable, ROOT / 'tools/train.py', CONFIG, '--work-dir', tmp_path,
         '--cfg-options', *SHORT, 'train_cfg.val_interval=100',
     ]  # fmt: skip
-    with open(tmp_path / 'out', 'w') as out:
-        process = subprocess.Popen(
-            [*map(str, command), 'train_cfg.max_iters=10000'],
-            env=environment,
-            stdout=out,
-            stderr=out,
-        )
-    latest = tmp_path / 'last_checkpoint'
-    deadline = time.monotonic() + 120
-    while not latest.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    saved = int(re.search(r'iter_(\d+)', latest.read_text())[1])
+    process, _ = start(
+        *command, 'train_cfg.max_iters=10000', environment=environment, until=r'train\) \[ *3/'
+    )
+    process.kill()
+    process.communicate()
+    saved = int(re.search(r'iter_(\d+)', (tmp_path / 'last_checkpoint').read_text())[1])
 
     out = run(
         *command, f'train_cfg.max_iters={saved + 2}', '--resume', environment=environment, cwd=ROOT
@@ -155,18 +162,12 @@ def test_an_image_that_is_deleted_during_the_run_is_named(tmp_path, environment)
         '--cfg-options', *SHORT, 'train_cfg.val_interval=10000', 'train_cfg.max_iters=10000',
         'train_dataloader.num_workers=1',
     ]  # fmt: skip
-    with open(tmp_path / 'out', 'w') as out:
-        process = subprocess.Popen(
-            [*map(str, command)],
-            env={**environment, 'DIGITS_ROOT': str(digits)},
-            stdout=out,
-            stderr=out,
-        )
-    while not (tmp_path / 'run/iter_2.pth').exists() and process.poll() is None:
-        time.sleep(0.1)
+    process, output = start(
+        *command, environment={**environment, 'DIGITS_ROOT': str(digits)}, until=r'train\) \[ *3/'
+    )
     (gone := sorted((digits / 'images/training').iterdir())[3]).unlink()
-    assert process.wait(timeout=100) != 0
-    output = (tmp_path / 'out').read_text()
+    output += process.communicate(timeout=100)[0]
+    assert process.returncode != 0
     last = output.strip().splitlines()[-1]
     assert 'DataError' in last and f'{gone} cannot be loaded: FileNotFoundError' in last
     assert 'The last checkpoint is' in output

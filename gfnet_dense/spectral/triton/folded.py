@@ -23,7 +23,8 @@ kinds is frequency k. Frequency 0 has no sine, so slot 0 of the sines holds the 
 an even axis, and zeros for an odd one: nothing is stored or computed twice. The origin is at the
 centre, which turns the phase of every frequency; the way back turns it back.
 
-Four coefficients at slot (u, v) are two complex values of the spectrum, `first` and `second`:
+Four coefficients at slot (u, v) are two complex values of the spectrum, `first` and `second`, whose
+real and imaginary parts are signed sums of them, the rows of a matrix:
 
                  first                        second
     u, v > 0     (u, v)                       (-u, v)
@@ -42,7 +43,14 @@ from torch import Tensor
 
 from ..resize import hermitian_part
 
-Parts = tuple[Tensor, Tensor, Tensor, Tensor]
+# Columns are cc, cs, sc, ss; rows are the real and imaginary part of `first` and of `second`.
+_VALUES = torch.tensor(
+    [
+        [[1, 0, 0, -1], [0, -1, -1, 0], [1, 0, 0, 1], [0, 1, -1, 0]],  # u, v > 0
+        [[1, 0, 0, 0], [0, 0, -1, 0], [0, 0, 0, 1], [0, 1, 0, 0]],  # u = 0 < v
+        [[1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 1, 0], [0, 0, 0, -1]],  # v = 0
+    ]
+).double()
 
 
 def basis(size: int, device: torch.device | str = 'cpu') -> Tensor:
@@ -72,62 +80,30 @@ def restore(cosine: Tensor, sine: Tensor, size: int) -> Tensor:
     return torch.cat([even + odd, (even - odd)[..., : size // 2].flip(-1)], dim=-1)
 
 
-def frequencies(parts: Parts, inner_u: Tensor, inner_v: Tensor) -> Parts:
-    """Return real and imaginary part of `first` and `second`; `inner` is 0 in slot 0, else 1."""
-    cc, cs, sc, ss = parts
-    inner, outer_v = inner_u * inner_v, 1 - inner_v
-    return (
-        cc - inner * ss,
-        -(inner + outer_v) * cs - inner_v * sc,
-        inner * cc + outer_v * sc + inner_v * ss,
-        inner_v * cs - inner * sc - outer_v * ss,
-    )
-
-
-def coefficients(values: Parts, inner_u: Tensor, inner_v: Tensor) -> Parts:
-    """Return the transpose of :func:`frequencies`."""
-    re, im, re_2, im_2 = values
-    inner, outer_v = inner_u * inner_v, 1 - inner_v
-    return (
-        re + inner * re_2,
-        inner_v * im_2 - (inner + outer_v) * im,
-        outer_v * re_2 - inner_v * im - inner * im_2,
-        inner_v * re_2 - outer_v * im_2 - inner * re,
-    )
-
-
-def _multiply(
-    re: Tensor, im: Tensor, kernel: Tensor, nyquist: Tensor, corner: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Multiply complex values; in the corner the real and the imaginary part by a factor each."""
-    cross = torch.where(corner, 0.0, kernel.imag)
-    factor = torch.where(corner, nyquist, kernel.real)
-    return kernel.real * re - cross * im, factor * im + cross * re
-
-
 def filter_columns(
     cosine: Tensor, sine: Tensor, weight: Tensor, width: int
 ) -> tuple[Tensor, Tensor]:
     """Filter the coefficients along W `(B, C, H, ceil(W / 2))` of a map with its spectrum."""
     height = cosine.shape[2]
-    parts = *transform(cosine.mT), *transform(sine.mT)  # (B, C, v, u)
-    u, v = (torch.arange((size + 1) // 2) for size in (height, width))
-    inner_u, inner_v = (u > 0).double(), (v > 0).double()[:, None]
-    corner = inner_u + inner_v == 0
-    re, im, re_2, im_2 = frequencies(parts, inner_u, inner_v)
+    parts = torch.stack([*transform(cosine.mT), *transform(sine.mT)], dim=-1)  # (B, C, v, u, 4)
+    u, v = torch.arange(parts.shape[3]), torch.arange(parts.shape[2])[:, None]
+    matrix = _VALUES[torch.where(v == 0, 2, torch.where(u == 0, 1, 0))]
+    values = (parts[..., None, :] @ matrix.mT).unflatten(-1, (2, 2)).squeeze(-3)
+    values = torch.view_as_complex(values)
 
-    kernel = torch.view_as_complex(hermitian_part(weight, width).contiguous()).permute(2, 1, 0)
-    mirrored_u = torch.where(u == 0, height // 2, height - u)
-    first = kernel[:, : len(v), : len(u)]
-    second = torch.cat([kernel[:, width // 2 :, u][:, :1], kernel[:, 1 : len(v), mirrored_u]], 1)
-    nyquist = kernel[:, :, height // 2, None, None].real  # multiplies the imaginary part there
-    re, im = _multiply(re, im, first, nyquist[:, 0], corner)
-    re_2, im_2 = _multiply(re_2, im_2, second, nyquist[:, width // 2], corner)
+    spectrum = torch.view_as_complex(hermitian_part(weight, width).contiguous()).permute(2, 0, 1)
+    second_u = torch.where(v == 0, u, torch.where(u == 0, height // 2, height - u))
+    second_v = torch.where(v == 0, width // 2, v)
+    kernel = torch.stack([spectrum[:, u, v], spectrum[:, second_u, second_v]], dim=-1)
+    # In the corner the imaginary part is the real value of another frequency.
+    nyquist = spectrum[:, height // 2, torch.stack([v, second_v], dim=-1)]
+    apart = torch.complex(kernel.real * values.real, nyquist.real * values.imag)
+    corner = (u + v == 0)[..., None]
+    values = torch.view_as_real(torch.where(corner, apart, kernel * values)).flatten(-2)
 
     # Outside the corner a value stands for its conjugate too.
-    norm = (2 - corner.double()) / (height * width)
-    values = coefficients((re, im, re_2, im_2), inner_u, inner_v)
-    cc, cs, sc, ss = (norm * part for part in values)
+    values = values * (2 - corner.double()) / (height * width)
+    cc, cs, sc, ss = (values[..., None, :] @ matrix).squeeze(-2).unbind(-1)
     return restore(cc, cs, height).mT, restore(sc, ss, height).mT
 
 
