@@ -2,5 +2,6 @@
 
 from .errors import DataError
 from .image_folder import ImageFolder
+from .report import Report, check_data
 
-__all__ = ['DataError', 'ImageFolder']
+__all__ = ['DataError', 'ImageFolder', 'Report', 'check_data']
