@@ -44,12 +44,14 @@ class Report:
         contents: Each data set without wrappers, and what it holds.
         findings: Faults and notes.
         loader: The dataloader, if it could be built.
+        model: The model that the data are for.
     """
 
     use: str
     contents: list[tuple[Any, Contents]] = field(default_factory=list)
     findings: list[Fault | Note] = field(default_factory=list)
     loader: DataLoader[Any] | None = None
+    model: nn.Module | None = None
 
     @property
     def faults(self) -> list[Fault]:
@@ -90,7 +92,7 @@ def inspect(
         wanted: Names of numbers that hooks ask the metrics for.
         ann_files: The annotation files of the metrics in the config.
     """
-    report = Report(use, loader=loader)
+    report = Report(use, loader=loader, model=model)
     ignored = ignored_labels(model if use == 'train' else None, metrics)
     for part in parts(loader.dataset):
         if hasattr(part, 'get_data_info'):
