@@ -936,6 +936,17 @@ def evaluator_of_same_ids(root: Path) -> dict[str, Any]:
     return evaluator_of(root)
 
 
+@fault('detection', ERROR, 'have no id', 'val')
+def evaluator_of_a_faulty_file(root: Path) -> dict[str, Any]:
+    """The metric reads another file, whose annotations have no ids."""
+    edit(root, lambda content: each(content, id=None))
+    return {**evaluator_of(root), 'train_dataloader.dataset.ann_file': VALIDATION_FILE,
+            'train_dataloader.dataset.data_prefix.img': 'images/validation'}  # fmt: skip
+
+
+VALIDATION_FILE = 'annotations/instances_validation.json'
+
+
 @fault('detection', NOTE, 'count as missed', 'val')
 def part_of_the_validation(root: Path) -> dict[str, Any]:
     """Only a part of the validation images is evaluated."""
