@@ -365,7 +365,7 @@ def subfolders(root: Path) -> None:
                 path.rename(folder / f'{i // 2}{path.suffix}')
 
 
-@fault('segmentation', ERROR, 'make no batch')
+@fault('segmentation', ERROR, 'no batch')
 def sizes_in_training(root: Path) -> None:
     """Training images of several sizes, and no crop or padding."""
     for path in (images(root)[2], maps(root)[2]):
@@ -664,6 +664,14 @@ def batches_of_one(root: Path) -> dict[str, Any]:
     return {'train_dataloader.batch_size': 1}
 
 
+@fault('segmentation', RIGHT)
+def data_sets_together(root: Path) -> dict[str, Any]:
+    """Two data sets in one, each repeated."""
+    data = make_config('segmentation', root).train_dataloader.dataset
+    repeated = dict(type='RepeatDataset', times=2, dataset=data)
+    return {'train_dataloader.dataset': dict(type='ConcatDataset', datasets=[repeated, repeated])}
+
+
 # Detection: images
 
 
@@ -709,6 +717,14 @@ def coco_orientation_ignored(root: Path) -> dict[str, Any]:
 def coco_turned_by_180(root: Path) -> None:
     """EXIF turns an image by 180 degrees."""
     turn(images(root)[2], 3)
+
+
+@fault('detection', ERROR, 'cannot be read')
+def folder_as_image(root: Path) -> None:
+    """An image is a folder."""
+    path = images(root)[5]
+    path.unlink()
+    path.mkdir()
 
 
 # Detection: annotation files
