@@ -6,7 +6,6 @@ from typing import Any
 
 from mmengine.registry import DATASETS
 
-from .checks import check_folders
 from .coco import check_coco_file
 from .errors import DataError
 
@@ -18,12 +17,10 @@ def build_dataset(dataset: Any) -> Any:
         dataset: A data set or its config.
 
     Raises:
-        DataError: If folders are missing, the annotation file is at fault, or no images are left.
+        DataError: If the annotation file is at fault, or no images are left.
     """
     cfg, contents = dataset, ''
-    if isinstance(dataset, Mapping):
-        check_folders(dataset)
-    else:
+    if not isinstance(dataset, Mapping):
         cfg = dict(type=type(dataset).__name__, data_root=getattr(dataset, 'data_root', None))
     while isinstance(cfg.get('dataset'), Mapping):
         cfg = cfg['dataset']

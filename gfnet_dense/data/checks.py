@@ -125,7 +125,7 @@ def find_batches(loader: DataLoader[Any], model: nn.Module | None, use: str) -> 
         model: Its `data_preprocessor` makes the batch; None does without.
         use: `'train'`, `'val'` or `'test'`.
     """
-    batch = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', 1)
+    batch: int = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None) or 1
     if use == 'train' and model is not None:
         yield from _find_last_batch(loader, model, batch)
     if batch < 2 or len(loader.dataset) < 2:  # type: ignore[arg-type]

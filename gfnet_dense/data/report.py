@@ -5,9 +5,9 @@ A run logs the report before its first iteration. :func:`check_data` makes it wi
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .build import build_dataset, explained_evaluator
-from .checks import find_batches, find_heads, ignored_labels
+from .checks import check_folders, find_batches, find_heads, ignored_labels
 from .coco import check_objects, check_part, is_coco
 from .contents import Contents, parts, read_contents, remember
 from .errors import DataError, Fault, Findings, Note
@@ -25,11 +25,25 @@ from .evaluation import find_evaluation
 from .image_folder import check_classes, is_image_folder
 from .segmentation import check_files, check_labels, is_segmentation
 
-# For each kind of data set: checks of its lists, and of what its files hold.
+
+class Kind(NamedTuple):
+    """The checks of a kind of data set.
+
+    Attributes:
+        fits: Tells whether a data set is of this kind.
+        of_lists: Checks which images and annotations there are.
+        of_files: Checks what was read of them.
+    """
+
+    fits: Callable[[Any], bool]
+    of_lists: Callable[..., Findings]
+    of_files: Callable[..., Findings]
+
+
 CHECKS = (
-    (is_segmentation, check_files, check_labels),
-    (is_coco, check_part, check_objects),
-    (is_image_folder, None, check_classes),
+    Kind(is_segmentation, check_files, check_labels),
+    Kind(is_coco, check_part, check_objects),
+    Kind(is_image_folder, lambda part, use: (), check_classes),
 )
 USES = {'train': 'training', 'val': 'validation', 'test': 'test'}
 _NAMED = 12  # classes that the report names; of more it names the most and the least frequent
@@ -114,18 +128,18 @@ def _inspect_part(
     """Check a data set without wrappers; the verdict is remembered while nothing changes."""
 
     def compute() -> tuple[dict[str, Any], bool]:
-        kinds = [checks for fits, *checks in CHECKS if fits(part)]
+        kinds = [kind for kind in CHECKS if kind.fits(part)]
         contents = None
         findings: list[Fault | Note] = []
-        for check, _ in kinds:
-            findings += check(part, use=use) if check else ()
+        for kind in kinds:
+            findings += kind.of_lists(part, use=use)
         if not any(isinstance(finding, Fault) for finding in findings):
             contents = read_contents(part, use, ignored)
             findings += _of_files(contents)
-            for _, check in kinds:
-                findings += check(part, contents=contents, ignored=ignored, use=use)
+            for kind in kinds:
+                findings += kind.of_files(part, contents=contents, ignored=ignored, use=use)
         named = [(type(finding).__name__, str(finding)) for finding in findings]
-        kept = not any(kind == 'Fault' for kind, _ in named)
+        kept = not any(isinstance(finding, Fault) for finding in findings)
         return dict(contents=contents and vars(contents), findings=named), kept
 
     result = remember(part, use, list(ignored), compute)
@@ -210,6 +224,7 @@ def check_data(config: Config) -> list[Report]:
             continue
         seen.append((copy.deepcopy(loader_cfg), copy.deepcopy(evaluator_cfg)))
         try:
+            check_folders(loader_cfg.dataset)
             dataset = build_dataset(loader_cfg.dataset)
             single = single_process({**loader_cfg, 'dataset': dataset, 'num_workers': 0})
             loader = Runner.build_dataloader(single, seed=0)
