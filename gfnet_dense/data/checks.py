@@ -128,7 +128,7 @@ def find_batches(loader: DataLoader[Any], model: nn.Module | None, use: str) -> 
     batch: int = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None) or 1
     if use == 'train' and model is not None:
         yield from _find_last_batch(loader, model, batch)
-    if batch < 2 or len(loader.dataset) < 2:  # type: ignore[arg-type]
+    if batch < 2 or not hasattr(loader.dataset, '__len__') or len(loader.dataset) < 2:
         return
     chosen = _different_samples(loader, batch)
     with keep_random_state():

@@ -44,13 +44,15 @@ def check_files(part: Any, use: str, **_: Any) -> Findings:
             f'{len(missing)} of {len(infos)} images have no annotation, first '
             f'{join_first(missing)}: add the annotations, or remove the images'
         )
-    steps = getattr(part.pipeline, 'transforms', ())
+    steps = getattr(getattr(part, 'pipeline', None), 'transforms', ())
     if not maps and any(getattr(step, 'with_seg', False) for step in steps):
         yield Fault(
             f'the pipeline for {part.data_root} loads annotations, but data_prefix has no '
             'seg_map_path: set it, or remove LoadAnnotations from the pipeline'
         )
-    elif not maps and use == 'train':
+    elif use == 'train' and not any(
+        key != 'img_path' and key.endswith('_path') for key in infos[0]
+    ):
         yield Fault(
             f'training needs annotations: set seg_map_path of data_prefix, {part.data_root}'
         )
@@ -58,7 +60,7 @@ def check_files(part: Any, use: str, **_: Any) -> Findings:
 
 def _line_at_fault(part: Any, path: str) -> str | None:
     """Say which line of the list of files names an image that does not exist."""
-    if not part.ann_file or not os.path.isfile(part.ann_file):
+    if not hasattr(part, 'img_suffix') or not os.path.isfile(part.ann_file or ''):
         return None
     lines = Path(part.ann_file).read_text(encoding='utf-8').splitlines()
     folder = part.data_prefix.get('img_path') or ''
@@ -74,6 +76,8 @@ def _line_at_fault(part: Any, path: str) -> str | None:
 
 def _left_out(part: Any, images: Sequence[str]) -> Findings:
     """Find images that the suffix leaves out, and label maps without an image."""
+    if not hasattr(part, 'img_suffix'):
+        return
     folder, maps = (part.data_prefix.get(key) for key in ('img_path', 'seg_map_path'))
     listed = part.ann_file and not os.path.isdir(part.ann_file)
     if not folder or part.backend_args or listed or part._indices is not None:
@@ -132,7 +136,8 @@ def check_labels(part: Any, contents: Contents, ignored: Sequence[int], use: str
     beyond = sorted(label for label in labels if label >= len(classes) and label not in ignored)
     if classes and beyond:
         example = contents.examples[str(beyond[0])]
-        shifted = ' (after reduce_zero_label)' if part.reduce_zero_label else ''
+        reduced = getattr(part, 'reduce_zero_label', False)
+        shifted = ' (after reduce_zero_label)' if reduced else ''
         yield Fault(
             f'{example} has labels {join_first(beyond)}{shifted}, but there are {len(classes)} '
             f'classes: labels 0 to {len(classes) - 1}, and {join_first(ignored)} for unlabelled '
@@ -148,6 +153,7 @@ def _training_on_nothing(
     part: Any, contents: Contents, classes: Sequence[str], ignored: Sequence[int], use: str
 ) -> Iterator[Fault | Note]:
     kind = Fault if use == 'train' else Note
+    reduced = getattr(part, 'reduce_zero_label', False)
     found = [i for i in range(len(classes)) if contents.pixels[str(i)] and i not in ignored]
     unlabelled = sum(contents.pixels[str(label)] for label in ignored)
     share = 100 * unlabelled / contents.pixels.total()
@@ -158,7 +164,7 @@ def _training_on_nothing(
         )
     elif len(found) == 1 < len(classes) and contents.read > 1:
         reason = ''
-        if part.reduce_zero_label:
+        if reduced:
             reason = (
                 '. reduce_zero_label=True ignores label 0 and takes 1 off the others: set it to '
                 'False if the labels of the files begin at 0'
@@ -169,7 +175,7 @@ def _training_on_nothing(
             f'all labelled pixels in {part.data_root} belong to the class {classes[found[0]]!r}, '
             f'of {len(classes)} classes{reason}'
         )
-    elif part.reduce_zero_label and found == list(range(len(classes) - 1)) and unlabelled:
+    elif reduced and found == list(range(len(classes) - 1)) and unlabelled:
         yield Note(
             f'the last class {classes[-1]!r} does not occur in {part.data_root}, all others do: '
             'if the labels of the files begin at 0, set reduce_zero_label=False, which now '

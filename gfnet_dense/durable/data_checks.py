@@ -39,14 +39,20 @@ class CheckDataHook(Hook):
         loop = None if use == 'train' else getattr(runner, f'{use}_loop')
 
         def check() -> None:
-            report = inspect(
-                use,
-                loader,
-                model=unwrapped(runner.model),
-                metrics=loop.evaluator.metrics if loop is not None else (),
-                wanted=wanted_numbers(runner.hooks) if use == 'val' else (),
-                ann_files=evaluator_files(runner.cfg.get(f'{use}_evaluator')),
-            )
+            try:
+                report = inspect(
+                    use,
+                    loader,
+                    model=unwrapped(runner.model),
+                    metrics=loop.evaluator.metrics if loop is not None else (),
+                    wanted=wanted_numbers(runner.hooks) if use == 'val' else (),
+                    ann_files=evaluator_files(runner.cfg.get(f'{use}_evaluator')),
+                )
+            except DataError:
+                raise
+            except Exception:  # a data set that the checks were not made for can still be right
+                runner.logger.warning(f'{use} data could not be checked', exc_info=True)
+                return
             if report.contents or report.findings:
                 runner.logger.info(str(report))
             raise_first(report.findings)
