@@ -145,19 +145,18 @@ def the_first_process_checks_the_data_for_both(folder: Path) -> None:
     def run(name: str, **dataset: object) -> list[str]:
         def note(rank: int) -> None:
             def noted(check: Callable[..., None]) -> Callable[..., None]:
-                def call(*args: object) -> None:
+                def call(*args: object, **kwargs: object) -> None:
                     with open(folder / name / f'checked{rank}', 'a') as file:
                         print(check.__name__, file=file)
-                    check(*args)
+                    check(*args, **kwargs)
 
                 return call
 
-            def check_coco(dataset: object) -> None:
+            def inspect(*args: object, **kwargs: object) -> None:
                 raise DataError('an annotation is broken')
 
             data_checks.check_folders = noted(data_checks.check_folders)
-            data_checks.check_segmentation = noted(data_checks.check_segmentation)
-            data_checks.check_coco = noted(check_coco)
+            data_checks.inspect = noted(inspect)
 
         cfg = config(folder / name)
         cfg.train_dataloader.dataset.update(dataset)
@@ -169,7 +168,7 @@ def the_first_process_checks_the_data_for_both(folder: Path) -> None:
     calls = run('folder', data_root='/no/such', data_prefix=dict(img='images'))
     assert calls == ['check_folders']
     calls = run('annotation')
-    assert calls == ['check_folders', 'check_folders', 'check_segmentation', 'check_coco']
+    assert calls == ['check_folders', 'check_folders', 'inspect']
     for rank in range(2):
         output = (folder / 'folder' / f'rank{rank}').read_text()
         assert 'DataError: ToyData: there is no folder /no/such/images' in output, output

@@ -12,7 +12,13 @@ from mmengine.runner import Runner
 from toy import LossesHook, ToyData, losses, toy_config
 
 from gfnet_dense.data import DataError
-from gfnet_dense.durable import DurableRunner, GFNetRunner, Switches, latest_checkpoint
+from gfnet_dense.durable import (
+    DurableRunner,
+    GFNetRunner,
+    Switches,
+    data_checks,
+    latest_checkpoint,
+)
 from gfnet_dense.openmmlab import train
 
 
@@ -110,6 +116,15 @@ def test_data_checks(config, monkeypatch, off):
     monkeypatch.setattr(ToyData, 'prepare_data', broken)
     with pytest.raises(OSError if off else DataError, match='truncated'):
         train(config(off))
+
+
+def test_a_data_set_that_the_checks_cannot_take_is_trained_on(config, tmp_path, monkeypatch):
+    def inspect(*args, **kwargs):
+        raise AttributeError('img_suffix')
+
+    monkeypatch.setattr(data_checks, 'inspect', inspect)
+    train(config())
+    assert 'train data could not be checked' in next(tmp_path.rglob('*.log')).read_text()
 
 
 def test_work_dir_lock(config):
