@@ -100,6 +100,7 @@ class _Run:
         self.failures: dict[str, str] = {}
         self.videos: list[Input] = []
         self.sources: deque[Input] = deque()  # those on their way through the network
+        self.names: set[Path] = set()  # of those, and of results that are being written
 
     def over(self, inputs: Inputs, total: int | None) -> Report:
         start = time.monotonic()
@@ -116,19 +117,24 @@ class _Run:
         return Report(self.images, self.kept, seconds, self.failures, written)
 
     def _predict_images(self, inputs: Inputs, pool: ThreadPoolExecutor) -> None:
-        writing: deque[Future[None]] = deque()
+        writing: deque[Future[Path]] = deque()
         for _, result in self.predictor.stream(self._paths(inputs)):
             source = self.sources.popleft()
             if isinstance(result, Exception):
                 self._fail(source, result)
+                self.names.remove(source.name)
             else:
-                writing.append(pool.submit(self.outputs.write, source, result))
+                writing.append(pool.submit(self._write, source, result))
                 self.images += 1
             self.bar.update()
             if len(writing) > 2 * _WRITERS:
-                writing.popleft().result()
+                self.names.remove(writing.popleft().result())
         for future in writing:
             future.result()
+
+    def _write(self, source: Input, prediction: Prediction) -> Path:
+        self.outputs.write(source, prediction)
+        return source.name
 
     def _paths(self, inputs: Inputs) -> Iterator[Path]:
         for source in inputs:
@@ -136,7 +142,8 @@ class _Run:
                 self.kept += 1
             elif source.is_video:
                 self.videos.append(source)
-            else:
+            elif source.name not in self.names:  # else it was named twice
+                self.names.add(source.name)
                 self.sources.append(source)
                 yield source.path
                 continue

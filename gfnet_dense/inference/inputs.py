@@ -46,7 +46,8 @@ class Inputs:
     """
 
     def __init__(self, arguments: Sequence[str], out: Path) -> None:
-        self._arguments = arguments
+        self._arguments = list(dict.fromkeys(arguments))
+        self._folders = [Path(os.path.abspath(a)) for a in arguments if Path(a).is_dir()]
         self._out = out.resolve()
         self._root = Path(os.path.commonpath([_folder(argument) for argument in arguments]))
         self.skipped = 0
@@ -74,17 +75,25 @@ class Inputs:
             if argument == '-':
                 yield from (Path(line.strip()) for line in sys.stdin if line.strip())
             elif Path(argument).is_dir():
-                yield from self._files(argument)
+                if not self._is_listed(Path(argument)):
+                    yield from self._files(argument)
             elif glob.has_magic(argument) and not Path(argument).exists():
                 # A pattern without a match is passed on, and named as a file that is not there.
                 for match in sorted(glob.iglob(argument, recursive=True)) or [argument]:
-                    if Path(match).is_dir():
-                        if '**' not in argument:
-                            yield from self._files(match)
-                    else:
+                    if self._is_listed(Path(match)):
+                        continue
+                    if not Path(match).is_dir():
                         yield Path(match)
-            else:
+                    elif '**' not in argument:
+                        yield from self._files(match)
+            elif not self._is_listed(Path(argument)):
                 yield Path(argument)
+
+    def _is_listed(self, path: Path) -> bool:
+        """Return whether a path is found in a folder that is another argument."""
+        known = path.is_dir() or path.suffix.lower() in IMAGES | VIDEOS
+        parents = Path(os.path.abspath(path)).parents
+        return known and any(folder in parents for folder in self._folders)
 
     def _files(self, folder: str) -> Iterator[Path]:
         for place, folders, files in os.walk(folder, followlinks=True):

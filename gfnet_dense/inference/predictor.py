@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -89,9 +89,10 @@ class Predictor:
             them, share a batch; no image is padded for another one.
         classes: Names of the classes to predict; all by default.
         tta: Average over the views of the config's `tta_pipeline`.
-        tile: Side of the windows, in pixels, into which larger images are cut for segmentation.
-            Windows overlap by a quarter, and the probabilities are blended there. The memory that
-            an image takes then does not grow with its height.
+        tile: Side of the windows, in pixels, into which larger images are cut for segmentation;
+            `'auto'` for the size of the training images, else 512. Windows overlap by a quarter,
+            and the probabilities are blended there. The memory for scores then does not grow with
+            the height of the image.
 
     Attributes:
         task: One of :data:`gfnet_dense.inference.TASKS`.
@@ -111,7 +112,7 @@ class Predictor:
         batch_size: int = 8,
         classes: Sequence[str] | None = None,
         tta: bool = False,
-        tile: int | None = None,
+        tile: int | Literal['auto'] | None = None,
     ) -> None:
         self.model: Any = model
         self.cfg = cfg
@@ -121,6 +122,8 @@ class Predictor:
         if batch_size < 1:
             raise ValueError(f'batch_size must be at least 1, but got {batch_size}')
         self.batch_size = batch_size
+        if tile == 'auto':
+            tile = max((cfg.model.get('data_preprocessor') or {}).get('size') or [512])
         self.tile = tile
         self._chosen = self._indices(classes)
         if tile is not None:
