@@ -1,0 +1,27 @@
+"""Checkpoints of the small models of the digits, with random weights."""
+
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+
+from gfnet_dense.openmmlab import find_config
+
+SEGMENTOR = 'upernet_gfnet_nano_digits'
+DETECTOR = 'retinanet_gfnet_nano_digits'
+INSTANCE_SEGMENTOR = 'mask_rcnn_gfnet_nano_digits'
+CLASSIFIER = 'gfnet_nano_digits'
+
+
+def random_checkpoint(name: str, folder: Path) -> Path:
+    """Write weights for the model of a config, of which a detector finds many objects."""
+    cfg = Config.fromfile(find_config(name))
+    torch.manual_seed(0)
+    with MODELS.switch_scope_and_registry(cfg.default_scope) as registry:
+        model = registry.build(cfg.model)
+    if name == DETECTOR:
+        torch.nn.init.normal_(model.bbox_head.retina_cls.weight, std=0.1)
+    path = folder / f'{name}.pth'
+    torch.save({'state_dict': model.state_dict(), 'meta': {}}, path)
+    return path
