@@ -1,4 +1,4 @@
-"""`gfnet predict` on the command line: segmentation, detection, classification, and being killed."""
+"""`gfnet predict` on the command line: segmentation, detection, classification, and killed runs."""
 
 import csv
 import json
@@ -336,7 +336,7 @@ def test_the_verbs_are_listed(monkeypatch, capsys):
 def test_errors_are_a_line(segmentor, call, tmp_path, arguments, error):
     (tmp_path / 'empty').mkdir()
     arguments = [segmentor if argument is None else argument for argument in arguments]
-    status, out, err = call('predict', *arguments, '--out', 'out', '--device', 'cpu')
+    status, _, err = call('predict', *arguments, '--out', 'out', '--device', 'cpu')
     assert status == 1
     assert err.splitlines()[-1].startswith(error)
     assert 'Traceback' not in err
