@@ -231,12 +231,16 @@ def _predict(parser: argparse.ArgumentParser) -> Run:
     )
 
     def run(args: argparse.Namespace) -> int:
+        from PIL import Image
+
         from gfnet_dense.inference import load, predict_files
 
         # Warnings about how OpenMMLab's parts are configured are for who trains.
         warnings.filterwarnings('ignore', module=r'(mmcv|mmengine|mmseg|mmdet)\.')
         # A job that is ended removes its partial files, as after Ctrl-C.
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        if args.tile:
+            Image.MAX_IMAGE_PIXELS = None  # Pillow's guard against images that are too large
         predictor = load(
             args.config,
             args.checkpoint,

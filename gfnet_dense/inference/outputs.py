@@ -21,6 +21,7 @@ from .predictor import Predictor
 
 _TOP = 5  # classes of an image in a table
 _RECORDS = '.records.jsonl'
+_JPEG_SIDE = 65_500  # the longest that a JPEG can have
 
 
 class Outputs:
@@ -93,8 +94,10 @@ class Outputs:
         """
         path = self.picture(source)
         path.parent.mkdir(parents=True, exist_ok=True)
+        picture = prediction.draw(self.opacity)
+        picture.thumbnail((_JPEG_SIDE, _JPEG_SIDE))
         with write_whole(path) as file:
-            prediction.draw(self.opacity).save(file, 'JPEG', quality=92, subsampling=0)
+            picture.save(file, 'JPEG', quality=92, subsampling=0)
         return self.write_labels(source, prediction)
 
     def write_labels(

@@ -151,19 +151,20 @@ class Predictor:
 
         Args:
             images: A path, an array, a tensor or an image of Pillow, as
-                :func:`gfnet_dense.inference.read_image` takes them; or a list or an iterator of
-                such.
+                :func:`gfnet_dense.inference.read_image` takes them; or a list, a generator or
+                another iterable of such.
 
         Returns:
-            A :class:`~gfnet_dense.inference.Prediction`; of a list a list of them, of an iterator
-            an iterator that reads ahead no more than it needs.
+            A :class:`~gfnet_dense.inference.Prediction`; of a list a list of them, of a generator
+            a generator that reads ahead no more than it needs.
 
         Raises:
             InputError: If an image cannot be read.
         """
         if isinstance(images, list | tuple):
             return list(self._predictions(images))
-        if isinstance(images, Iterator):
+        single = isinstance(images, str | Path | np.ndarray | Tensor | Image.Image)
+        if isinstance(images, Iterable) and not single:
             return self._predictions(images)
         return next(self._predictions([images]))
 
@@ -432,9 +433,12 @@ def _preprocessing(cfg: Config, task: str, tta: bool) -> tuple[_Loader, _Prepara
     dataset = unwrapped_dataset(cfg) or {}
     if task == 'classification' and 'transform' in dataset:
         transform = create_transform(**dataset['transform'], normalize=False)
-        return _read, lambda results: dict(
-            inputs=transform(Image.fromarray(results['rgb'])), data_samples=None
-        )
+
+        def prepare(results: dict[str, Any]) -> dict[str, Any]:
+            rgb = np.ascontiguousarray(results['img'][:, :, ::-1])
+            return dict(inputs=transform(Image.fromarray(rgb)), data_samples=None)
+
+        return _read, prepare
     pipeline = cfg.tta_pipeline if tta else dataset.get('pipeline') or cfg.get('test_pipeline')
     if not pipeline:
         raise ValueError(f'{cfg.filename} has no test pipeline, which prepares the images')
@@ -470,8 +474,9 @@ def _results(image: Array | None = None, path: str = '') -> dict[str, Any]:
     # Detectors ask for the scale, also after pipelines that do not resize.
     results: dict[str, Any] = dict(img_path=path, img_id=0, scale_factor=(1.0, 1.0))
     if image is not None:
-        results |= dict(rgb=image, img=np.ascontiguousarray(image[:, :, ::-1]))
-        results |= dict(img_shape=image.shape[:2], ori_shape=image.shape[:2])
+        shape = image.shape[:2]
+        bgr = np.ascontiguousarray(image[:, :, ::-1])
+        results |= dict(img=bgr, img_shape=shape, ori_shape=shape)
     return results
 
 

@@ -72,7 +72,7 @@ def test_paths_on_standard_input(monkeypatch, tmp_path):
     assert found('-') == {
         'photos/x/b': 'photos/x/b.jpg',
         'more/b': f'{tmp_path}/more/b.jpg',
-        'somewhere/c.png': '/somewhere/c.png',
+        'somewhere/c': '/somewhere/c.png',
     }
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS
 from PIL import Image
 from pycocotools import mask as coco_mask
-from random_models import CLASSIFIER, INSTANCE_SEGMENTOR, SEGMENTOR, random_checkpoint
+from random_models import CLASSIFIER, DETECTOR, INSTANCE_SEGMENTOR, SEGMENTOR, random_checkpoint
 from timm.data import create_transform
 
 import gfnet_dense
@@ -224,7 +225,9 @@ def test_objects_are_those_of_mmdet(detector, images, tmp_path):
     detector.model.cfg = detector.cfg
     for image, prediction in zip(images[:4], detector.predict(images[:4]), strict=True):
         bgr = np.ascontiguousarray(image[:, :, ::-1])
-        expected = inference_detector(detector.model, bgr).pred_instances
+        # mmseg's functions, called before, set the scope of the process to theirs.
+        with MODELS.switch_scope_and_registry('mmdet'):
+            expected = inference_detector(detector.model, bgr).pred_instances
         assert len(expected.scores) > 5
         np.testing.assert_allclose(prediction.scores, expected.scores, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(prediction.boxes, expected.bboxes, atol=0.01)
@@ -241,6 +244,33 @@ def test_objects_are_those_of_mmdet(detector, images, tmp_path):
         coco_mask.decode(found[0]['segmentation']).astype(bool), prediction.masks[0]
     )
     assert found[0]['class'] == CLASSES[1:][found[0]['label']]
+
+
+def test_a_detector_averages_views(images, tmp_path):
+    path = random_checkpoint(DETECTOR, tmp_path)
+    averaged = gfnet_dense.load(DETECTOR, path, 'cpu', tta=True)
+    for image, prediction in zip(images[:3], averaged.predict(images[:3]), strict=True):
+        assert len(prediction.boxes) > 0 and prediction.masks is None
+        assert (prediction.boxes[:, 2:] <= (image.shape[1], image.shape[0])).all()
+        assert (np.diff(prediction.scores) <= 0).all()
+
+
+def test_a_loader_of_the_config_reads_what_pillow_cannot(checkpoint, images, tmp_path):
+    import tifffile
+
+    cfg = Config.fromfile(find_config(SEGMENTOR))
+    loader = dict(type='LoadImageFromFile', color_type='unchanged', imdecode_backend='tifffile')
+    cfg.test_dataloader.dataset.pipeline[0] = loader
+    own = gfnet_dense.load(cfg, checkpoint, 'cpu')
+    # As BGR in numbers beyond 8 bits, which Pillow does not read.
+    tifffile.imwrite(tmp_path / 'a.tif', images[0][:, :, ::-1].astype(np.float64))
+    found = own.predict(tmp_path / 'a.tif')
+    assert (found.labels != own.predict(images[0]).labels).mean() < 0.001
+    assert np.corrcoef(found.image.ravel(), images[0].ravel())[0, 1] > 0.999
+    with pytest.raises(InputError, match=r'nothing\.tif cannot be read: FileNotFoundError'):
+        own.predict(tmp_path / 'nothing.tif')
+    with pytest.raises(ValueError, match='tiles are for images that Pillow reads'):
+        gfnet_dense.load(cfg, checkpoint, 'cpu', tile=64)
 
 
 def test_classes_of_an_image_are_those_of_the_network(images, tmp_path):
