@@ -16,7 +16,7 @@ from gfnet_dense.serialization import write_whole
 from .images import Array
 from .inputs import Input
 from .loading import find_test_data
-from .prediction import Prediction
+from .prediction import Prediction, no_class_label
 from .predictor import Predictor
 
 _TOP = 5  # classes of an image in a table
@@ -232,8 +232,8 @@ def _annotation_coding(predictor: Predictor) -> Array:
     dataset = find_test_data(predictor.cfg)
     if dataset is None:
         raise ValueError(f'{predictor.cfg.filename} has no data set, whose coding could be used')
-    dtype = np.dtype(np.uint8 if len(predictor.classes) < 256 else np.uint16)
-    values = np.arange(np.iinfo(dtype).max + 1)
+    no_class = no_class_label(len(predictor.classes))
+    values = np.arange(no_class + 1)
     # As mmseg reads them: first 0 becomes the highest value and all others one less, then the
     # classes that are used are numbered anew.
     for old, new in (getattr(dataset, 'label_map', None) or {}).items():
@@ -241,7 +241,7 @@ def _annotation_coding(predictor: Predictor) -> Array:
             values[new] = old
     if getattr(dataset, 'reduce_zero_label', False):
         values = (values + 1) % len(values)
-    return values.astype(dtype)
+    return values.astype(np.min_scalar_type(no_class))
 
 
 def _csv_row(values: list[Any]) -> str:

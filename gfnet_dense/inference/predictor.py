@@ -22,9 +22,10 @@ from torch.nn import functional
 
 from gfnet_dense.data.errors import join_first
 
+from .drawing import Colour
 from .images import Array, InputError, read_image
 from .loading import find_task, load_model, unwrapped_dataset
-from .prediction import Prediction
+from .prediction import Prediction, no_class_label
 
 # Images that wait to be put into batches with others of their size, in batches and in pixels.
 _WINDOW = 4
@@ -117,14 +118,15 @@ class Predictor:
         self.model: Any = model
         self.cfg = cfg
         self.task = find_task(cfg)
-        self.classes: tuple[str, ...] = self.model.dataset_meta['classes']
-        self.palette = self.model.dataset_meta['palette']
+        meta: Any = model.dataset_meta
+        self.classes: tuple[str, ...] = meta['classes']
+        self.palette: list[Colour] = meta['palette']
         if batch_size < 1:
             raise ValueError(f'batch_size must be at least 1, but got {batch_size}')
         self.batch_size = batch_size
         if tile == 'auto':
-            tile = max((cfg.model.get('data_preprocessor') or {}).get('size') or [512])
-        self.tile = tile
+            tile = int(max((cfg.model.get('data_preprocessor') or {}).get('size') or [512]))
+        self.tile: int | None = tile
         self._chosen = self._indices(classes)
         if tile is not None:
             if self.task != 'segmentation':
@@ -288,19 +290,20 @@ class Predictor:
         boxes: Tensor | None = None,
         masks: Tensor | None = None,
     ) -> Prediction:
-        values = [None if v is None else v.cpu().numpy() for v in (labels, scores, boxes, masks)]
-        if self._chosen is not None:
-            kept = np.isin(values[0], self._chosen)
-            values = [None if value is None else value[kept] for value in values]
-        return Prediction(self.task, image, self.classes, self.palette, *values)
+        kept = slice(None) if self._chosen is None else np.isin(labels.cpu(), self._chosen)
+        found: list[Any] = [
+            None if value is None else value.cpu().numpy()[kept]
+            for value in (labels, scores, boxes, masks)
+        ]
+        return Prediction(self.task, image, self.classes, self.palette, *found)
 
     # Segmentation
 
     def _segmentation(self, image: Array, labels: Tensor) -> Prediction:
-        dtype = np.dtype(np.uint8 if len(self.classes) < 256 else np.uint16)
-        array = labels.cpu().numpy().astype(dtype)
+        no_class = no_class_label(len(self.classes))
+        array = labels.cpu().numpy().astype(np.min_scalar_type(no_class))
         if self._chosen is not None:
-            array[~np.isin(array, self._chosen)] = np.iinfo(dtype).max
+            array[~np.isin(array, self._chosen)] = no_class
         return Prediction(self.task, image, self.classes, self.palette, array)
 
     def _scores(self, output: Tensor) -> Tensor:
