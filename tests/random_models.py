@@ -1,7 +1,9 @@
-"""Checkpoints of the small models of the digits, with random weights."""
+"""Checkpoints of the small models of the digits, with random weights, and random images."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
@@ -12,6 +14,7 @@ SEGMENTOR = 'upernet_gfnet_nano_digits'
 DETECTOR = 'retinanet_gfnet_nano_digits'
 INSTANCE_SEGMENTOR = 'mask_rcnn_gfnet_nano_digits'
 CLASSIFIER = 'gfnet_nano_digits'
+SIZES = [(64, 64), (48, 80), (64, 64), (75, 61), (48, 80), (64, 64)]
 
 
 def random_checkpoint(name: str, folder: Path) -> Path:
@@ -25,3 +28,11 @@ def random_checkpoint(name: str, folder: Path) -> Path:
     path = folder / f'{name}.pth'
     torch.save({'state_dict': model.state_dict(), 'meta': {}}, path)
     return path
+
+
+def random_images(sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """Return RGB images of squares in random colours."""
+    generator = np.random.default_rng(0)
+    coarse = [generator.integers(0, 256, (1 + h // 16, 1 + w // 16, 3)) for h, w in sizes]
+    fine = [np.kron(c, np.ones((16, 16, 1))).astype(np.uint8) for c in coarse]
+    return [f[:h, :w] for f, (h, w) in zip(fine, sizes, strict=True)]
