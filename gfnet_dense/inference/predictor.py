@@ -27,7 +27,7 @@ from .images import Array, InputError, read_image
 from .loading import find_task, load_model, unwrapped_dataset
 from .prediction import Prediction, no_class_label
 
-# Images that wait to be put into batches with others of their size, in batches and in pixels.
+# The most images that wait for others of their size, in batches and in pixels.
 _WINDOW = 4
 _WINDOW_PIXELS = 100_000_000
 # Numbers of a score map that are resized at a time, 256 MB.
@@ -60,19 +60,27 @@ def load(
     return Predictor(*load_model(config, checkpoint, device), **options)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Sample:
-    """An image on its way to the network."""
+    """An image on its way through the network.
+
+    Attributes:
+        source: The image as it was given.
+        image: RGB of shape `(H, W, 3)`, uint8.
+        data: What the pipeline made of it; None if it is cut into tiles or cannot be read.
+        result: What came out, None before.
+    """
 
     source: Any
-    image: Array
-    data: dict[str, Any] | None  # what the pipeline made of it; None if it is cut into tiles
+    image: Array | None = None
+    data: dict[str, Any] | None = None
+    result: Prediction | Exception | None = None
 
     @property
     def shapes(self) -> object:
-        """What images of one batch share."""
-        if self.data is None:
-            return id(self)
+        """What images of one batch share; None if it takes no part in a batch."""
+        if self.data is None or self.image is None:
+            return None
         inputs = self.data['inputs']
         if isinstance(inputs, Tensor):
             return tuple(inputs.shape)
@@ -190,65 +198,61 @@ class Predictor:
         """
         workers = min(8, os.cpu_count() or 1)
         pool = ThreadPoolExecutor(workers, 'loader')
+        queue: deque[_Sample] = deque()  # what is not yielded yet
+        groups: dict[object, list[_Sample]] = {}  # of these, what waits for others of its size
         try:
-            window: list[_Sample | tuple[Any, Exception]] = []
-            waiting = pixels = 0
-            for loaded in in_parallel(pool, self._load, images, self.batch_size + workers):
-                window.append(loaded)
-                if isinstance(loaded, _Sample):
-                    waiting += 1
-                    pixels += loaded.image.size // 3
-                if waiting == _WINDOW * self.batch_size or pixels > _WINDOW_PIXELS:
-                    yield from self._run_window(window)
-                    window, waiting, pixels = [], 0, 0
-            yield from self._run_window(window)
+            for sample in in_parallel(pool, self._load, images, self.batch_size + workers):
+                queue.append(sample)
+                if sample.result is None:
+                    group = groups.setdefault(sample.shapes, [])
+                    group.append(sample)
+                    if len(group) == self.batch_size or sample.shapes is None:
+                        self._run(groups.pop(sample.shapes))
+                pixels = sum(each.image.size // 3 for each in queue if each.image is not None)
+                if len(queue) > _WINDOW * self.batch_size or pixels > _WINDOW_PIXELS:
+                    self._run_all(groups)
+                while queue and queue[0].result is not None:
+                    done = queue.popleft()
+                    yield done.source, done.result
+            self._run_all(groups)
+            for done in queue:
+                assert done.result is not None
+                yield done.source, done.result
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _load(self, source: Any) -> _Sample | tuple[Any, Exception]:
+    def _load(self, source: Any) -> _Sample:
         try:
             image, results = self._load_file(source)
-            in_tiles = self.tile is not None and max(image.shape[:2]) > self.tile
-            return _Sample(source, image, None if in_tiles else self._prepare(results))
+            if self.tile is not None and max(image.shape[:2]) > self.tile:
+                return _Sample(source, image)
+            return _Sample(source, image, self._prepare(results))
         except InputError as e:
-            return source, e
+            return _Sample(source, result=e)
         except Exception as e:  # transforms of the pipeline raise errors of many kinds
-            return source, InputError(f'{_name(source)}: {type(e).__name__}: {e}')
+            return _Sample(source, result=InputError(f'{_name(source)}: {type(e).__name__}: {e}'))
 
-    def _run_window(
-        self, window: list[_Sample | tuple[Any, Exception]]
-    ) -> Iterator[tuple[Any, Prediction | Exception]]:
-        """Run the network on samples, batch by batch of one size, and yield in the old order."""
-        groups: dict[object, list[_Sample]] = {}
-        for sample in window:
-            if isinstance(sample, _Sample):
-                groups.setdefault(sample.shapes, []).append(sample)
-        results: dict[int, Prediction | Exception] = {}
-        for group in groups.values():
-            for batch in _batches(group, self.batch_size):
-                for sample, result in zip(batch, self._run(batch), strict=True):
-                    results[id(sample)] = result
-        for sample in window:
-            if isinstance(sample, _Sample):
-                yield sample.source, results.pop(id(sample))
-            else:
-                yield sample
+    def _run_all(self, groups: dict[object, list[_Sample]]) -> None:
+        while groups:
+            self._run(groups.popitem()[1])
 
-    def _run(self, batch: Sequence[_Sample]) -> list[Prediction | Exception]:
+    def _run(self, batch: Sequence[_Sample]) -> None:
+        """Set the results of a batch."""
         try:
-            return list(self._predict(batch))
+            for sample, result in zip(batch, list(self._predict(batch)), strict=True):
+                sample.result = result
         except Exception as e:
             if len(batch) > 1:  # which one was it?
-                return [result for sample in batch for result in self._run([sample])]
-            error = str(e).strip().splitlines() or ['']
-            return [
-                RuntimeError(
-                    f'{_name(batch[0].source)}: the network fails: {type(e).__name__}: {error[0]}'
-                )
-            ]
+                for sample in batch:
+                    self._run([sample])
+                return
+            error = next(iter(str(e).strip().splitlines()), '')
+            batch[0].result = RuntimeError(
+                f'{_name(batch[0].source)}: the network fails: {type(e).__name__}: {error}'
+            )
 
     @torch.no_grad()
-    def _predict(self, batch: Sequence[_Sample]) -> Iterator[Prediction]:
+    def _predict(self, batch: Sequence[Any]) -> Iterator[Prediction]:
         if batch[0].data is None:
             yield self._segmentation(batch[0].image, self._blend_tiles(batch[0].image))
             return
