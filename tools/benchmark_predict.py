@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
 from gfnet_dense.benchmark import machine, measure, speedup
@@ -56,6 +56,7 @@ def main() -> None:
         predictor = Predictor(model, cfg, batch_size=args.batch)
         model.cfg = cfg.copy()
         model.cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline
+        init_default_scope(cfg.default_scope)  # as mmseg's init_model does
 
         def loop(write: bool) -> None:
             for path in paths:
