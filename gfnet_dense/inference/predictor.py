@@ -211,13 +211,12 @@ class Predictor:
                 pixels = sum(each.image.size // 3 for each in queue if each.image is not None)
                 if len(queue) > _WINDOW * self.batch_size or pixels > _WINDOW_PIXELS:
                     self._run_all(groups)
-                while queue and queue[0].result is not None:
-                    done = queue.popleft()
-                    yield done.source, done.result
+                while queue and (result := queue[0].result) is not None:
+                    yield queue.popleft().source, result
             self._run_all(groups)
-            for done in queue:
-                assert done.result is not None
-                yield done.source, done.result
+            for sample in queue:
+                assert sample.result is not None
+                yield sample.source, sample.result
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
