@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from mmengine.dist import is_distributed, master_only
+from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
@@ -19,8 +20,9 @@ from mmengine.runner import BaseLoop, Runner, load_state_dict
 from torch import nn
 from torch.utils.data import DataLoader
 
+from gfnet_dense.data.build import explained_evaluator
 from gfnet_dense.data.errors import DataError, join_first
-from gfnet_dense.serialization import CheckpointError, load_file, write_whole
+from gfnet_dense.serialization import CheckpointError, load_file, plain_keys, write_whole
 
 from .checkpoints import latest_checkpoint
 from .data_checks import CheckDataHook, checked, explain_error
@@ -153,6 +155,7 @@ class DurableRunner(Runner):
             self._check_backbone(checkpoint, filename)
         if 'state_dict' not in checkpoint:  # weights alone, or an official file
             checkpoint = dict(state_dict=checkpoint)
+        checkpoint['state_dict'] = plain_keys(checkpoint['state_dict'])
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         state = checkpoint['state_dict']
         for pattern, replacement in revise_keys:
@@ -166,7 +169,7 @@ class DurableRunner(Runner):
     def _check_backbone(self, content: Any, filename: str) -> None:
         """Check that a checkpoint holds the backbone, whatever its heads are."""
         found = content.get('state_dict', content) if isinstance(content, Mapping) else {}
-        found = {str(key).removeprefix('module.'): value for key, value in found.items()}
+        found = plain_keys(found)
         own = unwrapped(self.model).state_dict()
         own = {key: own[key] for key in own if key.startswith('backbone.')} or own
         lacking = [
@@ -257,6 +260,11 @@ class DurableRunner(Runner):
                 'batch_size of the dataloader, or set drop_last=False'
             )
         return loader
+
+    def build_evaluator(self, evaluator: Any) -> Evaluator:
+        """Build an evaluator as mmengine does; the error of a faulty annotation file names it."""
+        with explained_evaluator(evaluator) if self.switches.data_checks else nullcontext():
+            return super().build_evaluator(evaluator)
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
         """Build an optimizer wrapper; on a GPU, Adam and AdamW get kernels that can skip a step."""
