@@ -11,6 +11,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 Run = Callable[[argparse.Namespace], int | None]
@@ -265,6 +266,37 @@ def _predict(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
+def _check_data(parser: argparse.ArgumentParser) -> Run:
+    """Check the data of a config without training.
+
+    Example:
+      gfnet check-data my_config.py --plot data.png
+    """
+    _add_config(parser)
+    parser.add_argument(
+        '--plot', metavar='FILE.png', help='draw classes, sizes, boxes and samples with labels'
+    )
+    _add_cfg_options(parser)
+
+    def run(args: argparse.Namespace) -> int:
+        from mmengine.config import Config
+
+        from gfnet_dense.data import check_data, plot_reports
+        from gfnet_dense.openmmlab import find_config
+
+        config = Config.fromfile(find_config(args.config))
+        config.merge_from_dict(args.cfg_options or {})
+        reports = check_data(config)
+        print(*reports, sep='\n')
+        if args.plot:
+            print(f'pictures: {plot_reports(reports, Path(args.plot))}')
+        faults = sum(len(report.faults) for report in reports)
+        print(f'{faults} faults')
+        return min(faults, 1)
+
+    return run
+
+
 def _flops(parser: argparse.ArgumentParser) -> Run:
     """Count the multiply-accumulates and parameters of a model.
 
@@ -319,6 +351,7 @@ VERBS: dict[str, Verb] = {
     'train': _train,
     'test': _test,
     'predict': _predict,
+    'check-data': _check_data,
     'flops': _flops,
     'convert': _convert,
 }

@@ -59,9 +59,13 @@ def read_image(source: Any) -> Array:
 
 
 def _from_pillow(image: Image.Image) -> Array:
+    # Pillow opens PGM of 16 bits in a mode of 32.
+    wide = image.mode.startswith('I;16') or (image.mode, image.format) == ('I', 'PPM')
     image = ImageOps.exif_transpose(image)
-    if image.mode in ('I', 'F') or image.mode.startswith('I;16'):  # convert() clips them at 255
-        return _from_array(np.asarray(image))
+    if wide:  # convert() would clip at 255
+        return _from_array(np.asarray(image).astype(np.uint16))
+    if image.mode in ('I', 'F'):  # and here nothing says what white is
+        raise InputError(f'mode {image.mode}, of 32 bits, has no 8-bit colours: convert it')
     if image.mode == 'La':  # transparency multiplied in: it has no conversion to RGB
         image = image.convert('LA')
     return np.asarray(image.convert('RGB'))

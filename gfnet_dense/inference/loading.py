@@ -2,7 +2,6 @@
 
 import colorsys
 import copy
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,6 @@ from gfnet_dense.serialization import CheckpointError, load_file
 
 TASKS = ('segmentation', 'detection', 'instance segmentation', 'classification')
 
-# What wrappers of a model put before the names of its parameters.
-_WRAPPERS = re.compile(r'(?:module\.|_orig_mod\.)+')
 # Where a model keeps the number of its classes.
 _HEADS = ('decode_head', 'roi_head.bbox_head', 'bbox_head', 'panoptic_head', 'head', 'backbone')
 
@@ -62,7 +59,6 @@ def load_model(
         raise FileNotFoundError(f'no checkpoint at {checkpoint}')
     content = load_file(checkpoint, mmap=True)
     state = find_state_dict(content, checkpoint)
-    state = {_WRAPPERS.sub('', key, count=1): value for key, value in state.items()}
 
     options = copy.deepcopy(cfg.model)
     options.pop('pretrained', None)

@@ -65,6 +65,18 @@ def test_16_bits_in_colour_and_cmyk(tmp_path, rgb):
     np.testing.assert_array_equal(read_image(tmp_path / 'cmyk.tif'), 255 - rgb)
 
 
+def test_grey_of_16_and_32_bits(tmp_path, rgb):
+    dark = (rgb[:, :, 0] // 2).astype(np.uint16)
+    cv2.imwrite(str(tmp_path / 'dark.pgm'), dark)
+    assert (read_image(tmp_path / 'dark.pgm') == 0).all()
+    cv2.imwrite(str(tmp_path / 'wide.pgm'), dark * 512 + 3)
+    np.testing.assert_array_equal(read_image(tmp_path / 'wide.pgm')[:, :, 1], dark * 2)
+    for dtype in (np.int32, np.float32):
+        Image.fromarray(dark.astype(dtype)).save(tmp_path / 'grey.tif')
+        with pytest.raises(InputError, match=r'grey\.tif: mode [IF], of 32 bits, has no 8-bit'):
+            read_image(tmp_path / 'grey.tif')
+
+
 def test_the_first_frame_is_taken(tmp_path, rgb):
     first, second = Image.fromarray(rgb).quantize(200), Image.new('P', (72, 48))
     first.save(tmp_path / 'a.gif', save_all=True, append_images=[second])
