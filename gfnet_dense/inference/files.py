@@ -41,8 +41,9 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         rate = self.images / max(self.seconds, 1e-9)
+        speed = f'{rate:.1f}' if rate >= 1 else f'{rate:.2g}'
         kept = f', {self.kept} were there' if self.kept else ''
-        lines = [f'{self.images} images in {self.seconds:.1f} s ({rate:.1f} images/s){kept}']
+        lines = [f'{self.images} images in {self.seconds:.1f} s ({speed} images/s){kept}']
         lines += [f'  {path}' for path in self.written]
         if self.failures:
             lines.append(f'{len(self.failures)} inputs failed:')
