@@ -138,7 +138,7 @@ def test_labels_in_the_coding_of_the_annotations(segmentor, digits, images, call
     assert status == 0
     cfg = Config.fromfile(find_config(SEGMENTOR))
     cfg.test_dataloader.update(num_workers=0, persistent_workers=False, batch_size=8)
-    evaluate(cfg, segmentor, work_dir='work', out='expected')  # mmseg writes them
+    evaluate(cfg, segmentor, work_dir='work', out='expected')  # as tools/test.py writes them
     for image in images:
         found = labels(tmp_path / 'out/labels' / f'{image.stem}.png')
         expected = labels(tmp_path / 'expected' / f'{image.stem}.png')
