@@ -78,7 +78,19 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         OSError: If it cannot be opened.
         CheckpointError: If it is not a checkpoint, or holds more than tensors and plain values.
     """
-    content = load_file(path)
+    return find_state_dict(load_file(path), path)
+
+
+def find_state_dict(content: object, path: str | Path) -> dict[str, Tensor]:
+    """Return the weights in the content of a checkpoint file, as :func:`read_state_dict` does.
+
+    Args:
+        content: What :func:`gfnet_dense.serialization.load_file` returned.
+        path: The file, for the error message.
+
+    Raises:
+        CheckpointError: If there is no state dict.
+    """
     for key in ('model', 'state_dict'):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]

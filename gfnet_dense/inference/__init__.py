@@ -1,0 +1,20 @@
+"""What one does with a trained model. mmseg and mmdet are imported when a model is loaded."""
+
+from .files import Report, predict_files
+from .images import InputError, read_image
+from .loading import TASKS, find_task, load_model
+from .prediction import Prediction
+from .predictor import Predictor, load
+
+__all__ = [
+    'TASKS',
+    'InputError',
+    'Prediction',
+    'Predictor',
+    'Report',
+    'find_task',
+    'load',
+    'load_model',
+    'predict_files',
+    'read_image',
+]
