@@ -30,8 +30,9 @@ check = load_tool('check_environment')
 install = load_tool('install_mmcv_ops')
 
 
-def read_pins() -> dict[str, str]:
-    lines = (ROOT / 'requirements.txt').read_text().splitlines()
+def read_pins(*files: str) -> dict[str, str]:
+    texts = [(ROOT / file).read_text() for file in files or ('requirements.txt',)]
+    lines = '\n'.join(texts).splitlines()
     return dict(line.split('==') for line in lines if line and not line.startswith('#'))
 
 
@@ -195,7 +196,7 @@ def test_another_copy_of_this_package(sound, package):
 
 
 def test_pins_are_exact_and_within_the_ranges():
-    pins, ranges = read_pins(), read_ranges()
+    pins, ranges = read_pins('requirements.txt', 'requirements-test.txt'), read_ranges()
     assert {requirement.name for requirement in ranges} <= pins.keys()
     for requirement in ranges:
         assert requirement.specifier.contains(pins[requirement.name]), requirement
