@@ -8,7 +8,10 @@ mmdetection: `custom_imports = dict(imports=['gfnet_dense'])` in a config.
 
 import importlib.util
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .inference import Predictor
 
 from .spectral import global_filter, resize_spectrum
 
@@ -20,6 +23,7 @@ __all__ = [
     'GlobalFilter',
     '__version__',
     'global_filter',
+    'load',
     'resize_spectrum',
 ]
 
@@ -35,6 +39,13 @@ else:
             from . import openmmlab  # noqa: F401
         except ImportError as e:
             warnings.warn(f'GFNet is not registered in mmengine: {e}', stacklevel=2)
+
+
+def load(config: Any, checkpoint: Any, device: Any = None, **options: Any) -> 'Predictor':
+    """Load a trained model that predicts from images: see :func:`gfnet_dense.inference.load`."""
+    from .inference import load  # needs OpenMMLab
+
+    return load(config, checkpoint, device, **options)
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,17 @@ REPOSITORY = Path(__file__).parents[1]
 OPENMMLAB_TASKS = {'mmseg', 'mmdet'}
 
 # The rooms, the highest first. Each imports only rooms below it; the package itself is above all.
-ROOMS = ('inference', 'openmmlab', 'durable', 'data', 'demo', 'models', 'serialization', 'spectral')
+ROOMS = (
+    'cli',
+    'inference',
+    'openmmlab',
+    'durable',
+    'data',
+    'demo',
+    'models',
+    'serialization',
+    'spectral',
+)
 # What a room may import when it is imported, besides the standard library and rooms below.
 PACKAGES = {
     'spectral': {'torch'},

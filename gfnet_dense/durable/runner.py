@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from mmengine.dist import is_distributed, master_only
 from mmengine.hooks import Hook
+from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
 from mmengine.registry import RUNNERS
@@ -27,7 +28,7 @@ from .interrupts import InterruptHook, init_worker
 from .non_finite import NonFiniteLossHook, use_fused_adam
 from .ranks import AverageBuffersHook, on_main_process
 from .resumable import ExactResumeHook, ValidationOnResumeHook, resumable
-from .summary import RunSummaryHook, accumulated_batches, unwrapped
+from .summary import RunSummaryHook, accumulated_batches, show_on_console, unwrapped
 from .switches import Switches
 from .work_dir import lock_work_dir, make_work_dir
 
@@ -86,6 +87,14 @@ class DurableRunner(Runner):
             cfg=cfg,
             **kwargs,
         )
+        show_on_console(self.logger, overview=False)
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        """Build a logger that leaves environment, config and hooks to the log file."""
+        logger = super().build_logger(*args, **kwargs)
+        if self.switches.summary:
+            show_on_console(logger, overview=True)
+        return logger
 
     def train(self) -> nn.Module:
         """Train; if that fails, log the iteration and the checkpoint to continue from."""

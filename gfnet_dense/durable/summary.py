@@ -1,5 +1,6 @@
 """A summary of a run in a few lines, before its first iteration."""
 
+import logging
 from typing import Any
 
 import torch
@@ -32,11 +33,31 @@ class RunSummaryHook(Hook):
             'iterations': f'{runner.iter} to {runner.max_iters}',
             'device': _device(runner),
             'precision': _precision(runner),
+            'config and hooks': f'in {runner.logger.log_file}',
         }
         width = max(map(len, lines))
         runner.logger.info(
             '\n'.join(['This run:', *(f'  {key:<{width}}  {lines[key]}' for key in lines)])
         )
+
+
+def show_on_console(logger: logging.Logger, *, overview: bool) -> None:
+    """Show only short messages of a logger on the console, or all of them again.
+
+    Args:
+        logger: A logger of mmengine. Its file gets all messages.
+        overview: Whether to leave out messages of many lines that are no warnings.
+    """
+    for handler in logger.handlers:
+        if not isinstance(handler, logging.FileHandler):
+            (handler.addFilter if overview else handler.removeFilter)(_is_short)
+
+
+def _is_short(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.INFO or record.getMessage().count('\n') < _MANY_LINES
+
+
+_MANY_LINES = 10
 
 
 def accumulated_batches(optim_wrapper: OptimWrapper) -> int:

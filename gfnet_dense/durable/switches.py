@@ -26,7 +26,8 @@ class Switches:
             checkpoints of another.
         cpu_processes: Train in several processes on machines without a GPU (launcher pytorch).
         scale_accumulated_lr: Let `auto_scale_lr` count accumulated batches, too.
-        summary: Log model, data, batch and learning rate before the first iteration.
+        summary: Log model, data, batch and learning rate before the first iteration, and leave the
+            config and the list of hooks, of hundreds of lines, to the log file.
     """
 
     checkpoints: bool = True

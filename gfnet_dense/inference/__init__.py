@@ -1,5 +1,23 @@
 """What one does with a trained model. mmseg and mmdet are imported when a model is loaded."""
 
-from .loading import find_task, load_model
+from .export import ExportError, export_model
+from .files import Report, predict_files
+from .images import InputError, read_image
+from .loading import TASKS, find_task, load_model
+from .prediction import Prediction
+from .predictor import Predictor, load
 
-__all__ = ['find_task', 'load_model']
+__all__ = [
+    'TASKS',
+    'ExportError',
+    'InputError',
+    'Prediction',
+    'Predictor',
+    'Report',
+    'export_model',
+    'find_task',
+    'load',
+    'load_model',
+    'predict_files',
+    'read_image',
+]

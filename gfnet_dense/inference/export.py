@@ -31,6 +31,7 @@ from gfnet_dense.data.errors import DataError
 from gfnet_dense.models.gfnet import GFNetBase
 from gfnet_dense.serialization import write_whole
 
+from .images import read_image
 from .loading import find_task, find_test_data, load_model
 
 Array = np.ndarray[Any, Any]
@@ -587,17 +588,21 @@ def samples_of(cfg: Config, task: str, count: int) -> tuple[list[Sample], int]:
         return [], 255
     truths = [info.get('gt_seg_map' if segments else 'gt_label') for info in infos]
     samples = [
-        Sample(_opened(info['img_path']), None if truth is None else np.asarray(truth))
+        Sample(_open(info['img_path']), None if truth is None else np.asarray(truth))
         for info, truth in zip(infos, truths, strict=True)
     ]
     return samples, getattr(dataset, 'ignore_index', 255)
+
+
+def _open(path: str | Path) -> Image.Image:
+    return Image.fromarray(read_image(path))
 
 
 def _photographs(count: int) -> list[Sample]:
     """Return parts of the photograph that matplotlib, which mmengine needs, comes with."""
     from matplotlib import cbook
 
-    photograph = _opened(cbook.get_sample_data('grace_hopper.jpg', asfileobj=False))
+    photograph = _open(cbook.get_sample_data('grace_hopper.jpg', asfileobj=False))
     side = min(photograph.size)
     boxes = [
         (x, y, x + side // part, y + side // part)
@@ -608,18 +613,10 @@ def _photographs(count: int) -> list[Sample]:
     return [Sample(photograph.crop(box)) for box in boxes[:count]]
 
 
-def _opened(path: str | Path) -> Image.Image:
-    try:
-        with Image.open(path) as file:
-            return file.convert('RGB')
-    except Exception as e:  # broken bytes raise errors of many kinds
-        raise DataError(f'{path} cannot be decoded: {e}') from e
-
-
 # The whole
 
 
-def export(
+def export_model(
     config: str | Path | Config,
     checkpoint: str | Path,
     out: str | Path,
@@ -657,6 +654,7 @@ def export(
     Raises:
         FileNotFoundError: If there is no such config, checkpoint or image.
         CheckpointError: If the weights cannot be read or are not those of the model.
+        InputError: If an image cannot be decoded.
         ExportError: If the model has no such output, a package is missing, or a runtime differs
             from PyTorch by more than :data:`BOUNDS`.
     """
@@ -666,7 +664,7 @@ def export(
     model: Any = loaded
     task = find_task(cfg)
     reference = deploy(model, task, output)
-    samples, ignore_index = [Sample(_opened(path)) for path in images], 255
+    samples, ignore_index = [Sample(_open(path)) for path in images], 255
     source = 'given images'
     if not samples:
         samples, ignore_index = samples_of(cfg, task, num_images)

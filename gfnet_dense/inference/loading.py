@@ -106,14 +106,20 @@ def find_test_data(cfg: Config) -> Any:
     Returns:
         The data set, or None if the config has none.
     """
-    loader = cfg.get('test_dataloader') or cfg.get('val_dataloader') or {}
-    dataset = loader.get('dataset')
-    while dataset is not None and ('dataset' in dataset or 'datasets' in dataset):
-        dataset = dataset.get('dataset') or dataset['datasets'][0]
+    dataset = unwrapped_dataset(cfg)
     if dataset is None:
         return None
     with DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
         return registry.build(dict(copy.deepcopy(dataset), lazy_init=True))
+
+
+def unwrapped_dataset(cfg: Config) -> Any:
+    """Return the config of the data set of a config's tests, without wrappers; None without one."""
+    loader = cfg.get('test_dataloader') or cfg.get('val_dataloader') or {}
+    dataset = loader.get('dataset')
+    while dataset is not None and ('dataset' in dataset or 'datasets' in dataset):
+        dataset = dataset.get('dataset') or dataset['datasets'][0]
+    return dataset
 
 
 def _keys(config: Any) -> Iterator[str]:

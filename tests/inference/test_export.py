@@ -17,9 +17,9 @@ from mmengine.registry import MODELS
 from PIL import Image
 
 from gfnet_dense.demo import CLASSES, PALETTE, write_digit_scans, write_digits
+from gfnet_dense.inference import ExportError, export_model, load_model
 from gfnet_dense.inference import export as exporting
-from gfnet_dense.inference import load_model
-from gfnet_dense.inference.export import BOUNDS, Comparison, ExportError, deploy, export
+from gfnet_dense.inference.export import BOUNDS, Comparison, deploy
 
 ROOT = Path(__file__).parents[2]
 SEGMENTOR, DETECTOR, CLASSIFIER = (
@@ -231,17 +231,17 @@ def test_refused(trained, tmp_path):
         ([(64, 64)], dict(output='masks'), "unknown output 'masks'"),
     ):
         with pytest.raises(ExportError, match=message):
-            export(*trained(SEGMENTOR), out, shapes, **arguments)
+            export_model(*trained(SEGMENTOR), out, shapes, **arguments)
     with pytest.raises(ExportError, match=r'must end in \.onnx or \.pt2'):
-        export(*trained(SEGMENTOR), tmp_path / 'model.pth', [(64, 64)])
+        export_model(*trained(SEGMENTOR), tmp_path / 'model.pth', [(64, 64)])
     with pytest.raises(ExportError, match='int8 is for ONNX'):
-        export(*trained(SEGMENTOR), tmp_path / 'model.pt2', [(64, 64)], precision='int8')
+        export_model(*trained(SEGMENTOR), tmp_path / 'model.pt2', [(64, 64)], precision='int8')
     with pytest.raises(ExportError, match='RoIAlign'):
-        export(*trained('mask_rcnn_gfnet_nano_digits'), out, [(64, 64)])
+        export_model(*trained('mask_rcnn_gfnet_nano_digits'), out, [(64, 64)])
     with pytest.raises(ExportError, match='non-maximum suppression'):
-        export(*trained(DETECTOR), out, [(64, 64)], output='labels')
+        export_model(*trained(DETECTOR), out, [(64, 64)], output='labels')
     with pytest.raises(ExportError, match='no maps'):
-        export(*trained(CLASSIFIER), out, [(64, 64)], output='features')
+        export_model(*trained(CLASSIFIER), out, [(64, 64)], output='features')
     assert not [*tmp_path.iterdir()]
 
 
@@ -263,13 +263,13 @@ def test_a_file_that_computes_something_else_is_not_written(trained, tmp_path, m
     out = tmp_path / 'model.pt2'
     out.write_bytes(b'before')
     with pytest.raises(ExportError, match=r'runtime differs from PyTorch: largest difference'):
-        export(*trained(SEGMENTOR), out, [(64, 64)])
+        export_model(*trained(SEGMENTOR), out, [(64, 64)])
     assert out.read_bytes() == b'before' and [*tmp_path.iterdir()] == [out]
 
 
 def test_several_sizes_and_images_of_the_user(trained, tmp_path, monkeypatch):
     without_exporter(monkeypatch, 1.0)
-    first, second = export(
+    first, second = export_model(
         *trained(SEGMENTOR),
         tmp_path / 'model.pt2',
         [(64, 64), (32, 96)],
@@ -294,7 +294,7 @@ def test_killed_before_the_proof_it_leaves_no_file(trained, tmp_path):
         'from gfnet_dense.inference import export as exporting\n'
         'exporting.to_pt2 = lambda *_: b"file"\n'
         'exporting.runs_of = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n'
-        f'exporting.export({str(config)!r}, {str(weights)!r}, {str(out)!r}, [(64, 64)])\n'
+        f'exporting.export_model({str(config)!r}, {str(weights)!r}, {str(out)!r}, [(64, 64)])\n'
     )
     assert subprocess.run([sys.executable, '-c', code]).returncode == -signal.SIGKILL
     assert not out.exists() and len([*tmp_path.iterdir()]) == 1  # what the next run overwrites

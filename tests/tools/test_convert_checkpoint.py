@@ -42,12 +42,12 @@ def convert(monkeypatch, capsys) -> Callable[..., str]:
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr(sys, 'argv', [str(TOOL), *map(str, arguments)])
-        try:
+        with pytest.raises(SystemExit) as end:
             runpy.run_path(str(TOOL), run_name='__main__')
-        except SystemExit as e:
-            assert e.code == 2
-            raise ValueError(capsys.readouterr().err) from e
-        return capsys.readouterr().out
+        printed = capsys.readouterr()
+        if end.value.code != 0:
+            raise ValueError(printed.err)
+        return printed.out
 
     return run
 

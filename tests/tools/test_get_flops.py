@@ -12,8 +12,12 @@ TOOL = Path(__file__).parents[2] / 'tools' / 'get_flops.py'
 def run(monkeypatch, capsys):
     def call(*arguments: str) -> list[str]:
         monkeypatch.setattr('sys.argv', [str(TOOL), *arguments])
-        runpy.run_path(str(TOOL), run_name='__main__')
-        return capsys.readouterr().out.splitlines()
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(TOOL), run_name='__main__')
+        printed = capsys.readouterr()
+        if end.value.code != 0:
+            raise ValueError(printed.err)
+        return printed.out.splitlines()
 
     return call
 
@@ -41,6 +45,6 @@ def test_prints_the_parts_of_a_config_for_a_shape(run):
 
 def test_names_what_it_knows(run):
     with pytest.raises(
-        FileNotFoundError, match=r'no config nothing; by name there are .*gfnet_h_s'
+        ValueError, match=r'FileNotFoundError: no config nothing; by name there are .*gfnet_h_s'
     ):
         run('nothing')

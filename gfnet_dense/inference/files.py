@@ -1,0 +1,178 @@
+"""From files to files: what `gfnet predict` does."""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+from tqdm import tqdm
+
+from gfnet_dense.data.errors import join_first
+
+from .images import InputError
+from .inputs import Input, Inputs
+from .outputs import Outputs
+from .prediction import Prediction
+from .predictor import Predictor, in_parallel
+from .video import read_video, write_video
+
+_WRITERS = 4  # threads, and as many files wait for each
+
+
+class Report(NamedTuple):
+    """What came out of :func:`predict_files`.
+
+    Attributes:
+        images: How many images and frames were predicted.
+        kept: How many inputs were left out because their results were there.
+        seconds: How long it took.
+        failures: What is wrong with each input that failed, by its path.
+        written: Where the results are.
+    """
+
+    images: int
+    kept: int
+    seconds: float
+    failures: dict[str, str]
+    written: list[Path]
+
+    def __str__(self) -> str:
+        rate = self.images / max(self.seconds, 1e-9)
+        kept = f', {self.kept} were there' if self.kept else ''
+        lines = [f'{self.images} images in {self.seconds:.1f} s ({rate:.1f} images/s){kept}']
+        lines += [f'  {path}' for path in self.written]
+        if self.failures:
+            lines.append(f'{len(self.failures)} inputs failed:')
+            lines += [f'  {text}' for text in self.failures.values()]
+        return '\n'.join(lines)
+
+
+def predict_files(
+    predictor: Predictor,
+    arguments: Sequence[str],
+    out: str | Path,
+    *,
+    opacity: float = 0.5,
+    as_annotations: bool = False,
+    resume: bool = False,
+) -> Report:
+    """Predict from images and videos, and write the results to a folder.
+
+    The memory it takes does not grow with the number of inputs. Inputs that cannot be read are
+    left out.
+
+    Args:
+        predictor: The model.
+        arguments: See :class:`Inputs`.
+        out: The folder, see :class:`Outputs`, as for the other arguments.
+        opacity: Of colours over an image, 0 to 1.
+        as_annotations: Write labels in the coding of the config's annotations.
+        resume: Leave out inputs whose results are there.
+
+    Raises:
+        ValueError: If there are no inputs, or an option does not fit the model.
+        OSError: If results cannot be written.
+    """
+    if not 0 <= opacity <= 1:
+        raise ValueError(f'opacity must be from 0 to 1, but got {opacity}')
+    inputs = Inputs(arguments, Path(out))
+    total = inputs.count()
+    if total == 0:
+        raise ValueError(f'no images and no videos in {join_first(arguments)}')
+    if inputs.skipped:
+        tqdm.write(
+            f'{inputs.skipped} files are left out that are no images by their names: '
+            f'{join_first(sorted(inputs.suffixes), 5)}'
+        )
+    outputs = Outputs(
+        Path(out), predictor, opacity=opacity, as_annotations=as_annotations, resume=resume
+    )
+    return _Run(predictor, outputs).over(inputs, total)
+
+
+class _Run:
+    def __init__(self, predictor: Predictor, outputs: Outputs) -> None:
+        self.predictor, self.outputs = predictor, outputs
+        self.images = self.kept = 0
+        self.failures: dict[str, str] = {}
+        self.videos: list[Input] = []
+        self.sources: deque[Input] = deque()  # those on their way through the network
+        self.names: set[Path] = set()  # of those, and of results that are being written
+
+    def over(self, inputs: Inputs, total: int | None) -> Report:
+        start = time.monotonic()
+        with ThreadPoolExecutor(_WRITERS, 'writer') as pool:
+            with tqdm(total=total, unit=' images', smoothing=0.05) as self.bar:
+                self._predict_images(inputs, pool)
+            for video in self.videos:
+                try:
+                    self._predict_video(video, pool)
+                except InputError as e:
+                    self._fail(video, e)
+        seconds = time.monotonic() - start
+        written = self.outputs.finish()
+        return Report(self.images, self.kept, seconds, self.failures, written)
+
+    def _predict_images(self, inputs: Inputs, pool: ThreadPoolExecutor) -> None:
+        writing: deque[Future[Path]] = deque()
+        for _, result in self.predictor.stream(self._paths(inputs)):
+            source = self.sources.popleft()
+            if isinstance(result, Exception):
+                self._fail(source, result)
+                self.names.remove(source.name)
+            else:
+                writing.append(pool.submit(self._write, source, result))
+                self.images += 1
+            self.bar.update()
+            if len(writing) > 2 * _WRITERS:
+                self.names.remove(writing.popleft().result())
+        for future in writing:
+            future.result()
+
+    def _write(self, source: Input, prediction: Prediction) -> Path:
+        self.outputs.write(source, prediction)
+        return source.name
+
+    def _paths(self, inputs: Inputs) -> Iterator[Path]:
+        for source in inputs:
+            if self.outputs.has(source):
+                self.kept += 1
+            elif source.is_video:
+                self.videos.append(source)
+            elif source.name not in self.names:  # else it was named twice
+                self.names.add(source.name)
+                self.sources.append(source)
+                yield source.path
+                continue
+            self.bar.update()
+
+    def _predict_video(self, source: Input, pool: ThreadPoolExecutor) -> None:
+        rate, count, frames = read_video(source.path)
+        path = self.outputs.picture(source)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        results = (result for _, result in self.predictor.stream(frames))
+
+        def write(numbered: tuple[int, Prediction | Exception]) -> Image.Image | Exception:
+            number, result = numbered
+            if isinstance(result, Exception):
+                return result
+            self.outputs.write_labels(source, result, number)
+            return result.draw(self.outputs.opacity)
+
+        bar = tqdm(total=count or None, unit=' frames', desc=source.path.name, smoothing=0.05)
+        with bar, write_video(path, rate) as add:
+            for picture in in_parallel(pool, write, enumerate(results, 1), 2 * _WRITERS):
+                if isinstance(picture, Exception):
+                    raise InputError(f'{source.path}, frame {bar.n + 1}: {picture}')
+                add(picture)
+                self.images += 1
+                bar.update()
+
+    def _fail(self, source: Input, error: Exception) -> None:
+        text = str(error)
+        if str(source.path) not in text:
+            text = f'{source.path}: {text}'
+        self.failures[str(source.path)] = text

@@ -1,0 +1,250 @@
+"""Predictions written to files as they come."""
+
+import csv
+import io
+import json
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gfnet_dense.serialization import write_whole
+
+from .images import Array
+from .inputs import Input
+from .loading import find_test_data
+from .prediction import Prediction
+from .predictor import Predictor
+
+_TOP = 5  # classes of an image in a table
+_RECORDS = '.records.jsonl'
+
+
+class Outputs:
+    """A folder of results. Every file in it is there when it is whole.
+
+    - Segmentation: `labels/`, class indices as grey PNG.
+    - Detection: `predictions.json`, COCO's format of results, and `images.json`, the images and
+      categories that its numbers mean. These are the config's own where its annotation file is
+      there and has the image.
+    - Classification: `predictions.csv`, the five most probable classes of each image.
+    - All: `overlays/`, pictures.
+
+    Args:
+        folder: The folder, created if it is missing.
+        predictor: The model.
+        opacity: See :meth:`Prediction.draw`.
+        as_annotations: Write labels of segmentation in the coding of the config's annotations,
+            that is, before `reduce_zero_label` and a change of classes.
+        resume: Keep the results that are there. Without this, they are replaced.
+
+    Raises:
+        ValueError: If the config does not say how its annotations are coded.
+        OSError: If the folder cannot be written to.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        predictor: Predictor,
+        *,
+        opacity: float = 0.5,
+        as_annotations: bool = False,
+        resume: bool = False,
+    ) -> None:
+        self.folder = folder
+        self.task = predictor.task
+        self.opacity = opacity
+        self._coding = _annotation_coding(predictor) if as_annotations else None
+        folder.mkdir(parents=True, exist_ok=True)
+        self._records = folder / _RECORDS
+        self._done: set[str] = set()
+        self._lock = threading.Lock()
+        self._resume = resume
+        self._next_id = 1
+        if self.task != 'segmentation':
+            self._coco = None if self.task == 'classification' else _CocoNumbers(predictor)
+            if self._coco is not None:
+                self._next_id = max(self._coco.images.values(), default=0) + 1
+            self._open_records()
+
+    def has(self, source: Input) -> bool:
+        """Return whether to leave out an input, because its results are there."""
+        if self.task != 'segmentation' and not source.is_video:
+            return str(source.name) in self._done
+        there = self._resume and self.picture(source).exists()
+        return there and (source.is_video or self._labels(source.name).exists())
+
+    def picture(self, source: Input) -> Path:
+        """Return the path of the picture or video over an input."""
+        name = source.name.name
+        if not source.is_video:
+            name += '.jpg'
+        elif source.path.suffix.lower() != '.mp4':
+            name += '.mp4'
+        return self.folder / 'overlays' / source.name.with_name(name)
+
+    def write(self, source: Input, prediction: Prediction) -> None:
+        """Write all that belongs to an image. Several threads may call this.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        path = self.picture(source)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_whole(path) as file:
+            prediction.draw(self.opacity).save(file, 'JPEG', quality=92, subsampling=0)
+        self.write_labels(source, prediction)
+
+    def write_labels(self, source: Input, prediction: Prediction, frame: int | None = None) -> None:
+        """Write what is found in an image or a frame of a video, but no picture."""
+        name = source.name if frame is None else source.name / f'{frame:06}'
+        if self.task == 'segmentation':
+            if self._coding is not None:
+                prediction = replace(prediction, labels=self._coding[prediction.labels])
+            prediction.save(self._labels(name))
+            return
+        file_name = str(source.path) if frame is None else f'{source.path}/{frame:06}'
+        height, width = prediction.image.shape[:2]
+        found = prediction.objects()
+        record = dict(name=str(name), file=file_name, width=width, height=height)
+        record['found'] = found if self._coco else found[:_TOP]
+        record['picture'] = str(self.picture(source))
+        with self._lock, self._records.open('a', encoding='utf-8') as file:
+            record['id'] = self._coco and self._coco.images.get(os.path.abspath(file_name))
+            if record['id'] is None:
+                record['id'] = self._next_id
+                self._next_id += 1
+            file.write(json.dumps(record) + '\n')
+
+    def finish(self) -> list[Path]:
+        """Write the tables of all images, and return where the results are."""
+        written = [self.folder / 'overlays']
+        if self.task == 'segmentation':
+            return [self.folder / 'labels', *written]
+        if self._coco is None:
+            self._write_lines('predictions.csv', self._csv())
+            return [self.folder / 'predictions.csv', *written]
+        numbers = self._coco.categories
+        self._write_lines('predictions.json', _json_list(self._coco_results(numbers)))
+        categories = [
+            dict(id=i, name=name) for i, name in zip(numbers, self._coco.classes, strict=True)
+        ]
+        images = _json_list(
+            dict(id=r['id'], file_name=r['file'], width=r['width'], height=r['height'])
+            for r in self._read_records()
+        )
+        self._write_lines('images.json', _wrapped('{"images": ', images, categories))
+        return [self.folder / 'predictions.json', self.folder / 'images.json', *written]
+
+    def _labels(self, name: Path) -> Path:
+        return self.folder / 'labels' / name.with_name(f'{name.name}.png')
+
+    # Records: one line an image, from which the tables are made at the end
+
+    def _open_records(self) -> None:
+        """Keep the records of what is there, and none of a video that is not there whole."""
+        kept = (
+            record
+            for record in (self._read_records() if self._resume else ())
+            if Path(record['picture']).exists()
+        )
+        with write_whole(self._records) as file:
+            for record in kept:
+                file.write(f'{json.dumps(record)}\n'.encode())
+                self._done.add(record['name'])
+                self._next_id = max(self._next_id, record['id'] + 1)
+
+    def _read_records(self) -> Iterator[dict[str, Any]]:
+        if self._records.exists():
+            with self._records.open(encoding='utf-8') as file:
+                for line in file:
+                    if line.endswith('\n'):
+                        yield json.loads(line)
+
+    def _csv(self) -> Iterator[str]:
+        names = [f'{key}_{i}' if i > 1 else key for i in range(1, _TOP + 1) for key in _COLUMNS]
+        yield _csv_row(['file', *names])
+        for record in self._read_records():
+            values = [item[key] for item in record['found'] for key in _COLUMNS]
+            yield _csv_row([record['file'], *values])
+
+    def _coco_results(self, numbers: list[int]) -> Iterator[dict[str, Any]]:
+        for record in self._read_records():
+            for item in record['found']:
+                number = numbers[item.pop('label')]
+                del item['class']
+                yield dict(image_id=record['id'], category_id=number, **item)
+
+    def _write_lines(self, name: str, lines: Iterator[str]) -> None:
+        with write_whole(self.folder / name) as file:
+            for line in lines:
+                file.write(line.encode())
+
+
+_COLUMNS = ('label', 'class', 'score')
+
+
+class _CocoNumbers:
+    """Numbers of images, by their paths, and of categories, as the config's annotations have them.
+
+    Without an annotation file, categories are numbered from 1.
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        self.classes = predictor.classes
+        self.images: dict[str, int] = {}
+        self.categories = [i + 1 for i in range(len(self.classes))]
+        dataset = find_test_data(predictor.cfg)
+        file = Path(getattr(dataset, 'ann_file', '') or '')
+        if not file.is_file():
+            return
+        content = json.loads(file.read_text(encoding='utf-8'))
+        numbers = {item['name']: item['id'] for item in content.get('categories', [])}
+        if set(self.classes) <= set(numbers):
+            self.categories = [numbers[name] for name in self.classes]
+            folder = Path(dataset.data_prefix.get('img') or '').absolute()
+            self.images = {str(folder / i['file_name']): i['id'] for i in content['images']}
+
+
+def _annotation_coding(predictor: Predictor) -> Array:
+    """Return the value in annotations for each class index, in an array that maps all labels."""
+    if predictor.task != 'segmentation':
+        raise ValueError(f'annotations of {predictor.task} have no coding of pixels')
+    dataset = find_test_data(predictor.cfg)
+    if dataset is None:
+        raise ValueError(f'{predictor.cfg.filename} has no data set, whose coding could be used')
+    dtype = np.dtype(np.uint8 if len(predictor.classes) < 256 else np.uint16)
+    values = np.arange(np.iinfo(dtype).max + 1)
+    # As mmseg reads them: first 0 becomes the highest value and all others one less, then the
+    # classes that are used are numbered anew.
+    for old, new in (getattr(dataset, 'label_map', None) or {}).items():
+        if new < len(predictor.classes):
+            values[new] = old
+    if getattr(dataset, 'reduce_zero_label', False):
+        values = (values + 1) % len(values)
+    return values.astype(dtype)
+
+
+def _csv_row(values: list[Any]) -> str:
+    line = io.StringIO()
+    csv.writer(line).writerow(values)
+    return line.getvalue()
+
+
+def _json_list(items: Iterator[dict[str, Any]]) -> Iterator[str]:
+    separator = '[\n'
+    for item in items:
+        yield separator + json.dumps(item)
+        separator = ',\n'
+    yield '[]' if separator == '[\n' else '\n]\n'
+
+
+def _wrapped(start: str, images: Iterator[str], categories: list[dict[str, Any]]) -> Iterator[str]:
+    yield start
+    yield from images
+    yield f', "annotations": [], "categories": {json.dumps(categories)}}}\n'

@@ -1,0 +1,515 @@
+"""A model with its preprocessing, for images in any form."""
+
+import copy
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.registry import MODELS, TRANSFORMS
+from PIL import Image
+from timm.data.transforms_factory import create_transform
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gfnet_dense.data.errors import join_first
+
+from .images import Array, InputError, read_image
+from .loading import find_task, load_model, unwrapped_dataset
+from .prediction import Prediction
+
+# Images that wait to be put into batches with others of their size, in batches and in pixels.
+_WINDOW = 4
+_WINDOW_PIXELS = 100_000_000
+# Numbers of a score map that are resized at a time, 256 MB.
+_NUMBERS = 2**26
+
+
+def load(
+    config: str | Path | Config,
+    checkpoint: str | Path,
+    device: str | torch.device | None = None,
+    **options: Any,
+) -> 'Predictor':
+    """Load a trained model that predicts from images.
+
+        model = gfnet_dense.load('upernet_gfnet_h_s_ade20k', 'iter_160000.pth')
+        model.predict('photo.jpg').draw().save('result.jpg')
+
+    Args:
+        config: A config, its path, or the name of one of this project's.
+        checkpoint: A checkpoint of its model. Nothing in it is executed.
+        device: By default the GPU if there is one.
+        **options: Those of :class:`Predictor`.
+
+    Raises:
+        FileNotFoundError: If there is no such config or checkpoint.
+        CheckpointError: If the weights are not safe to read or not those of the model.
+        ValueError: If the task of the model is unknown, or an option does not fit it.
+    """
+    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    return Predictor(*load_model(config, checkpoint, device), **options)
+
+
+@dataclass
+class _Sample:
+    """An image on its way to the network."""
+
+    source: Any
+    image: Array
+    data: dict[str, Any] | None  # what the pipeline made of it; None if it is cut into tiles
+
+    @property
+    def shapes(self) -> object:
+        """What images of one batch share."""
+        if self.data is None:
+            return id(self)
+        inputs = self.data['inputs']
+        if isinstance(inputs, Tensor):
+            return tuple(inputs.shape)
+        # The views of one image are averaged at its own size.
+        return *(tuple(view.shape) for view in inputs), self.image.shape
+
+
+class Predictor:
+    """A model with its preprocessing. :func:`gfnet_dense.load` makes one from files.
+
+    Args:
+        model: A model of :func:`gfnet_dense.inference.load_model`.
+        cfg: Its config, whose test pipeline prepares the images.
+        batch_size: Most images in one batch. Images of one size, after the pipeline has resized
+            them, share a batch; no image is padded for another one.
+        classes: Names of the classes to predict; all by default.
+        tta: Average over the views of the config's `tta_pipeline`.
+        tile: Side of the windows, in pixels, into which larger images are cut for segmentation;
+            `'auto'` for the size of the training images, else 512. Windows overlap by a quarter,
+            and the probabilities are blended there. The memory for scores then does not grow with
+            the height of the image.
+
+    Attributes:
+        task: One of :data:`gfnet_dense.inference.TASKS`.
+        classes: Names of all classes of the model.
+        palette: Their colours.
+
+    Raises:
+        ValueError: If `classes` has unknown names, the config has nothing for `tta`, or the task
+            has no tiles.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cfg: Config,
+        *,
+        batch_size: int = 8,
+        classes: Sequence[str] | None = None,
+        tta: bool = False,
+        tile: int | Literal['auto'] | None = None,
+    ) -> None:
+        self.model: Any = model
+        self.cfg = cfg
+        self.task = find_task(cfg)
+        self.classes: tuple[str, ...] = self.model.dataset_meta['classes']
+        self.palette = self.model.dataset_meta['palette']
+        if batch_size < 1:
+            raise ValueError(f'batch_size must be at least 1, but got {batch_size}')
+        self.batch_size = batch_size
+        if tile == 'auto':
+            tile = max((cfg.model.get('data_preprocessor') or {}).get('size') or [512])
+        self.tile = tile
+        self._chosen = self._indices(classes)
+        if tile is not None:
+            if self.task != 'segmentation':
+                raise ValueError(f'tiles are for segmentation, and this model is of {self.task}')
+            if tta:
+                raise ValueError('choose either tiles or test-time augmentation')
+            if tile < 32:
+                raise ValueError(f'tiles must have a side of 32 pixels or more, but got {tile}')
+        self._tta = tta
+        if tta and (missing := sorted({'tta_model', 'tta_pipeline'} - set(cfg))):
+            raise ValueError(
+                f'{cfg.filename} has no {" and no ".join(missing)} for test-time augmentation'
+            )
+        with MODELS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
+            self._network: Any = self.model
+            if tta:
+                self._network = registry.build(dict(cfg.tta_model, module=self.model))
+            self._load_file, self._prepare = _preprocessing(cfg, self.task, tta)
+        if tile is not None and self._load_file is not _read:
+            raise ValueError(f'tiles are for images that Pillow reads, not by {cfg.filename}')
+
+    def predict(self, images: Any) -> Any:
+        """Predict from one image or several.
+
+        Args:
+            images: A path, an array, a tensor or an image of Pillow, as
+                :func:`gfnet_dense.inference.read_image` takes them; or a list or an iterator of
+                such.
+
+        Returns:
+            A :class:`~gfnet_dense.inference.Prediction`; of a list a list of them, of an iterator
+            an iterator that reads ahead no more than it needs.
+
+        Raises:
+            InputError: If an image cannot be read.
+        """
+        if isinstance(images, list | tuple):
+            return list(self._predictions(images))
+        if isinstance(images, Iterator):
+            return self._predictions(images)
+        return next(self._predictions([images]))
+
+    def _predictions(self, images: Iterable[Any]) -> Iterator[Prediction]:
+        for _, result in self.stream(images):
+            if isinstance(result, Exception):
+                raise result
+            yield result
+
+    def stream(self, images: Iterable[Any]) -> Iterator[tuple[Any, Prediction | Exception]]:
+        """Predict from images in their order, without an end to their number.
+
+        Images are loaded in parallel to the network.
+
+        Args:
+            images: Images in any form that :meth:`predict` takes.
+
+        Yields:
+            Each image as it was given, and its prediction; or the error, where an image cannot be
+            read or the network fails on it.
+        """
+        workers = min(8, os.cpu_count() or 1)
+        pool = ThreadPoolExecutor(workers, 'loader')
+        try:
+            window: list[_Sample | tuple[Any, Exception]] = []
+            waiting = pixels = 0
+            for loaded in in_parallel(pool, self._load, images, self.batch_size + workers):
+                window.append(loaded)
+                if isinstance(loaded, _Sample):
+                    waiting += 1
+                    pixels += loaded.image.size // 3
+                if waiting == _WINDOW * self.batch_size or pixels > _WINDOW_PIXELS:
+                    yield from self._run_window(window)
+                    window, waiting, pixels = [], 0, 0
+            yield from self._run_window(window)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _load(self, source: Any) -> _Sample | tuple[Any, Exception]:
+        try:
+            image, results = self._load_file(source)
+            in_tiles = self.tile is not None and max(image.shape[:2]) > self.tile
+            return _Sample(source, image, None if in_tiles else self._prepare(results))
+        except InputError as e:
+            return source, e
+        except Exception as e:  # transforms of the pipeline raise errors of many kinds
+            return source, InputError(f'{_name(source)}: {type(e).__name__}: {e}')
+
+    def _run_window(
+        self, window: list[_Sample | tuple[Any, Exception]]
+    ) -> Iterator[tuple[Any, Prediction | Exception]]:
+        """Run the network on samples, batch by batch of one size, and yield in the old order."""
+        groups: dict[object, list[_Sample]] = {}
+        for sample in window:
+            if isinstance(sample, _Sample):
+                groups.setdefault(sample.shapes, []).append(sample)
+        results: dict[int, Prediction | Exception] = {}
+        for group in groups.values():
+            for batch in _batches(group, self.batch_size):
+                for sample, result in zip(batch, self._run(batch), strict=True):
+                    results[id(sample)] = result
+        for sample in window:
+            if isinstance(sample, _Sample):
+                yield sample.source, results.pop(id(sample))
+            else:
+                yield sample
+
+    def _run(self, batch: Sequence[_Sample]) -> list[Prediction | Exception]:
+        try:
+            return list(self._predict(batch))
+        except Exception as e:
+            if len(batch) > 1:  # which one was it?
+                return [result for sample in batch for result in self._run([sample])]
+            error = str(e).strip().splitlines() or ['']
+            return [
+                RuntimeError(
+                    f'{_name(batch[0].source)}: the network fails: {type(e).__name__}: {error[0]}'
+                )
+            ]
+
+    @torch.no_grad()
+    def _predict(self, batch: Sequence[_Sample]) -> Iterator[Prediction]:
+        if batch[0].data is None:
+            yield self._segmentation(batch[0].image, self._blend_tiles(batch[0].image))
+            return
+        outputs = self._test_step([sample.data for sample in batch])
+        for sample, output in zip(batch, outputs, strict=True):
+            if self.task == 'segmentation':
+                if self._tta:  # has no scores of all views together
+                    labels = output.pred_sem_seg.data.squeeze(0)
+                else:
+                    labels = self._labels(output.seg_logits.data, sample.image.shape[:2])
+                yield self._segmentation(sample.image, labels)
+            elif self.task == 'classification':
+                scores, labels = output.pred_score.sort(descending=True)
+                yield self._prediction(sample.image, labels, scores)
+            else:
+                found = output.pred_instances
+                found = found[found.scores.argsort(descending=True, stable=True)]
+                yield self._prediction(
+                    sample.image, found.labels, found.scores, found.bboxes, found.get('masks')
+                )
+
+    def _test_step(self, data: Sequence[Any]) -> Sequence[Any]:
+        batch = pseudo_collate(data)
+        if batch['data_samples'][0] is None:
+            batch['data_samples'] = None
+        if self.task == 'segmentation' and not self._tta:
+            # The scores stay at the size of the network's input. `_labels` brings them to that of
+            # the image piece by piece: those of a photograph for 150 classes take 7 GB.
+            for sample in batch['data_samples']:
+                sample.set_metainfo(dict(ori_shape=sample.img_shape[:2]))
+        with MODELS.switch_scope_and_registry(self.cfg.get('default_scope')):
+            return self._network.test_step(batch)
+
+    def _prediction(
+        self,
+        image: Array,
+        labels: Tensor,
+        scores: Tensor,
+        boxes: Tensor | None = None,
+        masks: Tensor | None = None,
+    ) -> Prediction:
+        values = [None if v is None else v.cpu().numpy() for v in (labels, scores, boxes, masks)]
+        if self._chosen is not None:
+            kept = np.isin(values[0], self._chosen)
+            values = [None if value is None else value[kept] for value in values]
+        return Prediction(self.task, image, self.classes, self.palette, *values)
+
+    # Segmentation
+
+    def _segmentation(self, image: Array, labels: Tensor) -> Prediction:
+        dtype = np.dtype(np.uint8 if len(self.classes) < 256 else np.uint16)
+        array = labels.cpu().numpy().astype(dtype)
+        if self._chosen is not None:
+            array[~np.isin(array, self._chosen)] = np.iinfo(dtype).max
+        return Prediction(self.task, image, self.classes, self.palette, array)
+
+    def _scores(self, output: Tensor) -> Tensor:
+        """Return scores `(C, h, w)` that can be resized, from those that mmseg returns."""
+        if len(output) > 1:
+            return output
+        # One channel is a probability by then, and compared with a threshold.
+        threshold = self.model.decode_head.threshold
+        logits = torch.logit(output.float(), eps=1e-6) - float(np.log(threshold / (1 - threshold)))
+        return torch.cat([torch.zeros_like(logits), logits])
+
+    def _labels(self, output: Tensor, shape: Sequence[int]) -> Tensor:
+        """Resize scores to an image's height and width, and return the best class, `(H, W)`."""
+        scores = self._scores(output)
+        rows = max(1, _NUMBERS // (len(scores) * shape[1]))
+        pieces = [
+            _resize_rows(scores, first, min(first + rows, shape[0]), shape, self._corners)
+            for first in range(0, shape[0], rows)
+        ]
+        return torch.cat([piece.argmax(dim=0).short() for piece in pieces])
+
+    @property
+    def _corners(self) -> bool:
+        return bool(self.model.align_corners)
+
+    def _blend_tiles(self, image: Array) -> Tensor:
+        """Segment an image window by window; return the class of each pixel, `(H, W)`.
+
+        Of a window's probabilities, those that no later window adds to are decided at once. Those
+        on its right wait for the next window, those at its bottom for the next row of windows.
+        """
+        assert self.tile is not None
+        height, width = (min(self.tile, side) for side in image.shape[:2])
+        tops, lefts = (_starts(side, self.tile) for side in image.shape[:2])
+        labels = torch.empty(image.shape[:2], dtype=torch.int16)
+        above: list[Tensor] = []  # what waits at the bottom of the last row, column by column
+        for top, next_top in itertools.pairwise([*tops, image.shape[0]]):
+            below: list[Tensor] = []
+            right = None
+            windows = self._window_scores(image, top, lefts, height, width)
+            for i, (left, next_left) in enumerate(itertools.pairwise([*lefts, image.shape[1]])):
+                scores = next(windows)
+                if right is not None:
+                    scores[:, :, : right.shape[2]] += right
+                done, right = scores.split([next_left - left, width - (next_left - left)], dim=2)
+                if above:
+                    done[:, : above[i].shape[1]] += above[i]
+                labels[top:next_top, left:next_left] = done[:, : next_top - top].argmax(dim=0)
+                below.append(done[:, next_top - top :].clone())
+                right = right.clone()
+            above = below
+        return labels
+
+    def _window_scores(
+        self, image: Array, top: int, lefts: Sequence[int], height: int, width: int
+    ) -> Iterator[Tensor]:
+        """Yield the weighted probabilities `(C, height, width)` of windows that start in a row."""
+        assert self.tile is not None
+        weights = [_ramp(side, self.tile // 4) for side in (height, width)]
+        for batch in _batches(lefts, self.batch_size):
+            windows = [image[top : top + height, left : left + width] for left in batch]
+            prepared = [self._prepare(_results(window)) for window in windows]
+            for output in self._test_step(prepared):
+                scores = functional.interpolate(
+                    self._scores(output.seg_logits.data)[None].float(),
+                    (height, width),
+                    mode='bilinear',
+                    align_corners=self._corners,
+                )[0].softmax(dim=0)
+                scores *= weights[0].to(scores)[:, None] * weights[1].to(scores)
+                yield scores
+
+    def _indices(self, names: Sequence[str] | None) -> list[int] | None:
+        if names is None:
+            return None
+        if unknown := [name for name in names if name not in self.classes]:
+            raise ValueError(
+                f'unknown classes {join_first(unknown)}: the model has '
+                f'{join_first(self.classes, 200)}'
+            )
+        return [self.classes.index(name) for name in names]
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
+
+
+def _starts(length: int, window: int) -> list[int]:
+    """Return where windows start that cover a length and overlap by a quarter or more."""
+    if length <= window:
+        return [0]
+    count = -(-(length - window) // (window - window // 4)) + 1
+    return [round(i * (length - window) / (count - 1)) for i in range(count)]
+
+
+def _ramp(length: int, overlap: int) -> Tensor:
+    """Return weights that rise from the ends of a window to 1 over its overlap."""
+    distance = torch.arange(length).minimum(torch.arange(length - 1, -1, -1)) + 1
+    return (distance / (overlap + 1)).clamp(max=1)
+
+
+def _resize_rows(
+    scores: Tensor, first: int, end: int, shape: Sequence[int], corners: bool
+) -> Tensor:
+    """Return rows `first` to `end` of a map resized to a shape, `(C, end - first, W)`, bilinear."""
+    if (first, end) != (0, shape[0]):  # the rows, by the definition of the resize
+        height = scores.shape[1]
+        y = torch.arange(first, end, device=scores.device, dtype=torch.float64)
+        if corners:
+            y = y * (height - 1) / max(1, shape[0] - 1)
+        else:
+            y = ((y + 0.5) * height / shape[0] - 0.5).clamp(min=0)
+        upper = y.long().clamp(max=height - 1)
+        lower = (upper + 1).clamp(max=height - 1)
+        scores = torch.lerp(scores[:, upper], scores[:, lower], (y - upper).to(scores)[:, None])
+    return functional.interpolate(
+        scores[None], (end - first, shape[1]), mode='bilinear', align_corners=corners
+    )[0]
+
+
+# Preprocessing
+
+_Loader = Callable[[Any], tuple[Array, dict[str, Any]]]
+_Preparation = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def _preprocessing(cfg: Config, task: str, tta: bool) -> tuple[_Loader, _Preparation]:
+    """Return a function that reads an image, and the pipeline that prepares it."""
+    dataset = unwrapped_dataset(cfg) or {}
+    if task == 'classification' and 'transform' in dataset:
+        transform = create_transform(**dataset['transform'], normalize=False)
+        return _read, lambda results: dict(
+            inputs=transform(Image.fromarray(results['rgb'])), data_samples=None
+        )
+    pipeline = cfg.tta_pipeline if tta else dataset.get('pipeline') or cfg.get('test_pipeline')
+    if not pipeline:
+        raise ValueError(f'{cfg.filename} has no test pipeline, which prepares the images')
+    loader, *steps = copy.deepcopy(list(pipeline))
+    if (
+        loader['type'].rpartition('.')[2] in ('LoadImageFromFile', 'LoadImageFromNDArray')
+        and loader.get('color_type', 'color') == 'color'
+        and loader.get('imdecode_backend') != 'tifffile'
+    ):
+        return _read, Compose(_without_annotations(steps))
+    # Images that only the config's own loader reads, of more bands for example.
+    load_own = TRANSFORMS.build(loader)
+
+    def read(source: Any) -> tuple[Array, dict[str, Any]]:
+        if not isinstance(source, str | Path):
+            return _read(source)
+        try:
+            results = load_own({**_results(), 'img_path': str(source)})
+        except Exception as e:  # broken bytes raise errors of many kinds
+            raise InputError(f'{source} cannot be read: {type(e).__name__}: {e}') from e
+        return _displayed(results['img']), results
+
+    return read, Compose(_without_annotations(steps))
+
+
+def _read(source: Any) -> tuple[Array, dict[str, Any]]:
+    image = read_image(source)
+    return image, _results(image, str(source) if isinstance(source, str | Path) else '')
+
+
+def _results(image: Array | None = None, path: str = '') -> dict[str, Any]:
+    """Return what pipelines start from: the image in OpenCV's order of channels."""
+    # Detectors ask for the scale, also after pipelines that do not resize.
+    results: dict[str, Any] = dict(img_path=path, img_id=0, scale_factor=(1.0, 1.0))
+    if image is not None:
+        results |= dict(rgb=image, img=np.ascontiguousarray(image[:, :, ::-1]))
+        results |= dict(img_shape=image.shape[:2], ori_shape=image.shape[:2])
+    return results
+
+
+def _displayed(image: Array) -> Array:
+    """Return an RGB picture of an image with any number and range of bands."""
+    image = image.astype(np.float32).reshape(*image.shape[:2], -1)[:, :, :3][:, :, ::-1]
+    low, high = image.min(), image.max()
+    image = (image - low) * (255 / max(high - low, 1e-6))
+    return np.ascontiguousarray(np.broadcast_to(image[:, :, :3], (*image.shape[:2], 3)), np.uint8)
+
+
+def _without_annotations(steps: Iterable[Any]) -> list[Any]:
+    """Leave the loading of annotations out of a pipeline, in the views of `TestTimeAug`, too."""
+    kept = []
+    for step in steps:
+        if isinstance(step, Mapping) and 'Annotations' in str(step.get('type')):
+            continue
+        if isinstance(step, Mapping) and 'transforms' in step:
+            views = [
+                _without_annotations(v) if isinstance(v, list) else v for v in step['transforms']
+            ]
+            step = dict(step, transforms=[view for view in views if view != []])
+        kept.append(step)
+    return kept
+
+
+def in_parallel(
+    pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Iterable[Any], ahead: int
+) -> Iterator[Any]:
+    """Yield a function's results in the order of items, computed up to `ahead` in advance."""
+    running: deque[Future[Any]] = deque()
+    for item in items:
+        running.append(pool.submit(function, item))
+        if len(running) > ahead:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
+
+
+def _name(source: Any) -> str:
+    return str(source) if isinstance(source, str | Path) else f'an image ({type(source).__name__})'
