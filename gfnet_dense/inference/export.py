@@ -501,7 +501,7 @@ def prove(
     comparisons = {name: Comparison(name) for name in runs}
     batches = list(_batches(samples, batch))
     for part in batches:
-        images = np.stack([_resized(sample.image, shape) for sample in part])
+        images = np.stack([resized(sample.image, shape) for sample in part])
         expected: list[Array] = []
         for name, run in runs.items():
             outputs = run(images)
@@ -524,7 +524,7 @@ def prove(
                 f'{bound.difference:g} of the largest value and '
                 f'{100 * (1 - bound.equal_labels):g}% of the labels. No file is written'
             )
-    images = np.stack([_resized(sample.image, shape) for sample in batches[-1]])
+    images = np.stack([resized(sample.image, shape) for sample in batches[-1]])
     tasks = {name: lambda run=run: run(images) for name, run in runs.items()}
     for name, times in measure(tasks, 5, 0.2, 'cpu').items():
         comparisons[name].milliseconds = 1000 * float(np.median(times))
@@ -541,7 +541,8 @@ def _batches(samples: Sequence[Sample], batch: int | None) -> Iterator[list[Samp
         yield [next(endless) for _ in range(batch)]
 
 
-def _resized(image: Image.Image, shape: tuple[int, int]) -> Array:
+def resized(image: Image.Image, shape: tuple[int, int]) -> Array:
+    """Return an image as uint8 RGB `(H, W, 3)` of a size `(H, W)`."""
     return np.asarray(image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
 
 
@@ -598,7 +599,7 @@ def _open(path: str | Path) -> Image.Image:
     return Image.fromarray(read_image(path))
 
 
-def _photographs(count: int) -> list[Sample]:
+def photographs(count: int) -> list[Sample]:
     """Return parts of the photograph that matplotlib, which mmengine needs, comes with."""
     from matplotlib import cbook
 
@@ -670,7 +671,7 @@ def export_model(
         samples, ignore_index = samples_of(cfg, task, num_images)
         source = 'images of the test data'
     if not samples:
-        samples = _photographs(num_images)
+        samples = photographs(num_images)
         source = 'parts of a photograph'
     exported = []
     for height, width in shapes:
@@ -689,7 +690,7 @@ def export_model(
             scaling = [] if images else samples_of(training, 'any', _NUM_CALIBRATION)[0]
             parts = _batches(scaling or samples, batch)
             content = quantized(
-                content, (np.stack([_resized(s.image, shape) for s in part]) for part in parts)
+                content, (np.stack([resized(s.image, shape) for s in part]) for part in parts)
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_whole(path) as file:
