@@ -8,6 +8,8 @@ from .classifier import ClassificationPreprocessor, ImageClassifier
 from .complexity import Complexity, count_macs, measure_complexity
 from .launch import evaluate, find_config, train
 from .layer_decay import LayerDecayOptimWrapperConstructor
+from .masks import LoadMasks
+from .new_config import new_config
 from .sampler import RepeatAugSampler
 from .schedule import WarmupCosineLR
 
@@ -19,11 +21,13 @@ __all__ = [
     'GFNetPyramid',
     'ImageClassifier',
     'LayerDecayOptimWrapperConstructor',
+    'LoadMasks',
     'RepeatAugSampler',
     'WarmupCosineLR',
     'count_macs',
     'evaluate',
     'find_config',
     'measure_complexity',
+    'new_config',
     'train',
 ]
