@@ -18,6 +18,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+_WRAPPERS = re.compile(
+    r'^(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+'
+    r'|(?<=\.)(?:_orig_mod|_fsdp_wrapped_module)\.'
+)
+
 
 class CheckpointError(ValueError):
     """A file is no checkpoint, is not safe to read, or does not fit the model."""
@@ -55,6 +60,15 @@ def load_file(path: str | Path, *, mmap: bool = False) -> Any:
     raise CheckpointError(
         f'{path} is not a checkpoint, or only a part of one ({reason}): get the file again'
     )
+
+
+def plain_keys(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return weights without the prefixes that wrappers of a module put into their names.
+
+    `DistributedDataParallel` saves `module.`, `torch.compile` saves `_orig_mod.` and FSDP saves
+    `_fsdp_wrapped_module.`; the last two also stand within a name.
+    """
+    return {_WRAPPERS.sub('', str(key)): value for key, value in state.items()}
 
 
 @contextmanager

@@ -2,5 +2,7 @@
 
 from .errors import DataError
 from .image_folder import ImageFolder
+from .plot import plot_reports
+from .report import Report, check_data
 
-__all__ = ['DataError', 'ImageFolder']
+__all__ = ['DataError', 'ImageFolder', 'Report', 'check_data', 'plot_reports']

@@ -1,23 +1,24 @@
-"""Checks of folders, segmentation data sets and numbers of classes, before training starts.
+"""Checks of configs and models against their data, before training starts.
 
 Data sets are used through what mmengine, mmseg and mmdet share: `get_data_info`, `metainfo` and the
 keys of their samples.
 """
 
-import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from mmengine import fileio
+from mmengine.dist import get_world_size
 from PIL import Image
-from torch import nn
-from torch.utils.data import Dataset
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
 
-from .errors import DataError, join_first
+from .contents import keep_random_state
+from .errors import DataError, Fault, Findings, raise_first
 
-_SAMPLED = 64  # how many files are opened; all are checked to exist
+_PROBED = 4  # samples that are brought through the pipeline into one batch
 
 
 def check_folders(dataset: Mapping[str, Any]) -> None:
@@ -27,11 +28,18 @@ def check_folders(dataset: Mapping[str, Any]) -> None:
         dataset: Config of a data set, also of a wrapper around others.
 
     Raises:
-        DataError: If a folder or the annotation file does not exist, or a folder is empty.
+        DataError: If a folder or the annotation file does not exist, a folder is empty, or the
+            classes are a text.
     """
     for inner in (dataset.get('dataset'), *(dataset.get('datasets') or ())):
         if isinstance(inner, Mapping):
             check_folders(inner)
+    classes = (dataset.get('metainfo') or {}).get('classes')
+    if isinstance(classes, str) and not os.path.exists(classes):  # mmengine reads a file of names
+        raise DataError(
+            f'{dataset.get("type")}: classes are the text {classes!r}: write a tuple of names, '
+            f'with a comma even for one, ({classes!r},)'
+        )
     if dataset.get('backend_args'):  # on another machine
         return
     root = Path(dataset.get('data_root') or '')
@@ -44,64 +52,28 @@ def check_folders(dataset: Mapping[str, Any]) -> None:
         folder = root / (prefix or '')
         if not folder.is_dir():
             raise DataError(f'{dataset.get("type")}: there is no folder {folder}: {remedy}')
-        if next(folder.iterdir(), None) is None:
+        try:
+            empty = next(folder.iterdir(), None) is None
+        except PermissionError:
+            raise DataError(f'{dataset.get("type")}: {folder} may not be read') from None
+        if empty:
             raise DataError(f'{dataset.get("type")}: the folder {folder} is empty: {remedy}')
     ann_file = dataset.get('ann_file')
     if isinstance(ann_file, str) and ann_file and not (root / ann_file).exists():
         raise DataError(f'{dataset.get("type")}: there is no file {root / ann_file}: {remedy}')
 
 
-def check_segmentation(dataset: Any) -> None:
-    """Check the files of a data set of semantic segmentation.
-
-    Every image needs an annotation. Up to 64 pairs, evenly spread, are opened: both files must be
-    readable, and labels must belong to a class. Data sets of other kinds pass.
-
-    Args:
-        dataset: A data set like mmseg's `BaseSegDataset`.
+def check_heads(model: nn.Module, dataset: Any) -> None:
+    """Check that the heads of a segmentor or detector fit the classes of a data set.
 
     Raises:
-        DataError: Names the first files at fault.
+        DataError: With the first fault that :func:`find_heads` finds.
     """
-    if not hasattr(dataset, 'get_data_info') or 'reduce_zero_label' not in dataset.get_data_info(0):
-        return  # another kind
-    infos = (dataset.get_data_info(i) for i in range(len(dataset)))
-    files = [(info['img_path'], info['seg_map_path'], info) for info in infos]
-    options = dict(backend_args=getattr(dataset, 'backend_args', None))
-    missing = [seg for _, seg, _ in files if not fileio.exists(seg, **options)]
-    if missing:
-        raise DataError(
-            f'{len(missing)} of {len(files)} images have no annotation, first '
-            f'{join_first(missing)}: add the annotations, or remove the images'
-        )
-    classes = dataset.metainfo.get('classes') or ()
-    ignored = getattr(dataset, 'ignore_index', 255)
-    for i in np.linspace(0, len(files) - 1, min(len(files), _SAMPLED)).astype(int):
-        image, seg, info = files[i]
-        _read(image, options)
-        labels = _read(seg, options)
-        if labels.squeeze().ndim != 2:
-            raise DataError(
-                f'{seg} has shape {labels.shape}, not one label per pixel: convert it to labels'
-            )
-        labels = np.unique(labels).astype(int)
-        shifted = ''
-        if info.get('reduce_zero_label'):  # as mmseg does: 0 and 255 become `ignored`
-            labels = np.where(np.isin(labels, (0, 255)), ignored, labels - 1)
-            shifted = ' (after reduce_zero_label)'
-        renamed = info.get('label_map') or {}
-        trained = {int(renamed.get(label, label)) for label in labels} - {ignored}
-        beyond = sorted(label for label in trained if not 0 <= label < len(classes))
-        if classes and beyond:
-            raise DataError(
-                f'{seg} has labels {join_first(beyond)}{shifted}, but there are {len(classes)} '
-                f'classes: labels 0 to {len(classes) - 1}, and {ignored} for unlabelled pixels; '
-                'correct the file, or metainfo and reduce_zero_label of the dataset'
-            )
+    raise_first(find_heads(model, dataset))
 
 
-def check_heads(model: nn.Module, dataset: Dataset[Any]) -> None:
-    """Check that the heads of a segmentor or detector have as many classes as a data set.
+def find_heads(model: nn.Module, dataset: Any) -> Findings:
+    """Find heads with another number of classes than a data set, and heads that cannot learn.
 
     Heads are modules with names such as `decode_head` or `roi_head.bbox_head.0`. `rpn_head` and
     `semantic_head` count other things and pass, and so do panoptic data sets.
@@ -109,28 +81,150 @@ def check_heads(model: nn.Module, dataset: Dataset[Any]) -> None:
     Args:
         model: The model, perhaps wrapped for several processes.
         dataset: Its `metainfo` has the classes.
-
-    Raises:
-        DataError: Names the first head with another number of classes.
     """
     metainfo = getattr(dataset, 'metainfo', None) or {}
     classes = metainfo.get('classes')
-    if not classes or 'thing_classes' in metainfo:
-        return
     for name, module in model.named_modules():
         head = name.rstrip('.0123456789').rpartition('.')[2]
-        if head.endswith('_head') and head not in ('rpn_head', 'semantic_head'):
-            found = getattr(module, 'num_classes', None)
-            if found not in (None, len(classes)):
-                raise DataError(
-                    f'{name} of the model has num_classes={found}, but there are {len(classes)} '
-                    f'classes in {getattr(dataset, "data_root", None)}: set num_classes of every '
-                    'head, or classes in the metainfo of the dataset'
-                )
+        if not head.endswith('_head') or head in ('rpn_head', 'semantic_head'):
+            continue
+        found = getattr(module, 'num_classes', None)
+        if classes and 'thing_classes' not in metainfo and found not in (None, len(classes)):
+            yield Fault(
+                f'{name} of the model has num_classes={found}, but there are {len(classes)} '
+                f'classes in {getattr(dataset, "data_root", None)}: set num_classes of every '
+                'head, or classes in the metainfo of the dataset'
+            )
+        loss = getattr(module, 'loss_decode', None)
+        losses = loss if isinstance(loss, nn.ModuleList) else [loss]
+        softmax = any(getattr(some, 'use_sigmoid', None) is False for some in losses)
+        if getattr(module, 'out_channels', None) == 1 and softmax:
+            yield Fault(
+                f'{name} of the model has one output and softmax, which is always right: its loss '
+                'is 0. Add a class for the background, or set num_classes=2, out_channels=1 and '
+                'use_sigmoid=True of its loss'
+            )
 
 
-def _read(path: str, options: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+def ignored_labels(model: nn.Module | None, metrics: Any = ()) -> tuple[int, ...]:
+    """Return the labels that all heads of a segmentor and all metrics ignore, 255 by default."""
+    modules = [] if model is None else [m for m in model.modules() if hasattr(m, 'loss_decode')]
+    found = [
+        {some.ignore_index}
+        for some in (*modules, *metrics)
+        if isinstance(getattr(some, 'ignore_index', None), int)
+    ]
+    return tuple(sorted(set.intersection(*found))) if found else (255,)
+
+
+def find_batches(loader: DataLoader[Any], model: nn.Module | None, use: str) -> Findings:
+    """Find data whose images make no batch, and a last batch that norms cannot take.
+
+    Args:
+        loader: The dataloader; its samples are whole.
+        model: Its `data_preprocessor` makes the batch; None does without.
+        use: `'train'`, `'val'` or `'test'`.
+    """
+    batch = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', 1)
+    if use == 'train' and model is not None:
+        yield from _find_last_batch(loader, model, batch)
+    if batch < 2 or len(loader.dataset) < 2:  # type: ignore[arg-type]
+        return
+    chosen = _different_samples(loader, batch)
+    with keep_random_state():
+        try:
+            samples = [loader.dataset[i] for i in chosen]
+            data = loader.collate_fn(samples)
+            preprocessor = getattr(model, 'data_preprocessor', None)
+            inputs = samples[0].get('inputs') if isinstance(samples[0], Mapping) else None
+            # Samples of test-time augmentation hold a list of images.
+            if preprocessor is not None and isinstance(inputs, Tensor):
+                preprocessor(data, use == 'train')
+        except DataError as e:
+            yield Fault(str(e))
+        except Exception as e:  # of any library
+            names = ', '.join(_describe(loader.dataset, i) for i in chosen[:2])
+            yield Fault(
+                f'images such as {names} make no batch: {_first_line(e)}: bring them to one size '
+                'in the pipeline (Resize, RandomCrop, Pad), or set batch_size=1 of the '
+                f'{use}_dataloader'
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return f'{type(error).__name__}: {(str(error) or "no text").splitlines()[0]}'
+
+
+def _different_samples(loader: DataLoader[Any], batch: int) -> list[int]:
+    """Return indices of samples that may meet in a batch, of different sizes if there are any."""
+    count = len(loader.dataset)  # type: ignore[arg-type]
+    shuffled = getattr(loader.sampler, 'shuffle', True)
+    step = 1 if shuffled else get_world_size()
+    sizes: dict[tuple[int, int] | None, int] = {}
+    for start in range(0, count, batch * step):
+        indices = range(start, min(start + batch * step, count), step)
+        if not shuffled:
+            sizes = {}
+        for i in indices:
+            sizes.setdefault(_size(loader.dataset, i), i)
+        if len(sizes) > 1:
+            break
+    chosen = [*sizes.values()]
+    filled = [*chosen, *(i for i in indices if i not in chosen), *range(count)]
+    return list(dict.fromkeys(filled if shuffled else filled[: len(chosen) + len(indices)]))[
+        : min(_PROBED, batch)
+    ]
+
+
+def _size(dataset: Any, i: int) -> tuple[int, int] | None:
     try:
-        return np.asarray(Image.open(io.BytesIO(fileio.get(path, **options))))
-    except Exception as e:  # broken bytes raise errors of many kinds
-        raise DataError(f'{path} cannot be read: {e}: restore or remove it') from e
+        info = dataset.get_data_info(i)
+        if 'width' in info:
+            return info['width'], info['height']
+        with Image.open(info['img_path']) as file:
+            size: tuple[int, int] = file.size
+            return size
+    except Exception:  # what is no image of Pillow has a size of its own
+        return None
+
+
+def _describe(dataset: Any, i: int) -> str:
+    size = _size(dataset, i)
+    try:
+        name = dataset.get_data_info(i)['img_path']
+    except (AttributeError, KeyError):
+        name = f'sample {i}'
+    return f'{name} ({size[0]}x{size[1]})' if size else str(name)
+
+
+def _find_last_batch(loader: DataLoader[Any], model: nn.Module, batch: int) -> Findings:
+    name = _norm_on_a_pixel(model)
+    if name is None or (get_world_size() > 1 and _is_synchronised(model)):
+        return
+    endless = 'Infinite' in type(loader.sampler).__name__
+    last = batch if endless else len(loader.sampler) % batch or batch  # type: ignore[arg-type]
+    dropped = getattr(loader.batch_sampler, 'drop_last', loader.drop_last) and last < batch
+    if last == 1 and not dropped:
+        which = 'each batch has' if batch == 1 else f'the last of {len(loader)} batches has'
+        remedy = 'set batch_size=2 or more' if batch == 1 else 'set drop_last=True'
+        yield Fault(
+            f'{which} one image, and {name} of the model normalises maps of 1x1 pixels, which '
+            f'takes two: {remedy} of the train_dataloader, or another batch_size than {batch}'
+        )
+
+
+def _norm_on_a_pixel(model: nn.Module) -> str | None:
+    """Return the name of a batch norm after pooling to one pixel, as in PSP, UPer and ASPP."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Sequential):
+            pooled = False
+            for child in module:
+                if isinstance(child, nn.AdaptiveAvgPool2d):
+                    pooled = child.output_size in (1, (1, 1))
+                elif pooled and any(isinstance(m, _BatchNorm) for m in child.modules()):
+                    return name
+    return None
+
+
+def _is_synchronised(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())

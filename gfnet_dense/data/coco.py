@@ -6,38 +6,41 @@ names of the categories and what the data set left out, so the checks read that 
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mmengine import fileio
-from mmengine.logging import print_log
-from torch.utils.data import Dataset
 
-from .errors import DataError, join_first
+from .contents import Contents, parts
+from .errors import Fault, Findings, Note, join_first, raise_first
 
-_READ = ('image_id', 'category_id', 'bbox', 'area')  # what mmdet reads of every annotation
+# What mmdet reads of every image, category and annotation.
+_KEYS = {
+    'images': ('id', 'file_name', 'width', 'height'),
+    'categories': ('id', 'name'),
+    'annotations': ('id', 'image_id', 'category_id', 'bbox', 'area'),
+}
+_Object = Mapping[str, Any]
 
 
-def check_coco(dataset: Dataset[Any]) -> None:
-    """Check annotations and images of a data set in COCO's layout.
+def is_coco(part: Any) -> bool:
+    """Tell whether a data set is like mmdet's `CocoDataset`; files of LVIS have other keys."""
+    return hasattr(part, 'cat2label') and not type(part).__name__.startswith('LVIS')
 
-    mmdet leaves some boxes out, such as those without area in their image. The log says how many.
-    Data sets of other kinds pass.
+
+def check_coco(dataset: Any, use: str = 'train') -> None:
+    """Check annotations and images of a data set in COCO's layout; others pass.
 
     Args:
         dataset: A data set like mmdet's `CocoDataset`, perhaps inside mmengine's wrappers.
+        use: `'train'`, `'val'` or `'test'`.
 
     Raises:
-        DataError: If images are missing, the pipeline loads masks that are missing, annotations
-            lack a key or belong to no image, or the classes of the data set are not categories of
-            the file in the same order.
+        DataError: With the first fault.
     """
-    for part in _parts(dataset):
-        if hasattr(part, 'cat2label'):
-            content = fileio.load(part.ann_file, backend_args=part.backend_args)
-            _check_categories(part, content)
-            _check_annotations(content, part.ann_file)
-            _check_samples(part)
+    for part in parts(dataset):
+        if is_coco(part):
+            raise_first(check_part(part, use))
 
 
 def check_coco_file(dataset: Mapping[str, Any]) -> str:
@@ -51,7 +54,7 @@ def check_coco_file(dataset: Mapping[str, Any]) -> str:
         file is not in COCO's layout.
 
     Raises:
-        DataError: If the annotations are at fault.
+        DataError: If the file is at fault.
     """
     while 'dataset' in dataset:
         dataset = dataset['dataset']
@@ -59,94 +62,265 @@ def check_coco_file(dataset: Mapping[str, Any]) -> str:
     options = dict(backend_args=dataset.get('backend_args'))
     if not file.endswith('.json') or not fileio.exists(file, **options):
         return ''
-    content = fileio.load(file, **options)
+    content = read_file(file, options['backend_args'])
     if not isinstance(content, Mapping) or 'images' not in content:
         return ''
-    _check_annotations(content, file)
+    raise_first(check_file(content, file))
     count = len(content.get('annotations', ()))
     return f', where {file} has {len(content["images"])} images and {count} annotations'
 
 
-def _parts(dataset: Any) -> Iterator[Any]:
-    """Yield the data sets inside wrappers."""
-    inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
-    if inner == [None]:
-        yield dataset
-    else:
-        for part in inner:
-            yield from _parts(part)
+def read_file(file: str, backend_args: Any = None) -> Any:
+    """Read an annotation file.
+
+    Raises:
+        DataError: If it is not JSON.
+    """
+    try:
+        return fileio.load(file, backend_args=backend_args)
+    except ValueError as e:
+        raise_first([Fault(f'{file} is not JSON: {e}: get it again, or write it again')])
 
 
-def _check_categories(dataset: Any, content: Mapping[str, Any]) -> None:
-    file, classes = dataset.ann_file, dataset.metainfo['classes']
-    if isinstance(classes, str):  # mmdet would take every category whose name is a part of it
-        raise DataError(
-            f'classes are the text {classes!r}: write a tuple of names, with a comma even for one, '
-            f'({classes!r},)'
-        )
-    names = {category['id']: category['name'] for category in content['categories']}
-    absent = [name for name in classes if name not in names.values()]
-    if absent:
-        raise DataError(
-            f'{len(absent)} of {len(classes)} classes are not categories of {file}: '
-            f'{join_first(absent)}; it has {join_first(names.values(), 10)}: correct the classes '
-            'in the metainfo of the dataset'
-        )
-    labelled = tuple(names[i] for i in sorted(dataset.cat2label, key=dataset.cat2label.get))
-    if labelled != tuple(classes):
-        raise DataError(
-            f'{file} lists the classes in another order, and labels follow it: write them as '
-            f'{labelled} in the metainfo of the dataset'
+def check_part(part: Any, use: str, **_: Any) -> Findings:
+    """Find what is wrong with the annotation file of a data set, its classes and its images."""
+    content = read_file(part.ann_file, part.backend_args)
+    found = list(check_file(content, part.ann_file, _loads_masks(part), use))
+    yield from found
+    if any(isinstance(finding, Fault) for finding in found):
+        return
+    yield from _check_categories(part, content)
+    yield from _check_samples(part)
+    left_out = len(content['images']) - len(part)
+    if left_out and part._indices is None:
+        yield Note(
+            f'{left_out} of {len(content["images"])} images of {part.ann_file} are left out by '
+            f'filter_cfg={part.filter_cfg}: they have no objects of the classes, or are too small'
         )
 
 
-def _check_annotations(content: Mapping[str, Any], file: str) -> None:
+def _loads_masks(part: Any) -> bool:
+    return any(getattr(step, 'with_mask', False) for step in part.pipeline.transforms)
+
+
+def check_file(
+    content: Mapping[str, Any], file: str, with_masks: bool = False, use: str = 'train'
+) -> Findings:
+    """Find what is wrong with the content of an annotation file.
+
+    Args:
+        content: The JSON.
+        file: Its path, for messages.
+        with_masks: Whether `segmentation` of the annotations is used.
+        use: `'evaluator'` for the file of a metric, which needs more.
+    """
+    for check in _FILE_CHECKS:
+        found = list(check(content, file, use))
+        yield from found
+        if any(isinstance(finding, Fault) for finding in found):
+            return  # the next ones take this for granted
+    if with_masks:
+        yield from _check_masks(content, file, use)
+
+
+def _boxes(content: Mapping[str, Any]) -> list[_Object]:
     # Files of test images have no annotations, and panoptic segments have no boxes.
-    boxes = [a for a in content.get('annotations', ()) if 'segments_info' not in a]
-    for key in _READ:
-        if lacking := [box.get('id') for box in boxes if key not in box]:
-            raise DataError(
-                f'{len(lacking)} of {len(boxes)} annotations in {file} have no {key}, first the '
-                f'ids {join_first(lacking)}: correct the file'
+    return [a for a in content.get('annotations') or () if 'segments_info' not in a]
+
+
+def _counted(
+    objects: Sequence[_Object], file: str, wrong: Callable[[_Object], bool], text: str
+) -> Iterator[Fault]:
+    """Yield one fault for all objects of a file that are wrong in one way."""
+    ids = [some.get('id') for some in objects if wrong(some)]
+    if ids:
+        yield Fault(
+            f'{len(ids)} of {len(objects)} annotations in {file} {text}, first the ids '
+            f'{join_first(ids)}: correct the file'
+        )
+
+
+def _check_keys(content: Mapping[str, Any], file: str, use: str) -> Findings:
+    if not isinstance(content, Mapping):
+        yield Fault(f'{file} holds a {type(content).__name__}, not a dict in the layout of COCO')
+        return
+    for kind, keys in _KEYS.items():
+        objects = _boxes(content) if kind == 'annotations' else content.get(kind)
+        if not isinstance(objects, list):
+            yield Fault(f'{file} has no list of {kind}: correct the file')
+            return
+        for key in keys:
+            if lacking := [i for i, some in enumerate(objects) if some.get(key) is None]:
+                ids = [objects[i].get('id', f'of number {i} in the list') for i in lacking]
+                yield Fault(
+                    f'{len(lacking)} of {len(objects)} {kind} in {file} have no {key}, first the '
+                    f'ids {join_first(ids)}: correct the file'
+                )
+
+
+def _check_ids(content: Mapping[str, Any], file: str, use: str) -> Findings:
+    for kind in _KEYS:
+        objects = _boxes(content) if kind == 'annotations' else content[kind]
+        counts = Counter(some['id'] for some in objects)
+        twice = [i for i, count in counts.items() if count > 1]
+        if twice:
+            yield Fault(
+                f'{len(twice)} ids of {kind} in {file} occur more than once, such as '
+                f'{join_first(twice)}: number them anew'
             )
-    broken = [box.get('id') for box in boxes if not _is_box(box['bbox'])]
-    if broken:
-        raise DataError(
-            f'{len(broken)} of {len(boxes)} annotations in {file} have a bbox that is not four '
-            f'finite numbers, first the ids {join_first(broken)}: correct the file'
+    names = Counter(image['file_name'] for image in content['images'])
+    if twice := [name for name, count in names.items() if count > 1]:
+        yield Note(f'{len(twice)} images in {file} occur more than once: {join_first(twice)}')
+
+
+def _check_values(content: Mapping[str, Any], file: str, use: str) -> Findings:
+    boxes, images = _boxes(content), content['images']
+    yield from _counted(
+        boxes, file, lambda a: not _is_box(a['bbox']), 'have a bbox that is not four finite numbers'
+    )
+    yield from _counted(
+        boxes, file, lambda a: not _is_finite(a['area']), 'have an area that is no finite number'
+    )
+    if wrong := [i for i in images if not _is_size(i)]:
+        yield Fault(
+            f'{len(wrong)} of {len(images)} images in {file} have no positive width and height, '
+            f'first {join_first(image["file_name"] for image in wrong)}: correct the file'
         )
     names = {category['id'] for category in content['categories']}
     unknown = Counter(box['category_id'] for box in boxes if box['category_id'] not in names)
     if unknown:
-        raise DataError(
+        yield Fault(
             f'{unknown.total()} of {len(boxes)} annotations in {file} have a category_id that is '
-            f'not one of its categories: {join_first(sorted(unknown))}; they have '
-            f'{join_first(sorted(names), 10)}: correct the file'
+            f'not one of its categories: {join_first(sorted(unknown, key=str))}; they have '
+            f'{join_first(sorted(names, key=str), 10)}: correct the file'
         )
+
+
+def _check_places(content: Mapping[str, Any], file: str, use: str) -> Findings:
+    boxes = _boxes(content)
     sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
     placed = [box for box in boxes if box['image_id'] in sizes]
     if boxes and not placed:
-        raise DataError(
+        first = boxes[0]['image_id']
+        yield Fault(
             f'{len(boxes)} of {len(boxes)} annotations in {file} have an image_id that none of its '
-            f'{len(sizes)} images has, such as {boxes[0]["image_id"]}: correct the file'
+            f'{len(sizes)} images has, such as {first!r}: correct the file, whose images have ids '
+            f'such as {next(iter(sizes), None)!r}'
         )
+        return
     unused = sum(not _has_area(box, sizes[box['image_id']]) for box in placed)
     for count, reason in (
         (len(boxes) - len(placed), 'an image_id that none of its images has'),
         (unused, 'no area in their image'),
     ):
         if count:
-            print_log(
-                f'{count} of {len(boxes)} boxes in {file} have {reason} and are not used',
-                logger='current',
-            )
+            yield Note(f'{count} of {len(boxes)} boxes in {file} have {reason} and are not used')
+    if placed and unused == len(placed):
+        yield Fault(
+            f'none of the {unused} boxes in {file} has an area of a pixel in its image, such as '
+            f'{placed[0]["bbox"]}: write x, y, width and height in pixels'
+        )
+    leaving = [box for box in placed if _leaves(box, sizes[box['image_id']])]
+    corners = all(_are_corners(box['bbox'], sizes[box['image_id']]) for box in placed)
+    if len(leaving) > len(placed) / 2 and corners:
+        size = sizes[leaving[0]['image_id']]
+        yield Fault(
+            f'{len(leaving)} of {len(placed)} boxes in {file} leave their image, such as '
+            f'{leaving[0]["bbox"]} in {size[0]}x{size[1]}, and all would fit as corners x1, y1, '
+            'x2, y2: write x, y, width and height'
+        )
+    if use == 'train' and placed and all(box.get('iscrowd') for box in placed):
+        yield Fault(
+            f'all {len(placed)} annotations in {file} have iscrowd=1, which training ignores: '
+            'write iscrowd=0 for single objects'
+        )
+
+
+def _check_for_evaluation(content: Mapping[str, Any], file: str, use: str) -> Findings:
+    """Find what COCO's evaluation needs beyond what training does."""
+    if use != 'evaluator':
+        return
+    boxes = _boxes(content)
+    yield from _counted(
+        boxes, file, lambda a: 'iscrowd' not in a, 'have no iscrowd, which COCO evaluation reads'
+    )
+    yield from _counted(
+        boxes,
+        file,
+        lambda a: not isinstance(a['id'], int) or a['id'] == 0,
+        'have an id that is 0 or no number, which COCO evaluation counts as missed',
+    )
+    if 'annotations' not in content:
+        yield Fault(f'{file} has no annotations, which evaluation needs: set format_only=True')
+
+
+_FILE_CHECKS = (_check_keys, _check_ids, _check_values, _check_places, _check_for_evaluation)
+
+
+def _check_masks(content: Mapping[str, Any], file: str, use: str) -> Findings:
+    sizes = {image['id']: (image['height'], image['width']) for image in content['images']}
+    some = [a for a in _boxes(content) if a.get('segmentation') and a['image_id'] in sizes]
+    reasons: dict[str, list[_Object]] = {}
+    for annotation in some:
+        if reason := _mask_fault(annotation['segmentation'], sizes[annotation['image_id']]):
+            reasons.setdefault(reason, []).append(annotation)
+    for reason, wrong in reasons.items():
+        # Training ignores a polygon without area. Evaluation fails at it.
+        kind = Note if reason == _NO_POLYGON and use != 'evaluator' else Fault
+        yield kind(
+            f'{len(wrong)} of {len(some)} annotations in {file} have a segmentation {reason}, '
+            f'first the ids {join_first(a["id"] for a in wrong)}: correct the file'
+        )
+
+
+_NO_POLYGON = 'without a polygon of three points or more'
+
+
+def _mask_fault(mask: Any, size: tuple[int, int]) -> str | None:
+    """Return what is wrong with a segmentation for an image of height and width `size`."""
+    if isinstance(mask, Mapping):
+        counts = mask.get('counts')
+        if not isinstance(counts, list | str) or tuple(mask.get('size') or ()) != size:
+            return 'in RLE without counts, or whose size is not [height, width] of the image'
+        if isinstance(counts, list) and sum(counts) != size[0] * size[1]:
+            return 'in RLE whose counts do not add up to the pixels of the image'
+        return None
+    if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
+        return 'that is neither a list of polygons [[x, y, ...], ...] nor RLE'
+    try:
+        finite = math.isfinite(sum(map(sum, mask)))
+    except TypeError:
+        finite = False
+    if not finite:
+        return 'with coordinates that are no finite numbers'
+    if not any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in mask):
+        return _NO_POLYGON
+    return None
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _is_box(value: Any) -> bool:
-    return isinstance(value, Sequence) and len(value) == 4 and all(map(math.isfinite, value))
+    return isinstance(value, Sequence) and len(value) == 4 and all(map(_is_finite, value))
 
 
-def _has_area(box: Mapping[str, Any], size: tuple[float, float]) -> bool:
+def _is_size(image: _Object) -> bool:
+    return all(_is_finite(image[key]) and image[key] > 0 for key in ('width', 'height'))
+
+
+def _leaves(box: _Object, size: tuple[float, float]) -> bool:
+    left, top, width, height = box['bbox']
+    return left < -1 or top < -1 or left + width > size[0] + 1 or top + height > size[1] + 1
+
+
+def _are_corners(box: Sequence[float], size: tuple[float, float]) -> bool:
+    left, top, right, bottom = box
+    return 0 <= left < right <= size[0] + 1 and 0 <= top < bottom <= size[1] + 1
+
+
+def _has_area(box: _Object, size: tuple[float, float]) -> bool:
     """Return whether mmdet uses a box, by the rule of its `CocoDataset`."""
     left, top, width, height = box['bbox']
     image_width, image_height = size
@@ -158,23 +332,70 @@ def _has_area(box: Mapping[str, Any], size: tuple[float, float]) -> bool:
     )
 
 
-def _check_samples(dataset: Any) -> None:
-    with_masks = any(
-        getattr(transform, 'with_mask', False) for transform in dataset.pipeline.transforms
-    )
+def _check_categories(part: Any, content: Mapping[str, Any]) -> Findings:
+    file, classes = part.ann_file, part.metainfo['classes']
+    if isinstance(classes, str):  # mmdet would take every category whose name is a part of it
+        yield Fault(
+            f'classes are the text {classes!r}: write a tuple of names, with a comma even for one, '
+            f'({classes!r},)'
+        )
+        return
+    names = {category['id']: category['name'] for category in content['categories']}
+    absent = [name for name in classes if name not in names.values()]
+    if absent:
+        yield Fault(
+            f'{len(absent)} of {len(classes)} classes are not categories of {file}: '
+            f'{join_first(absent)}; it has {join_first(names.values(), 10)}: correct the classes '
+            'in the metainfo of the dataset'
+        )
+        return
+    labelled = tuple(names[i] for i in sorted(part.cat2label, key=part.cat2label.get))
+    if labelled != tuple(classes):
+        yield Fault(
+            f'{file} lists the classes in another order, and labels follow it: write them as '
+            f'{labelled} in the metainfo of the dataset'
+        )
+    if others := sorted({*names.values()} - {*classes}):
+        yield Note(f'{len(others)} categories of {file} are no classes: {join_first(others, 5)}')
+
+
+def _check_samples(part: Any) -> Findings:
     missing, without_mask = [], 0
-    for i in range(len(dataset)):
-        info = dataset.get_data_info(i)
-        if not fileio.exists(info['img_path'], backend_args=dataset.backend_args):
+    for i in range(len(part)):
+        info = part.get_data_info(i)
+        if not fileio.exists(info['img_path'], backend_args=part.backend_args):
             missing.append(info['img_path'])
-        without_mask += sum('mask' not in instance for instance in info['instances'])
+        if 'segments_info' not in info:  # panoptic masks are files
+            without_mask += sum('mask' not in instance for instance in info['instances'])
     if missing:
-        raise DataError(
-            f'{len(missing)} of {len(dataset)} images of {dataset.ann_file} do not exist: '
+        yield Fault(
+            f'{len(missing)} of {len(part)} images of {part.ann_file} do not exist: '
             f'{join_first(missing)}: restore them, or correct data_root and data_prefix'
         )
-    if with_masks and without_mask:
-        raise DataError(
-            f'{without_mask} objects in {dataset.ann_file} have no segmentation, but the pipeline '
+    if without_mask and _loads_masks(part):
+        yield Fault(
+            f'{without_mask} objects in {part.ann_file} have no segmentation, but the pipeline '
             'loads masks: add them, or use a config for boxes alone, such as RetinaNet'
+        )
+
+
+def check_objects(part: Any, contents: Contents, use: str, **_: Any) -> Findings:
+    """Find data sets without objects, and boxes that leave their image."""
+    total = contents.objects.total()
+    if not total and (use == 'train' or contents.crowds):
+        crowds = f', {contents.crowds} are crowds (iscrowd=1)' if contents.crowds else ''
+        kind = Fault if use == 'train' else Note
+        yield kind(
+            f'no object of the classes is left in {part.ann_file}{crowds}: see the notes of the '
+            'data checks, and classes in the metainfo'
+        )
+        return
+    classes = part.metainfo.get('classes') or ()
+    absent = [name for i, name in enumerate(classes) if not contents.objects[str(i)]]
+    if absent and total:
+        yield Note(f'{len(absent)} of {len(classes)} classes do not occur: {join_first(absent, 5)}')
+    if contents.outside:
+        yield Note(
+            f'{contents.outside} of {total} boxes leave their image by more than a pixel; training '
+            'uses them as they are'
         )

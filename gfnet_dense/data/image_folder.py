@@ -16,7 +16,8 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.data.transforms_factory import create_transform
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from .errors import DataError, join_first
+from .contents import Contents
+from .errors import DataError, Fault, Findings, Note, join_first
 
 _TRAINING = 'train'  # the folder whose classes all others must have
 _EXTENSIONS = {*IMG_EXTENSIONS, '.gif'}  # in any case
@@ -99,6 +100,26 @@ class ImageFolder(BaseDataset):
         )
         return dict(inputs=self.transform(_read(info['img_path'])), data_samples=sample)
 
+    def load_image(self, info: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+        """Return the image of a sample, uint8 RGB of shape `(H, W, 3)`, before the transform."""
+        return np.asarray(_read(info['img_path']))
+
+
+def is_image_folder(part: Any) -> bool:
+    """Tell whether a data set is an :class:`ImageFolder`."""
+    return isinstance(part, ImageFolder)
+
+
+def check_classes(part: Any, contents: Contents, use: str, **_: Any) -> Findings:
+    """Find a single class, and classes with far fewer images than others."""
+    classes = part.metainfo['classes']
+    if len(classes) == 1:
+        kind = Fault if use == 'train' else Note
+        yield kind(
+            f'{part.data_root} has the single class {classes[0]!r}, which is always right: add '
+            'a folder of other images'
+        )
+
 
 def _scan(folder: Path) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
     """Return path and class index of every image, and the names of the classes."""
@@ -147,8 +168,11 @@ def _read(path: str) -> Image.Image:
     try:
         with Image.open(path) as file:
             image: Image.Image = file
-            if image.mode.startswith('I;16'):  # Pillow's convert would clip at 255
+            # Pillow's convert would clip at 255. It opens PGM of 16 bits in a mode of 32.
+            if image.mode.startswith('I;16') or (image.mode, file.format) == ('I', 'PPM'):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode in ('I', 'F'):  # and here nothing says what white is
+                raise ValueError(f'mode {image.mode} has no 8-bit colours, convert it')
             return image.convert('RGB')
     except Exception as e:  # broken bytes raise errors of many kinds
         raise DataError(f'{path} cannot be decoded: {e}; replace or remove it') from e

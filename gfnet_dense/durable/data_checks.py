@@ -9,33 +9,47 @@ from mmengine.registry import DATASETS, HOOKS
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader, Dataset
 
-from gfnet_dense.data.checks import check_folders, check_heads, check_segmentation
-from gfnet_dense.data.coco import check_coco, check_coco_file
-from gfnet_dense.data.errors import DataError
+from gfnet_dense.data.build import build_dataset
+from gfnet_dense.data.checks import check_folders
+from gfnet_dense.data.errors import DataError, raise_first
+from gfnet_dense.data.evaluation import wanted_numbers
+from gfnet_dense.data.report import evaluator_files, inspect, single_process
 
 from .ranks import on_main_process
+from .summary import unwrapped
 from .wrapper import DatasetWrapper
 
 
 @HOOKS.register_module()
 class CheckDataHook(Hook):
-    """Check the data, and that the model has their classes, before the first iteration."""
+    """Check the data before the first iteration, and log what they hold."""
 
     def before_train(self, runner: Runner) -> None:
         """Check training and validation data."""
-        self._check(runner, runner.train_dataloader)
+        self._check(runner, 'train', runner.train_dataloader)
         if runner.val_loop is not None:
-            self._check(runner, runner.val_dataloader)
+            self._check(runner, 'val', runner.val_dataloader)
 
     def before_test(self, runner: Runner) -> None:
         """Check test data."""
-        self._check(runner, runner.test_dataloader)
+        self._check(runner, 'test', runner.test_dataloader)
 
-    def _check(self, runner: Runner, loader: DataLoader[Any]) -> None:
+    def _check(self, runner: Runner, use: str, loader: DataLoader[Any]) -> None:
+        # Asking for a loop builds it.
+        loop = None if use == 'train' else getattr(runner, f'{use}_loop')
+
         def check() -> None:
-            check_segmentation(loader.dataset)
-            check_coco(loader.dataset)
-            check_heads(runner.model, loader.dataset)
+            report = inspect(
+                use,
+                loader,
+                model=unwrapped(runner.model),
+                metrics=loop.evaluator.metrics if loop is not None else (),
+                wanted=wanted_numbers(runner.hooks) if use == 'val' else (),
+                ann_files=evaluator_files(runner.cfg.get(f'{use}_evaluator')),
+            )
+            if report.contents or report.findings:
+                runner.logger.info(str(report))
+            raise_first(report.findings)
 
         on_main_process(check)
 
@@ -49,7 +63,8 @@ def checked(dataloader: Mapping[str, Any]) -> dict[str, Any]:
     dataset = dataloader['dataset']
     if isinstance(dataset, Mapping):
         on_main_process(lambda: check_folders(dataset))
-    return dict(dataloader, dataset=dict(type='CheckedDataset', dataset=dataset))
+    checked_dataset = dict(type='CheckedDataset', dataset=dataset)
+    return dict(single_process(dataloader), dataset=checked_dataset)
 
 
 @DATASETS.register_module()
@@ -65,7 +80,7 @@ class CheckedDataset(DatasetWrapper):
     """
 
     def __init__(self, dataset: Dataset[Any] | Mapping[str, Any]) -> None:
-        super().__init__(_loaded(dataset))
+        super().__init__(build_dataset(dataset))
 
     def __getitem__(self, index: int) -> Any:
         """Return a sample as the wrapped data set does."""
@@ -81,32 +96,6 @@ class CheckedDataset(DatasetWrapper):
             return str(self.dataset.get_data_info(int(index))['img_path'])
         except (AttributeError, KeyError):
             return f'sample {int(index)} of {type(self.dataset).__name__}'
-
-
-def _loaded(dataset: Any) -> Any:
-    """Return the data set with its list of samples, which is not empty."""
-    cfg, contents = dataset, ''
-    if not isinstance(cfg, Mapping):
-        cfg = dict(type=type(dataset).__name__, data_root=getattr(dataset, 'data_root', None))
-    while isinstance(cfg.get('dataset'), Mapping):
-        cfg = cfg['dataset']
-    try:
-        if isinstance(dataset, Mapping):
-            dataset = DATASETS.build(dict(dataset))
-        if hasattr(dataset, 'full_init'):
-            dataset.full_init()
-        if len(dataset) > 0:
-            return dataset
-    except DataError:
-        raise
-    except (KeyError, ValueError) as e:
-        contents = check_coco_file(cfg)
-        if 'need at least one array' not in str(e):  # numpy says this of an empty list of samples
-            raise
-    raise DataError(
-        f'no images are left for {cfg["type"]} in {cfg.get("data_root")}{contents}: see its '
-        'data_prefix, img_suffix, ann_file and filter_cfg'
-    )
 
 
 def explain_error(error: Exception) -> Exception:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from gfnet_dense.data.errors import DataError, join_first
-from gfnet_dense.serialization import CheckpointError, load_file, write_whole
+from gfnet_dense.serialization import CheckpointError, load_file, plain_keys, write_whole
 
 from .checkpoints import latest_checkpoint
 from .data_checks import CheckDataHook, checked, explain_error
@@ -153,6 +153,7 @@ class DurableRunner(Runner):
             self._check_backbone(checkpoint, filename)
         if 'state_dict' not in checkpoint:  # weights alone, or an official file
             checkpoint = dict(state_dict=checkpoint)
+        checkpoint['state_dict'] = plain_keys(checkpoint['state_dict'])
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         state = checkpoint['state_dict']
         for pattern, replacement in revise_keys:
@@ -166,7 +167,7 @@ class DurableRunner(Runner):
     def _check_backbone(self, content: Any, filename: str) -> None:
         """Check that a checkpoint holds the backbone, whatever its heads are."""
         found = content.get('state_dict', content) if isinstance(content, Mapping) else {}
-        found = {str(key).removeprefix('module.'): value for key, value in found.items()}
+        found = plain_keys(found)
         own = unwrapped(self.model).state_dict()
         own = {key: own[key] for key in own if key.startswith('backbone.')} or own
         lacking = [

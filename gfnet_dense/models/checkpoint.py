@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from timm.models import adapt_input_conv
 from torch import Tensor
 
-from gfnet_dense.serialization import CheckpointError, load_file
+from gfnet_dense.serialization import CheckpointError, load_file, plain_keys
 from gfnet_dense.spectral import Grid, resize_position_embedding, resize_spectrum
 
 from .global_filter import GlobalFilter
@@ -71,7 +71,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
     Args:
         path: A file written by `torch.save`: a state dict, or a dict that holds one under
-            `model` (official files) or `state_dict` (mmengine); or a `.safetensors` file.
+            `model` (official files) or `state_dict` (mmengine); or a `.safetensors` file. Prefixes
+            such as `module.` are taken off, see :func:`gfnet_dense.serialization.plain_keys`.
 
     Raises:
         OSError: If it cannot be opened.
@@ -100,7 +101,7 @@ def find_state_dict(content: object, path: str | Path) -> dict[str, Tensor]:
         or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
     ):
         raise CheckpointError(f'{path} holds no state dict, neither itself nor under model')
-    return dict(content)
+    return plain_keys(content)
 
 
 def adapt_state_dict(

@@ -6,6 +6,7 @@ from .accuracy import Accuracy
 from .backbones import GFNet, GFNetPyramid
 from .classifier import ClassificationPreprocessor, ImageClassifier
 from .complexity import Complexity, count_macs, measure_complexity
+from .label_maps import LabelMaps
 from .launch import evaluate, find_config, train
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .masks import LoadMasks
@@ -20,6 +21,7 @@ __all__ = [
     'GFNet',
     'GFNetPyramid',
     'ImageClassifier',
+    'LabelMaps',
     'LayerDecayOptimWrapperConstructor',
     'LoadMasks',
     'RepeatAugSampler',

@@ -131,7 +131,8 @@ def evaluate(
         config: As for :func:`train`.
         checkpoint: The weights to evaluate.
         work_dir: Folder for the log, as for :func:`train`.
-        out: A `.pkl` file for all predictions, or a folder for predicted label maps as PNG.
+        out: A `.pkl` file for all predictions, or a folder for predicted label maps as PNG, see
+            :class:`LabelMaps`.
         show_dir: Folder for pictures of the predictions; they are in `vis_data/vis_image` there.
         tta: Average predictions over the `tta_pipeline` of the config.
         launcher: As for :func:`train`.
@@ -169,7 +170,13 @@ def evaluate(
     elif out:
         if evaluators[0].type != 'IoUMetric':
             raise ValueError(f'predictions of this task are written to a .pkl file, not to {out}')
-        evaluators[0].output_dir = out
+        if evaluators[0].get('format_only'):  # it would only write files
+            del evaluators[0]
+        data = cfg.test_dataloader.dataset
+        prefix = (data.get('data_prefix') or {}).get('img_path') or ''
+        evaluators.append(
+            dict(type='LabelMaps', out_dir=out, root=str(Path(data.get('data_root') or '', prefix)))
+        )
     cfg.test_evaluator = evaluators
     return _build(cfg).test()
 

@@ -3,12 +3,15 @@ import re
 import numpy as np
 import pytest
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from mmseg.datasets import BaseSegDataset
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
 
-from gfnet_dense.data.checks import check_folders, check_heads, check_segmentation
-from gfnet_dense.data.errors import DataError
+from gfnet_dense.data.checks import check_folders, check_heads
+from gfnet_dense.data.errors import DataError, raise_first
+from gfnet_dense.data.report import inspect
 from gfnet_dense.demo import write_digits
 from gfnet_dense.durable.data_checks import CheckedDataset, checked
 from gfnet_dense.openmmlab import find_config
@@ -26,9 +29,10 @@ def config(root):
 
 
 def check(root, **changes):
-    options = dict(config(root).dataset, pipeline=[], **changes)
+    init_default_scope('mmseg')
+    options = {**config(root).dataset, **changes}
     options.pop('type')
-    check_segmentation(BaseSegDataset(**options))
+    raise_first(inspect('train', DataLoader(BaseSegDataset(**options))).findings)
 
 
 def annotation(root, i=2):

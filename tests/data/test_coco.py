@@ -6,9 +6,8 @@ from mmdet.datasets import CocoDataset
 from mmengine.dataset import ConcatDataset, RepeatDataset
 from PIL import Image
 
-from gfnet_dense.data import coco
-from gfnet_dense.data.coco import check_coco
-from gfnet_dense.data.errors import DataError
+from gfnet_dense.data.coco import check_coco, check_part
+from gfnet_dense.data.errors import DataError, Note
 from gfnet_dense.demo import write_digits
 from gfnet_dense.durable.data_checks import CheckedDataset
 
@@ -61,17 +60,15 @@ def build(tmp_path, content):
     return build
 
 
-@pytest.fixture
-def notes(monkeypatch) -> list[str]:
-    """Return what goes to the log."""
-    lines = []
-    monkeypatch.setattr(coco, 'print_log', lambda line, **kwargs: lines.append(line))
-    return lines
+def notes(dataset) -> list[str]:
+    """Return what is no fault and still said."""
+    return [note for note in check_part(dataset, 'train') if isinstance(note, Note)]
 
 
-def test_crowds_images_without_objects_and_boxes_half_outside_are_no_error(build, notes):
-    check_coco(build(pipeline=[dict(type='mmdet.LoadAnnotations', with_mask=True)]))
-    assert notes == []
+def test_crowds_images_without_objects_and_boxes_half_outside_are_no_error(build):
+    dataset = build(pipeline=[dict(type='mmdet.LoadAnnotations', with_mask=True)])
+    check_coco(dataset)
+    assert notes(dataset) == []
 
 
 def test_the_embedded_data_and_segmentation_pass(tmp_path):
@@ -160,22 +157,22 @@ def test_category_ids_that_the_file_does_not_declare(build, content):
 @pytest.mark.parametrize(
     'box', [[40, 0, 5, 5], [-9, 0, 9, 9], [0, 20, 5, 5], [3, 3, 0, 5], [3, 3, 5, 0.5]]
 )
-def test_boxes_without_area_in_the_image_are_counted(build, content, box, notes):
+def test_boxes_without_area_in_the_image_are_counted(build, content, box):
     content['annotations'][0]['bbox'] = box
     content['annotations'][0]['area'] = 25
     dataset = build()
     check_coco(dataset)
-    assert len(notes) == 1
-    assert notes[0].startswith('1 of 3 boxes')
+    (note,) = notes(dataset)
+    assert note.startswith('1 of 3 boxes')
     # As many as the data set drops.
     assert sum(len(info['instances']) for info in dataset) == 2
 
 
-def test_a_file_of_images_alone_passes(build, content, notes):
+def test_a_file_of_images_alone_passes(build, content):
     """As COCO's test-dev is published."""
     del content['annotations']
-    check_coco(build(test_mode=True))
-    assert notes == []
+    check_coco(dataset := build(test_mode=True))
+    assert notes(dataset) == []
 
 
 def build_checked(dataset):
@@ -193,7 +190,7 @@ def build_checked(dataset):
     )
 
 
-def test_annotations_of_no_image(build, content, notes):
+def test_annotations_of_no_image(build, content):
     for some in content['annotations']:
         some['image_id'] += 100
     dataset = build(test_mode=True)
@@ -203,8 +200,9 @@ def test_annotations_of_no_image(build, content, notes):
     with pytest.raises(DataError, match=message):  # mmengine: need at least one array
         build_checked(dataset)
     content['annotations'][0]['image_id'] -= 100
-    check_coco(build())
-    assert notes[-1].startswith('2 of 3 boxes') and 'an image_id that none' in notes[-1]
+    check_coco(dataset := build())
+    assert notes(dataset)[-1].startswith('2 of 3 boxes')
+    assert 'an image_id that none' in notes(dataset)[-1]
 
 
 def test_nothing_is_left_of_a_file_without_objects(build, content):

@@ -12,21 +12,21 @@ metainfo = dict(
     ],
 )  # fmt: skip
 
-# Pillow raises an error for a truncated image. OpenCV would invent the missing part.
+# OpenCV keeps the upper 8 bits of 16-bit images. Pillow would clip them to white.
 train_pipeline = [
-    dict(type='LoadImageFromFile', imdecode_backend='pillow'),
+    dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
     # No flip: a mirrored digit is another digit, or none. No photometric distortion: the scenes
     # vary in contrast already, and so short a run loses more than it gains.
     dict(type='PackSegInputs'),
 ]
 test_pipeline = [
-    dict(type='LoadImageFromFile', imdecode_backend='pillow'),
+    dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]
 tta_pipeline = [
-    dict(type='LoadImageFromFile', imdecode_backend='pillow'),
+    dict(type='LoadImageFromFile'),
     dict(
         type='TestTimeAug',
         transforms=[

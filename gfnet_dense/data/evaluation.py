@@ -1,0 +1,151 @@
+"""Checks of metrics against the data that they evaluate, before training starts."""
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from .coco import check_file
+from .contents import parts
+from .errors import Fault, Findings, Note, join_first
+
+# The names of the numbers of mmseg's IoUMetric, by the entries of its iou_metrics.
+_IOU = {
+    'mIoU': ('mIoU', 'mAcc'),
+    'mDice': ('mDice', 'mAcc'),
+    'mFscore': ('mFscore', 'mPrecision', 'mRecall'),
+}
+_COCO = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
+
+
+def find_evaluation(
+    metrics: Sequence[Any],
+    dataset: Any,
+    use: str,
+    model: nn.Module | None = None,
+    wanted: Iterable[str] = (),
+    ann_files: Sequence[str | None] = (),
+) -> Findings:
+    """Find metrics that fail after the last image, or give numbers against another truth.
+
+    Args:
+        metrics: The metrics of an evaluator, such as mmseg's `IoUMetric`.
+        dataset: The data set that they evaluate.
+        use: `'val'` or `'test'`.
+        model: The model.
+        wanted: Names of numbers that hooks ask for, such as `save_best`.
+        ann_files: The annotation files of the metrics in the config, for messages.
+    """
+    infos = [part.get_data_info(0) for part in parts(dataset) if hasattr(part, 'get_data_info')]
+    names: set[str] | None = set()
+    for i, metric in enumerate(metrics):
+        if _is_a(metric, 'IoUMetric'):
+            yield from _find_iou(metric, dataset, use, infos)
+        elif _is_a(metric, 'CocoMetric'):
+            name = ann_files[i] if i < len(ann_files) else None
+            yield from _find_coco(metric, dataset, use, model, name)
+        found = number_names(metric)
+        names = None if found is None or names is None else names | found
+    if not names:
+        return
+    for name in wanted:
+        if name not in names:
+            yield Fault(
+                f'a hook (save_best or monitor) asks for {name!r}, but the {use}_evaluator gives '
+                f'{join_first(sorted(names), 10)}: set one of them, or add the metric'
+            )
+
+
+def number_names(metric: Any) -> set[str] | None:
+    """Return the names of the numbers that a metric gives; None if they are not known here."""
+    kind = type(metric).__name__
+    if kind == 'LabelMaps' or getattr(metric, 'format_only', False):
+        return set()
+    if _is_a(metric, 'IoUMetric'):
+        found = {'aAcc'}.union(*(_IOU.get(name, ()) for name in _listed(metric.metrics)))
+    elif kind == 'Accuracy' and hasattr(metric, 'topk'):
+        found = {f'top{k}' for k in metric.topk}
+    elif kind == 'CocoMetric' and {*metric.metrics} <= {'bbox', 'segm'} and not metric.classwise:
+        found = {f'{m}_{n}' for m in metric.metrics for n in metric.metric_items or _COCO}
+    else:
+        return None
+    return {f'{metric.prefix}/{name}' for name in found} if metric.prefix else found
+
+
+def _listed(names: Any) -> list[str]:
+    return [names] if isinstance(names, str) else [*names]
+
+
+def _is_a(metric: Any, name: str) -> bool:
+    return any(base.__name__ == name for base in type(metric).__mro__)
+
+
+def _find_iou(metric: Any, dataset: Any, use: str, infos: Sequence[Any]) -> Findings:
+    evaluator = f'IoUMetric of the {use}_evaluator'
+    if unknown := [name for name in _listed(metric.metrics) if name not in _IOU]:
+        yield Fault(f'{evaluator} has no {join_first(unknown)}: iou_metrics are {join_first(_IOU)}')
+    if not (getattr(dataset, 'metainfo', None) or {}).get('classes'):
+        yield Fault(
+            f'{evaluator} needs the classes of {getattr(dataset, "data_root", None)}: set classes '
+            f'in the metainfo of the {use}_dataloader'
+        )
+    if metric.format_only and metric.output_dir is None:
+        yield Fault(f'{evaluator} has format_only=True: set output_dir, where to write predictions')
+    if not metric.format_only and any(info.get('seg_map_path') is None for info in infos):
+        yield Fault(
+            f'{evaluator} needs annotations, and the data_prefix of the {use}_dataloader has no '
+            'seg_map_path: set it, or format_only=True and output_dir to write predictions alone'
+        )
+
+
+def _find_coco(
+    metric: Any, dataset: Any, use: str, model: nn.Module | None, name: str | None
+) -> Findings:
+    segm = 'segm' in metric.metrics
+    if segm and model is not None and not any('mask' in key for key, _ in model.named_modules()):
+        yield Fault(
+            f'metric segm of the {use}_evaluator needs masks, and {type(model).__name__} predicts '
+            "none: set metric='bbox'"
+        )
+    if metric._coco_api is None or metric.format_only:
+        return
+    file = name or f'the ann_file of the {use}_evaluator'
+    found = list(check_file(metric._coco_api.dataset, file, segm, 'evaluator'))
+    yield from (finding for finding in found if isinstance(finding, Fault))
+    infos = [
+        part.get_data_info(i)
+        for part in parts(dataset)
+        if hasattr(part, 'get_data_info')
+        for i in range(len(part))
+    ]
+    images = metric._coco_api.imgs
+    remedy = f'set ann_file of {use}_evaluator to that of {use}_dataloader'
+    if absent := [info['img_id'] for info in infos if info.get('img_id') not in images]:
+        yield Fault(
+            f'{len(absent)} of {len(infos)} images of the {use}_dataloader are not in {file}, '
+            f'first the ids {join_first(absent)}: {remedy}'
+        )
+        return
+    for info in infos:
+        other = images[info['img_id']].get('file_name')
+        if other and os.path.basename(other) != os.path.basename(info['img_path']):
+            yield Fault(
+                f'{info["img_path"]} of the {use}_dataloader is {other} in {file}, under the same '
+                f'id {info["img_id"]}: {remedy}'
+            )
+            return
+    if len(infos) < len(images):
+        yield Note(
+            f'{use} evaluates {len(infos)} of the {len(images)} images of {file}: the others count '
+            'as missed'
+        )
+
+
+def wanted_numbers(hooks: Iterable[Any]) -> list[str]:
+    """Return the names of the numbers that hooks ask for by name."""
+    names = []
+    for hook in hooks:
+        asked = [*(getattr(hook, 'key_indicators', None) or ()), getattr(hook, 'monitor', None)]
+        names += [name for name in asked if isinstance(name, str) and name != 'auto']
+    return names

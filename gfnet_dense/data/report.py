@@ -1,0 +1,261 @@
+"""What a person should know of the data before training: the report, and all checks in one place.
+
+A run logs the report before its first iteration. :func:`check_data` makes it without a run.
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.evaluator import Evaluator
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner
+from torch import nn
+from torch.utils.data import DataLoader
+
+from .build import build_dataset
+from .checks import find_batches, find_heads, ignored_labels
+from .coco import check_objects, check_part, is_coco
+from .contents import Contents, parts, read_contents, remember
+from .errors import DataError, Fault, Findings, Note
+from .evaluation import find_evaluation
+from .image_folder import check_classes, is_image_folder
+from .segmentation import check_files, check_labels, is_segmentation
+
+# For each kind of data set: checks of its lists, and of what its files hold.
+CHECKS = (
+    (is_segmentation, check_files, check_labels),
+    (is_coco, check_part, check_objects),
+    (is_image_folder, None, check_classes),
+)
+USES = {'train': 'training', 'val': 'validation', 'test': 'test'}
+_NAMED = 12  # classes that the report names; of more it names the most and the least frequent
+
+
+@dataclass
+class Report:
+    """What was found about the data of one use.
+
+    Attributes:
+        use: `'train'`, `'val'` or `'test'`.
+        contents: Each data set without wrappers, and what it holds.
+        findings: Faults and notes.
+        loader: The dataloader, if it could be built.
+        model: The model that the data are for.
+    """
+
+    use: str
+    contents: list[tuple[Any, Contents]] = field(default_factory=list)
+    findings: list[Fault | Note] = field(default_factory=list)
+    loader: DataLoader[Any] | None = None
+    model: nn.Module | None = None
+
+    @property
+    def faults(self) -> list[Fault]:
+        """What cannot be meant."""
+        return [finding for finding in self.findings if isinstance(finding, Fault)]
+
+    def __str__(self) -> str:
+        """Return the report as lines of text."""
+        lines = []
+        for part, contents in self.contents:
+            place = getattr(part, 'data_root', None) or getattr(part, 'ann_file', None) or '?'
+            read = f', {contents.read} of them read' if contents.read < contents.samples else ''
+            lines.append(
+                f'{USES[self.use].capitalize()} data: {contents.samples} images{read}, '
+                f'{type(part).__name__} in {place}'
+            )
+            lines += [f'  {key:<10} {text}' for key, text in _describe(part, contents) if text]
+        lines += [f'  {type(f).__name__.upper():<10} {f}' for f in dict.fromkeys(self.findings)]
+        return '\n'.join(lines)
+
+
+def inspect(
+    use: str,
+    loader: DataLoader[Any],
+    *,
+    model: nn.Module | None = None,
+    metrics: Sequence[Any] = (),
+    wanted: Iterable[str] = (),
+    ann_files: Sequence[str | None] = (),
+) -> Report:
+    """Run all checks of the data of one use.
+
+    Args:
+        use: `'train'`, `'val'` or `'test'`.
+        loader: The dataloader.
+        model: The model that the data are for.
+        metrics: The metrics of the evaluator.
+        wanted: Names of numbers that hooks ask the metrics for.
+        ann_files: The annotation files of the metrics in the config.
+    """
+    report = Report(use, loader=loader, model=model)
+    ignored = ignored_labels(model if use == 'train' else None, metrics)
+    for part in parts(loader.dataset):
+        if hasattr(part, 'get_data_info'):
+            contents, findings = _inspect_part(part, use, ignored)
+            report.contents += [(part, contents)] if contents else []
+            report.findings += findings
+    if model is not None:
+        report.findings += find_heads(model, loader.dataset)
+    if metrics:
+        report.findings += find_evaluation(metrics, loader.dataset, use, model, wanted, ann_files)
+    if not report.faults:  # or loading would only say the same again
+        report.findings += find_batches(loader, model, use)
+    return report
+
+
+def _inspect_part(
+    part: Any, use: str, ignored: Sequence[int]
+) -> tuple[Contents | None, list[Fault | Note]]:
+    """Check a data set without wrappers; the verdict is remembered while nothing changes."""
+
+    def compute() -> tuple[dict[str, Any], bool]:
+        kinds = [checks for fits, *checks in CHECKS if fits(part)]
+        contents = None
+        findings: list[Fault | Note] = []
+        for check, _ in kinds:
+            findings += check(part, use=use) if check else ()
+        if not any(isinstance(finding, Fault) for finding in findings):
+            contents = read_contents(part, use, ignored)
+            findings += _of_files(contents)
+            for _, check in kinds:
+                findings += check(part, contents=contents, ignored=ignored, use=use)
+        named = [(type(finding).__name__, str(finding)) for finding in findings]
+        kept = not any(kind == 'Fault' for kind, _ in named)
+        return dict(contents=contents and vars(contents), findings=named), kept
+
+    result = remember(part, use, list(ignored), compute)
+    types = {'Fault': Fault, 'Note': Note}
+    contents = result['contents'] and Contents.from_json(result['contents'])
+    return contents, [types[kind](text) for kind, text in result['findings']]
+
+
+def _of_files(contents: Contents) -> Findings:
+    for kind, texts in ((Fault, contents.faults), (Note, contents.notes)):
+        for name, text in texts.items():
+            count = contents.counts[name]
+            yield kind(text + (f' ({count} files are like this)' if count > 1 else ''))
+
+
+def _describe(part: Any, contents: Contents) -> Iterable[tuple[str, str]]:
+    """Yield the lines of the report about one data set."""
+    sizes = {tuple(map(int, size.split('x'))): n for size, n in contents.sizes.items()}
+    if len(sizes) > 3:
+        sides = [sorted(size[axis] for size in sizes) for axis in (0, 1)]
+        low, high = ([side[i] for side in sides] for i in (0, -1))
+        text = f'{len(sizes)} sizes, {low[0]} to {high[0]} wide and {low[1]} to {high[1]} high'
+        (width, height), n = max(sizes.items(), key=lambda item: item[1])
+        yield 'sizes', f'{text}, most often {width}x{height} ({n})'
+    else:
+        yield 'sizes', _counts(contents.sizes)
+    yield 'modes', _counts(contents.modes)
+    classes = (getattr(part, 'metainfo', None) or {}).get('classes') or ()
+    if total := contents.pixels.total():
+        shares = {str(name): contents.pixels[str(i)] / total for i, name in enumerate(classes)}
+        rest = 1 - sum(shares.values())
+        yield 'pixels', _shares(shares) + (f'; not labelled {_percent(rest)}' if rest > 0 else '')
+    if total := contents.objects.total():
+        shares = {str(name): contents.objects[str(i)] / total for i, name in enumerate(classes)}
+        crowds = f', and {contents.crowds} crowds' if contents.crowds else ''
+        yield 'objects', f'{total}{crowds}: {_shares(shares)}'
+    if contents.images and not contents.pixels and not contents.objects:
+        shares = {
+            str(name): contents.images[str(i)] / contents.samples for i, name in enumerate(classes)
+        }
+        yield 'classes', _shares(shares)
+    if contents.empty:
+        yield 'empty', f'{contents.empty} images without objects or labels'
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ', '.join(f'{key} ({n})' for key, n in sorted(counts.items(), key=lambda i: -i[1]))
+
+
+def _shares(shares: Mapping[str, float]) -> str:
+    items = sorted(shares.items(), key=lambda item: -item[1])
+    texts = [f'{name} {_percent(share)}' for name, share in items]
+    if len(texts) > _NAMED:
+        texts = [*texts[:5], f'... {len(texts) - 10} more ...', *texts[-5:]]
+    return ', '.join(texts)
+
+
+def _percent(share: float) -> str:
+    digits = 1 if share == 0 or share >= 0.001 else 1 - math.floor(math.log10(100 * share))
+    return f'{100 * share:.{digits}f}%'
+
+
+def check_data(config: Config) -> list[Report]:
+    """Run all checks of a config's data without training.
+
+    Args:
+        config: A config with dataloaders, evaluators and a model, as for
+            :func:`gfnet_dense.openmmlab.train`.
+
+    Returns:
+        A report for training, validation and test data, where the config has them and they differ.
+    """
+    cfg = copy.deepcopy(config)
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    model = MODELS.build(cfg.model) if cfg.get('model') else None
+    reports, seen = [], []
+    for use in USES:
+        loader_cfg, evaluator_cfg = cfg.get(f'{use}_dataloader'), cfg.get(f'{use}_evaluator')
+        if loader_cfg is None or (loader_cfg, evaluator_cfg) in seen:
+            continue
+        seen.append((copy.deepcopy(loader_cfg), copy.deepcopy(evaluator_cfg)))
+        try:
+            dataset = build_dataset(loader_cfg.dataset)
+            single = single_process({**loader_cfg, 'dataset': dataset, 'num_workers': 0})
+            loader = Runner.build_dataloader(single, seed=0)
+            metrics = []
+            if evaluator_cfg is not None:
+                evaluator = Evaluator(evaluator_cfg)
+                evaluator.dataset_meta = getattr(dataset, 'metainfo', {})
+                metrics = evaluator.metrics
+            reports.append(
+                inspect(
+                    use,
+                    loader,
+                    model=model,
+                    metrics=metrics,
+                    wanted=_wanted(cfg) if use == 'val' else (),
+                    ann_files=evaluator_files(evaluator_cfg),
+                )
+            )
+        except Exception as e:  # of any library
+            text = str(e) if isinstance(e, DataError) else f'{type(e).__name__}: {e}'
+            reports.append(Report(use, findings=[Fault(text)]))
+    return reports
+
+
+def _wanted(cfg: Mapping[str, Any]) -> list[str]:
+    """Return the names of the numbers that hooks in a config ask the metrics for."""
+    names: list[Any] = []
+    for hook in [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or ())]:
+        if isinstance(hook, Mapping):
+            best = hook.get('save_best') or ()
+            names += [*([best] if isinstance(best, str) else best), hook.get('monitor')]
+    return [name for name in names if name and name != 'auto']
+
+
+def evaluator_files(evaluator: Any) -> list[str | None]:
+    """Return the annotation file of each metric in the config of an evaluator."""
+    metrics = evaluator if isinstance(evaluator, list | tuple) else [evaluator]
+    return [metric.get('ann_file') if isinstance(metric, Mapping) else None for metric in metrics]
+
+
+def single_process(dataloader: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of a dataloader without what only data loading processes need.
+
+    torch refuses `persistent_workers` and `prefetch_factor` without such processes.
+    """
+    if dataloader.get('num_workers'):
+        return dict(dataloader)
+    needs = 'persistent_workers', 'prefetch_factor', 'multiprocessing_context'
+    return {key: value for key, value in dataloader.items() if key not in needs}

@@ -1,0 +1,94 @@
+"""Every fault of tests/faults.py through the check, training and test."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from faults import (
+    ERROR,
+    FAULTS,
+    NOTE,
+    RIGHT,
+    CountIterations,
+    apply,
+    make_config,
+    table,
+    write_data,
+)
+from mmengine.registry import MODELS, init_default_scope
+
+from gfnet_dense.data import DataError, check_data
+from gfnet_dense.data.errors import Fault, Note
+from gfnet_dense.openmmlab import evaluate, train
+
+DOCS = Path(__file__).parents[2] / 'docs'
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp('data'))
+
+
+@pytest.fixture
+def root(data, tmp_path) -> Path:
+    return shutil.copytree(data, tmp_path / 'data')
+
+
+@pytest.mark.parametrize('task', ['segmentation', 'detection', 'masks', 'classification'])
+def test_sound_data_pass_without_a_fault(root, task):
+    for report in check_data(make_config(task, root)):
+        assert report.faults == []
+        assert report.contents
+
+
+@pytest.mark.parametrize('name', FAULTS)
+def test_a_fault_is_said_before_the_first_iteration(name, root, tmp_path):
+    fault = FAULTS[name]
+    cfg = apply(make_config(fault.task, root), fault.make(root))
+    reports = check_data(cfg)
+    found = [finding for report in reports for finding in report.findings]
+    faults = [text for text in found if isinstance(text, Fault)]
+    if fault.outcome == ERROR:
+        assert any(fault.says in text for text in faults), found
+    else:
+        assert faults == []
+        assert fault.outcome == RIGHT or any(
+            fault.says in text for text in found if isinstance(text, Note)
+        ), found
+
+    CountIterations.count = 0
+    if fault.use != 'test':
+        run(fault, lambda: train(cfg, work_dir=str(tmp_path / 'train')))
+        assert CountIterations.count == (fault.outcome != ERROR)
+    if fault.use != 'train' or fault.outcome != ERROR:
+        run(
+            fault, lambda: evaluate(cfg, checkpoint(cfg, tmp_path), work_dir=str(tmp_path / 'test'))
+        )
+
+
+def run(fault, action):
+    """Run something that has to end with the error of the fault, or well."""
+    if fault.outcome != ERROR:
+        action()
+        return
+    with pytest.raises(DataError) as error:
+        action()
+    text = str(error.value)
+    assert fault.says in text or 'tools/check_data.py lists' in text
+    assert len(text.splitlines()) <= 2
+
+
+def checkpoint(cfg, folder) -> Path:
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    path = folder / 'weights.pth'
+    torch.save({'state_dict': MODELS.build(cfg.model).state_dict()}, path)
+    return path
+
+
+def test_each_outcome_occurs():
+    assert {fault.outcome for fault in FAULTS.values()} == {ERROR, NOTE, RIGHT}
+
+
+def test_the_table_in_the_docs_is_that_of_the_faults():
+    assert table().strip() in (DOCS / 'faulty_data.md').read_text()
