@@ -414,6 +414,8 @@ def _new(parser: argparse.ArgumentParser) -> Run:
         from gfnet_dense.data import check_data
         from gfnet_dense.openmmlab import new_config
 
+        # Warnings about how OpenMMLab's parts are configured are for who trains.
+        warnings.filterwarnings('ignore', module=r'(mmcv|mmengine|mmseg|mmdet)\.')
         written = new_config(**vars(args))
         print(written)
         reports = check_data(written.config)

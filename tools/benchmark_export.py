@@ -62,7 +62,7 @@ def main() -> None:
             content = to_onnx(deployed, torch.from_numpy(images[0]), False, {})
             if precision == 'int8':
                 content = quantized(content, images)
-            runs = runs_of(content, '.onnx')
+            runs, failures = runs_of(content, '.onnx')
             everything = Bound(float('inf'), 0.0)
             pytorch, *others = prove(reference, runs, samples, shape, args.batch, everything)
             for other in others:
@@ -76,6 +76,8 @@ def main() -> None:
                     f'{100 * other.difference("logits"):.2g}%',
                 )
                 print(f'| {" | ".join(cells)} |', flush=True)
+            for runtime in failures:
+                print(f'| {name} | {precision} | | {runtime} | cannot run it | | |', flush=True)
 
 
 if __name__ == '__main__':

@@ -404,11 +404,10 @@ def _name_classes(
         used.remove(255)
         found.notes.append('255 in the masks marks pixels without a class')
     if named and all(value is not None for _, value in named):
-        pairs = [(name, value) for name, value in named if value is not None]
-        found.ignored += [value for name, value in pairs if name.lower() in _UNLABELLED]
-        pairs = [(name, value) for name, value in pairs if value not in found.ignored]
-        found.classes = [name for name, _ in pairs]
-        found.values = [value for _, value in pairs]
+        valued = {name: value for name, value in named if value is not None}
+        found.ignored += [value for name, value in valued.items() if name.lower() in _UNLABELLED]
+        found.classes = [name for name, value in valued.items() if value not in found.ignored]
+        found.values = [valued[name] for name in found.classes]
         if absent := [value for value in used if value not in {*found.values, *found.ignored}]:
             share = sum(counts[value] for value in absent) / counts.total()
             found.notes.append(
@@ -443,14 +442,15 @@ def _name_classes(
             'two or more, background counts'
         )
     kind = 'colours' if colours else 'indices' if found.are_indices else 'values'
-    found.notes.append(f'masks hold {kind} of {len(found.values)} classes')
+    pairs = [f'{v} {name}' for v, name in zip(found.values, found.classes, strict=True)]
+    found.notes.append(f'masks hold {kind} of {len(pairs)} classes: {join_first(pairs, 8)}')
     found.palette = [
-        v if isinstance(v, tuple) else palette.get(v, _colour(i))
+        v if isinstance(v, tuple) else palette.get(v, class_colour(i))
         for i, v in enumerate(found.values)
     ]
 
 
-def _colour(index: int) -> Colour:
+def class_colour(index: int) -> Colour:
     """Return a colour of the Pascal VOC palette, whose bits are those of the index, reversed."""
     red = green = blue = 0
     for bit in range(8):

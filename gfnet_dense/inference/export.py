@@ -328,10 +328,11 @@ def _quiet() -> Iterator[None]:
 # Runtimes
 
 
-def runs_of(content: bytes, suffix: str) -> dict[str, Run]:
+def runs_of(content: bytes, suffix: str) -> tuple[dict[str, Run], dict[str, str]]:
     """Return what runs a file, by the name of the runtime, with as many threads as torch has.
 
-    OpenVINO is among them where it is installed.
+    Returns:
+        The runtimes; and why OpenVINO, where it is installed, cannot run the file.
 
     Raises:
         ExportError: If ONNX Runtime is missing.
@@ -339,7 +340,7 @@ def runs_of(content: bytes, suffix: str) -> dict[str, Run]:
     if suffix == '.pt2':
         with _quiet():
             program = torch.export.load(io.BytesIO(content)).module()
-        return {'torch.export': _of_module(program)}
+        return {'torch.export': _of_module(program)}, {}
     with _needed('onnxruntime'):
         import onnxruntime
     options = onnxruntime.SessionOptions()
@@ -347,7 +348,7 @@ def runs_of(content: bytes, suffix: str) -> dict[str, Run]:
     options.log_severity_level = 3  # errors
     session = onnxruntime.InferenceSession(content, options, providers=['CPUExecutionProvider'])
     runs: dict[str, Run] = {'ONNX Runtime': lambda images: session.run(None, {'images': images})}
-    with contextlib.suppress(ImportError):
+    try:
         import openvino
 
         core = openvino.Core()
@@ -357,9 +358,13 @@ def runs_of(content: bytes, suffix: str) -> dict[str, Run]:
             # Without this hint a processor with bfloat16 would round to it.
             dict(INFERENCE_PRECISION_HINT='f32', INFERENCE_NUM_THREADS=torch.get_num_threads()),
         )
-        # Outputs are views into memory that the next call overwrites.
-        runs['OpenVINO'] = lambda images: [y.copy() for y in compiled(images).values()]
-    return runs
+    except ImportError:
+        return runs, {}
+    except RuntimeError as e:
+        return runs, {'OpenVINO': ' '.join(str(e).split())}
+    # Outputs are views into memory that the next call overwrites.
+    runs['OpenVINO'] = lambda images: [y.copy() for y in compiled(images).values()]
+    return runs, {}
 
 
 def _of_module(module: nn.Module) -> Run:
@@ -451,6 +456,7 @@ class Exported:
     precision: str
     images: str  # that proved it
     comparisons: list[Comparison]
+    failures: dict[str, str]  # why a runtime cannot run it
 
     def __str__(self) -> str:
         metric = 'mIoU' if self.task == 'segmentation' else 'top-1 accuracy'
@@ -465,6 +471,7 @@ class Exported:
             if (accuracy := comparison.accuracy(self.task)) is not None:
                 parts.append(f'{metric} {accuracy:.2f}')
             lines.append(f'  {comparison.runtime:<12}  {", ".join(parts)}')
+        lines += [f'  {name:<12}  cannot run it: {why}' for name, why in self.failures.items()]
         return '\n'.join(lines)
 
 
@@ -695,7 +702,7 @@ def export_model(
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_whole(path) as file:
             file.write(content)
-            runs = runs_of(content, out.suffix)
+            runs, failures = runs_of(content, out.suffix)
             classes = model.dataset_meta['classes']
             comparisons = prove(
                 reference,
@@ -708,7 +715,7 @@ def export_model(
                 ignore_index,
             )
         proof = f'{len(samples)} {source}'
-        exported.append(Exported(path, task, precision, proof, comparisons))
+        exported.append(Exported(path, task, precision, proof, comparisons, failures))
     return exported
 
 

@@ -19,6 +19,7 @@ from gfnet_dense.data.guess import (
     Boxes,
     Folders,
     Masks,
+    class_colour,
     look_at_coco,
     look_at_folders,
     look_at_masks,
@@ -218,7 +219,7 @@ class _Builder:
 
     def choose_length(self, batch: int | None, iterations: int | None) -> None:
         count = max(1, len(self.found.train) or len(self._coco('train')['images']))
-        most = _MOST_BATCH.get(self.head, 16)
+        most = min(count, _MOST_BATCH.get(self.head, 16))
         if batch is None:
             batch, text = self._batch_for_memory(most)
             self.notes.append(f'batch {batch}, since {text} (--batch)')
@@ -310,8 +311,8 @@ class _Builder:
         base = find_config(names[self.head].format(self.arch.replace('-', '_')))
         size = 'nano' if self.arch == 'nano' else self.arch.title()
         start = (
-            f'"""{_TITLES[self.head]} with GFNet-{size} on {self.found.images.name}, written by '
-            f'`gfnet new`."""\n\n_base_ = {str(base)!r}\n\n'
+            f'"""{_TITLES[self.head]} with GFNet-{size}, written by `gfnet new`."""\n\n'
+            f'_base_ = {str(base)!r}\n\n'
         )
         if isinstance(self.found, Masks):
             return start + self._text_of_masks(self.found)
@@ -424,7 +425,10 @@ auto_scale_lr = dict(enable=True)  # the learning rate is made for base_batch_si
             str(v) for v in (found.images, self._file('train'), self._file('val'))
         )
         return f"""\
-metainfo = dict(classes={_listed(found.classes)})
+metainfo = dict(
+    classes={_listed(found.classes)},
+    palette={_listed([class_colour(i) for i in range(count)])},
+)
 # The longest and the shorter side of an image.
 scale = ({round(self.crop * 1333 / 800)}, {self.crop})
 

@@ -135,7 +135,7 @@ def test_segmentor_in_onnx_runtime(trained, tmp_path):
     quantized = onnx.load_from_string(content)
     assert onnx.TensorProto.INT8 in {tensor.data_type for tensor in quantized.graph.initializer}
     assert quantized.metadata_props == model.metadata_props
-    (rounded,) = exporting.runs_of(content, '.onnx')['ONNX Runtime'](np.stack(images))
+    (rounded,) = exporting.runs_of(content, '.onnx')[0]['ONNX Runtime'](np.stack(images))
     error = np.abs(rounded - logits).max() / np.abs(logits).max()
     assert 1e-4 < error < BOUNDS['int8'].difference
 
@@ -254,7 +254,7 @@ def without_exporter(patch, factor: float) -> None:
         outputs = running[-1](torch.from_numpy(images))
         return [y.detach().numpy() * np.float32(factor) for y in outputs]
 
-    patch.setattr(exporting, 'runs_of', lambda content, suffix: {'runtime': run})
+    patch.setattr(exporting, 'runs_of', lambda content, suffix: ({'runtime': run}, {}))
 
 
 @pytest.mark.parametrize('factor', [1.001, float('nan')])
