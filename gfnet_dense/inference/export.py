@@ -585,7 +585,7 @@ def samples_of(cfg: Config, task: str, count: int) -> tuple[list[Sample], int]:
     segments = task == 'segmentation'
     if segments:
         steps = cfg.test_dataloader.dataset.pipeline
-        cfg.test_dataloader.dataset.pipeline = [s for s in steps if s.type == 'LoadAnnotations']
+        cfg.test_dataloader.dataset.pipeline = [s for s in steps if 'Annotations' in str(s.type)]
     try:
         dataset = find_test_data(cfg)
         with DATASETS.switch_scope_and_registry(cfg.get('default_scope')):

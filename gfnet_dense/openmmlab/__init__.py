@@ -3,13 +3,13 @@
 from gfnet_dense import data, durable  # noqa: F401  registers their parts
 
 from .accuracy import Accuracy
+from .annotations import LoadCodedAnnotations
 from .backbones import GFNet, GFNetPyramid
 from .classifier import ClassificationPreprocessor, ImageClassifier
 from .complexity import Complexity, count_macs, measure_complexity
 from .label_maps import LabelMaps
 from .launch import evaluate, find_config, train
 from .layer_decay import LayerDecayOptimWrapperConstructor
-from .masks import LoadMasks
 from .new_config import new_config
 from .sampler import RepeatAugSampler
 from .schedule import WarmupCosineLR
@@ -23,7 +23,7 @@ __all__ = [
     'ImageClassifier',
     'LabelMaps',
     'LayerDecayOptimWrapperConstructor',
-    'LoadMasks',
+    'LoadCodedAnnotations',
     'RepeatAugSampler',
     'WarmupCosineLR',
     'count_macs',

@@ -323,7 +323,7 @@ class _Builder:
     def _text_of_masks(self, found: Masks) -> str:
         load = "dict(type='LoadAnnotations')"
         if not found.are_indices:
-            load = f"dict(type='LoadMasks', values={_listed(found.values)})"
+            load = f"dict(type='LoadCodedAnnotations', values={_listed(found.values)})"
         auxiliary = ''
         if self.head == 'upernet':
             auxiliary = f'    auxiliary_head=dict(num_classes={len(found.classes)}),\n'

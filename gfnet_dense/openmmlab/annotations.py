@@ -11,7 +11,7 @@ from PIL import Image
 
 
 @TRANSFORMS.register_module()
-class LoadMasks:
+class LoadCodedAnnotations:
     """Load a label map and number its values: a step of pipelines, like mmseg's `LoadAnnotations`.
 
     Args:
