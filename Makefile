@@ -28,8 +28,9 @@ CORE_TESTS := tests/spectral tests/models
 PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # The fast lane: what needs neither training runs nor mmcv's compiled operators.
 FAST := tests/spectral tests/models tests/data tests/demo tests/openmmlab tests/configs \
-  tests/test_docs.py tests/test_imports.py tests/test_installation.py
+  tests/inference tests/test_docs.py tests/test_imports.py tests/test_installation.py
 NOT_FAST := --ignore=tests/configs/test_coco_configs.py \
+  --ignore=tests/inference/test_detection.py \
   --ignore=tests/openmmlab/test_classification_runs.py --ignore=tests/openmmlab/test_detection.py \
   --ignore=tests/openmmlab/test_in_openmmlab.py \
   --deselect=tests/openmmlab/test_complexity.py::test_detectors

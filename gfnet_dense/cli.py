@@ -217,7 +217,8 @@ def _predict(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument(
         '--tile',
         nargs='?',
-        const='auto',
+        type=int,
+        const=0,
         metavar='SIDE',
         help="cut larger images into blended windows, by default of the training's size",
     )
@@ -231,12 +232,16 @@ def _predict(parser: argparse.ArgumentParser) -> Run:
     )
 
     def run(args: argparse.Namespace) -> int:
+        from PIL import Image
+
         from gfnet_dense.inference import load, predict_files
 
         # Warnings about how OpenMMLab's parts are configured are for who trains.
         warnings.filterwarnings('ignore', module=r'(mmcv|mmengine|mmseg|mmdet)\.')
         # A job that is ended removes its partial files, as after Ctrl-C.
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        if args.tile is not None:
+            Image.MAX_IMAGE_PIXELS = None  # Pillow's guard against images that are too large
         predictor = load(
             args.config,
             args.checkpoint,
@@ -244,7 +249,7 @@ def _predict(parser: argparse.ArgumentParser) -> Run:
             batch_size=args.batch,
             classes=args.classes and [name.strip() for name in args.classes.split(',')],
             tta=args.tta,
-            tile=int(args.tile) if args.tile and args.tile != 'auto' else args.tile,
+            tile='auto' if args.tile == 0 else args.tile,
         )
         report = predict_files(
             predictor,

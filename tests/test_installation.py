@@ -271,6 +271,10 @@ def test_wheel_contains_every_module_and_nothing_else(wheel_names):
     assert not any('__pycache__' in name for name in wheel_names)
 
 
+def test_wheel_installs_the_command(wheel_names):
+    assert any(name.endswith('.dist-info/entry_points.txt') for name in wheel_names)
+
+
 def test_wheel_folder_carries_what_a_binary_depends_on(monkeypatch, tmp_path):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     folder = install.wheel_folder(install.cache_root(), '2.3.6', '2.12.1+cu130', 'cpu')

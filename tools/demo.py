@@ -12,9 +12,9 @@ import numpy as np
 from mmengine.config import Config
 from PIL import Image
 
+from gfnet_dense import load
 from gfnet_dense.demo import CLASSES, PALETTE, label_grid, write_digits
 from gfnet_dense.openmmlab import evaluate, find_config, train
-from gfnet_dense.serialization import plain_types
 
 CONFIG = 'upernet_gfnet_nano_digits'
 PICTURED = 8  # validation scenes in the picture, an even number
@@ -83,17 +83,11 @@ def constant_miou(data_root: Path) -> tuple[str, float]:
 
 def draw(config: Config, checkpoint: Path, data_root: Path, path: Path) -> Path:
     """Draw the first validation scenes with ground truth and prediction."""
-    from mmseg.apis import inference_model, init_model
-
-    with plain_types():
-        model = init_model(config.copy(), str(checkpoint), device='cpu')
     images = sorted((data_root / 'images' / 'validation').glob('*.jpg'))[:PICTURED]
-    results = inference_model(model, [str(image) for image in images])
+    labels = read_labels(data_root, 'validation')[:PICTURED]
+    results = load(config, checkpoint).predict(images)
     rows = [
-        (np.asarray(Image.open(image)), label, result.pred_sem_seg.data[0].numpy())
-        for image, label, result in zip(
-            images, read_labels(data_root, 'validation')[:PICTURED], results, strict=True
-        )
+        (result.image, label, result.labels) for result, label in zip(results, labels, strict=True)
     ]
     # Each row of the picture has two scenes, so that it fits a screen.
     rows = [left + right for left, right in zip(rows[::2], rows[1::2], strict=True)]

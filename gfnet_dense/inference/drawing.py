@@ -101,7 +101,9 @@ def draw_classes(image: Array, names: Sequence[str], scores: Sequence[float]) ->
     picture = Image.fromarray(image)
     if picture.width < 2 * _LEAST:
         times = -(-2 * _LEAST // picture.width)
-        picture = picture.resize((picture.width * times, picture.height * times), Image.NEAREST)
+        picture = picture.resize(
+            (picture.width * times, picture.height * times), Image.Resampling.NEAREST
+        )
     font = _font(picture)
     line = round(1.5 * font.size)
     canvas = Image.new('RGB', (picture.width, picture.height + line * len(names)), 'white')
@@ -109,7 +111,7 @@ def draw_classes(image: Array, names: Sequence[str], scores: Sequence[float]) ->
     draw = ImageDraw.Draw(canvas)
     for i, (name, score) in enumerate(zip(names, scores, strict=True)):
         y = picture.height + i * line
-        draw.rectangle((0, y, canvas.width * float(score), y + line - 2), fill=(176, 205, 240))
+        draw.rectangle((0, y, canvas.width * score, y + line - 2), fill=(176, 205, 240))
         draw.text((4, y + line // 2), f'{score:.2f}  {name}', 'black', font, anchor='lm')
     return canvas
 

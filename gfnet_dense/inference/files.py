@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 from tqdm import tqdm
@@ -117,24 +117,26 @@ class _Run:
         return Report(self.images, self.kept, seconds, self.failures, written)
 
     def _predict_images(self, inputs: Inputs, pool: ThreadPoolExecutor) -> None:
-        writing: deque[Future[Path]] = deque()
+        writing: deque[tuple[Input, Future[dict[str, Any]]]] = deque()
+
+        def finish_first() -> None:
+            source, future = writing.popleft()
+            self.outputs.add(future.result())
+            self.names.remove(source.name)
+
         for _, result in self.predictor.stream(self._paths(inputs)):
             source = self.sources.popleft()
             if isinstance(result, Exception):
                 self._fail(source, result)
                 self.names.remove(source.name)
             else:
-                writing.append(pool.submit(self._write, source, result))
+                writing.append((source, pool.submit(self.outputs.write, source, result)))
                 self.images += 1
             self.bar.update()
             if len(writing) > 2 * _WRITERS:
-                self.names.remove(writing.popleft().result())
-        for future in writing:
-            future.result()
-
-    def _write(self, source: Input, prediction: Prediction) -> Path:
-        self.outputs.write(source, prediction)
-        return source.name
+                finish_first()
+        while writing:
+            finish_first()
 
     def _paths(self, inputs: Inputs) -> Iterator[Path]:
         for source in inputs:
@@ -155,18 +157,19 @@ class _Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         results = (result for _, result in self.predictor.stream(frames))
 
-        def write(numbered: tuple[int, Prediction | Exception]) -> Image.Image | Exception:
+        def write(
+            numbered: tuple[int, Prediction | Exception],
+        ) -> tuple[dict[str, Any], Image.Image]:
             number, result = numbered
             if isinstance(result, Exception):
-                return result
-            self.outputs.write_labels(source, result, number)
-            return result.draw(self.outputs.opacity)
+                raise InputError(f'{source.path}, frame {number}: {result}')
+            record = self.outputs.write_labels(source, result, number)
+            return record, result.draw(self.outputs.opacity)
 
         bar = tqdm(total=count or None, unit=' frames', desc=source.path.name, smoothing=0.05)
         with bar, write_video(path, rate) as add:
-            for picture in in_parallel(pool, write, enumerate(results, 1), 2 * _WRITERS):
-                if isinstance(picture, Exception):
-                    raise InputError(f'{source.path}, frame {bar.n + 1}: {picture}')
+            for record, picture in in_parallel(pool, write, enumerate(results, 1), 2 * _WRITERS):
+                self.outputs.add(record)
                 add(picture)
                 self.images += 1
                 bar.update()

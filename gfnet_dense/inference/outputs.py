@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import os
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +16,12 @@ from gfnet_dense.serialization import write_whole
 from .images import Array
 from .inputs import Input
 from .loading import find_test_data
-from .prediction import Prediction
+from .prediction import Prediction, no_class_label
 from .predictor import Predictor
 
 _TOP = 5  # classes of an image in a table
 _RECORDS = '.records.jsonl'
+_JPEG_SIDE = 65_500  # the longest that a JPEG can have
 
 
 class Outputs:
@@ -63,13 +63,11 @@ class Outputs:
         folder.mkdir(parents=True, exist_ok=True)
         self._records = folder / _RECORDS
         self._done: set[str] = set()
-        self._lock = threading.Lock()
         self._resume = resume
-        self._next_id = 1
+        detects = self.task in ('detection', 'instance segmentation')
+        self._coco = _CocoNumbers(predictor) if detects else None
+        self._next_id = max(self._coco.images.values(), default=0) + 1 if self._coco else 1
         if self.task != 'segmentation':
-            self._coco = None if self.task == 'classification' else _CocoNumbers(predictor)
-            if self._coco is not None:
-                self._next_id = max(self._coco.images.values(), default=0) + 1
             self._open_records()
 
     def has(self, source: Input) -> bool:
@@ -88,38 +86,54 @@ class Outputs:
             name += '.mp4'
         return self.folder / 'overlays' / source.name.with_name(name)
 
-    def write(self, source: Input, prediction: Prediction) -> None:
-        """Write all that belongs to an image. Several threads may call this.
+    def write(self, source: Input, prediction: Prediction) -> dict[str, Any]:
+        """Write the files of an image, and return its record. Several threads may call this.
 
         Raises:
-            OSError: If it cannot be written.
+            OSError: If they cannot be written.
         """
         path = self.picture(source)
         path.parent.mkdir(parents=True, exist_ok=True)
+        picture = prediction.draw(self.opacity)
+        picture.thumbnail((_JPEG_SIDE, _JPEG_SIDE))
         with write_whole(path) as file:
-            prediction.draw(self.opacity).save(file, 'JPEG', quality=92, subsampling=0)
-        self.write_labels(source, prediction)
+            picture.save(file, 'JPEG', quality=92, subsampling=0)
+        return self.write_labels(source, prediction)
 
-    def write_labels(self, source: Input, prediction: Prediction, frame: int | None = None) -> None:
-        """Write what is found in an image or a frame of a video, but no picture."""
+    def write_labels(
+        self, source: Input, prediction: Prediction, frame: int | None = None
+    ) -> dict[str, Any]:
+        """Write the files of an image or of a frame of a video, but no picture; return the record.
+
+        It may be called by several threads.
+        """
         name = source.name if frame is None else source.name / f'{frame:06}'
+        file = str(source.path) if frame is None else f'{source.path}/{frame:06}'
         if self.task == 'segmentation':
             if self._coding is not None:
                 prediction = replace(prediction, labels=self._coding[prediction.labels])
             prediction.save(self._labels(name))
-            return
-        file_name = str(source.path) if frame is None else f'{source.path}/{frame:06}'
         height, width = prediction.image.shape[:2]
         found = prediction.objects()
-        record = dict(name=str(name), file=file_name, width=width, height=height)
-        record['found'] = found if self._coco else found[:_TOP]
-        record['picture'] = str(self.picture(source))
-        with self._lock, self._records.open('a', encoding='utf-8') as file:
-            record['id'] = self._coco and self._coco.images.get(os.path.abspath(file_name))
-            if record['id'] is None:
-                record['id'] = self._next_id
-                self._next_id += 1
-            file.write(json.dumps(record) + '\n')
+        return dict(
+            name=str(name),
+            file=file,
+            picture=str(self.picture(source)),
+            width=width,
+            height=height,
+            found=found if self._coco else found[:_TOP],
+        )
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Add what is found in an image to the tables. One thread calls this."""
+        if self.task == 'segmentation':
+            return
+        number = self._coco and self._coco.images.get(os.path.abspath(record['file']))
+        if number is None:
+            number = self._next_id
+            self._next_id += 1
+        with self._records.open('a', encoding='utf-8') as file:
+            file.write(json.dumps(dict(record, id=number)) + '\n')
 
     def finish(self) -> list[Path]:
         """Write the tables of all images, and return where the results are."""
@@ -218,8 +232,8 @@ def _annotation_coding(predictor: Predictor) -> Array:
     dataset = find_test_data(predictor.cfg)
     if dataset is None:
         raise ValueError(f'{predictor.cfg.filename} has no data set, whose coding could be used')
-    dtype = np.dtype(np.uint8 if len(predictor.classes) < 256 else np.uint16)
-    values = np.arange(np.iinfo(dtype).max + 1)
+    no_class = no_class_label(len(predictor.classes))
+    values = np.arange(no_class + 1)
     # As mmseg reads them: first 0 becomes the highest value and all others one less, then the
     # classes that are used are numbered anew.
     for old, new in (getattr(dataset, 'label_map', None) or {}).items():
@@ -227,7 +241,7 @@ def _annotation_coding(predictor: Predictor) -> Array:
             values[new] = old
     if getattr(dataset, 'reduce_zero_label', False):
         values = (values + 1) % len(values)
-    return values.astype(dtype)
+    return values.astype(np.min_scalar_type(no_class))
 
 
 def _csv_row(values: list[Any]) -> str:

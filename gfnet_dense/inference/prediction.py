@@ -20,6 +20,11 @@ _SIDE = 1024  # of the largest picture in a notebook, in pixels
 _ROWS = 10  # of the longest table there
 
 
+def no_class_label(count: int) -> int:
+    """Return the label of pixels of none of `count` classes: 255, or 65535 of more than 255."""
+    return 255 if count < 256 else 65535
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Prediction:
     """What a model finds in an image of H x W pixels. A notebook shows it as a picture.
@@ -30,8 +35,8 @@ class Prediction:
         classes: Names of the classes.
         palette: A colour for each class.
         labels: Class indices. For segmentation one for each pixel, `(H, W)`, uint8 or, of more
-            than 255 classes, uint16; the highest value of the type is for pixels whose class is
-            not among those asked for. For detection one for each of the N objects, `(N,)`. For
+            than 255 classes, uint16; :func:`no_class_label` is for pixels whose class is not
+            among those asked for. For detection one for each of the N objects, `(N,)`. For
             classification those asked for, all by default, the most probable one first.
         scores: From 0 to 1, one for each of the labels, falling; None for segmentation.
         boxes: Left, top, right and bottom of each object in pixels, `(N, 4)`, float32; None
@@ -64,7 +69,7 @@ class Prediction:
         assert self.scores is not None
         if self.boxes is None:
             names = [self.classes[label] for label in self.labels[:3]]
-            return draw_classes(self.image, names, self.scores[:3])
+            return draw_classes(self.image, names, self.scores[:3].tolist())
         shown = self.scores >= threshold
         labels = self.labels[shown]
         return draw_instances(

@@ -22,11 +22,12 @@ from torch.nn import functional
 
 from gfnet_dense.data.errors import join_first
 
+from .drawing import Colour
 from .images import Array, InputError, read_image
 from .loading import find_task, load_model, unwrapped_dataset
-from .prediction import Prediction
+from .prediction import Prediction, no_class_label
 
-# Images that wait to be put into batches with others of their size, in batches and in pixels.
+# The most images that wait for others of their size, in batches and in pixels.
 _WINDOW = 4
 _WINDOW_PIXELS = 100_000_000
 # Numbers of a score map that are resized at a time, 256 MB.
@@ -59,19 +60,27 @@ def load(
     return Predictor(*load_model(config, checkpoint, device), **options)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Sample:
-    """An image on its way to the network."""
+    """An image on its way through the network.
+
+    Attributes:
+        source: The image as it was given.
+        image: RGB of shape `(H, W, 3)`, uint8.
+        data: What the pipeline made of it; None if it is cut into tiles or cannot be read.
+        result: What came out, None before.
+    """
 
     source: Any
-    image: Array
-    data: dict[str, Any] | None  # what the pipeline made of it; None if it is cut into tiles
+    image: Array | None = None
+    data: dict[str, Any] | None = None
+    result: Prediction | Exception | None = None
 
     @property
     def shapes(self) -> object:
-        """What images of one batch share."""
-        if self.data is None:
-            return id(self)
+        """What images of one batch share; None if it takes no part in a batch."""
+        if self.data is None or self.image is None:
+            return None
         inputs = self.data['inputs']
         if isinstance(inputs, Tensor):
             return tuple(inputs.shape)
@@ -117,14 +126,15 @@ class Predictor:
         self.model: Any = model
         self.cfg = cfg
         self.task = find_task(cfg)
-        self.classes: tuple[str, ...] = self.model.dataset_meta['classes']
-        self.palette = self.model.dataset_meta['palette']
+        meta: Any = model.dataset_meta
+        self.classes: tuple[str, ...] = meta['classes']
+        self.palette: list[Colour] = meta['palette']
         if batch_size < 1:
             raise ValueError(f'batch_size must be at least 1, but got {batch_size}')
         self.batch_size = batch_size
         if tile == 'auto':
-            tile = max((cfg.model.get('data_preprocessor') or {}).get('size') or [512])
-        self.tile = tile
+            tile = int(max((cfg.model.get('data_preprocessor') or {}).get('size') or [512]))
+        self.tile: int | None = tile
         self._chosen = self._indices(classes)
         if tile is not None:
             if self.task != 'segmentation':
@@ -151,19 +161,20 @@ class Predictor:
 
         Args:
             images: A path, an array, a tensor or an image of Pillow, as
-                :func:`gfnet_dense.inference.read_image` takes them; or a list or an iterator of
-                such.
+                :func:`gfnet_dense.inference.read_image` takes them; or a list, a generator or
+                another iterable of such.
 
         Returns:
-            A :class:`~gfnet_dense.inference.Prediction`; of a list a list of them, of an iterator
-            an iterator that reads ahead no more than it needs.
+            A :class:`~gfnet_dense.inference.Prediction`; of a list a list of them, of a generator
+            a generator that reads ahead no more than it needs.
 
         Raises:
             InputError: If an image cannot be read.
         """
         if isinstance(images, list | tuple):
             return list(self._predictions(images))
-        if isinstance(images, Iterator):
+        single = isinstance(images, str | Path | np.ndarray | Tensor | Image.Image)
+        if isinstance(images, Iterable) and not single:
             return self._predictions(images)
         return next(self._predictions([images]))
 
@@ -187,65 +198,60 @@ class Predictor:
         """
         workers = min(8, os.cpu_count() or 1)
         pool = ThreadPoolExecutor(workers, 'loader')
+        queue: deque[_Sample] = deque()  # what is not yielded yet
+        groups: dict[object, list[_Sample]] = {}  # of these, what waits for others of its size
         try:
-            window: list[_Sample | tuple[Any, Exception]] = []
-            waiting = pixels = 0
-            for loaded in in_parallel(pool, self._load, images, self.batch_size + workers):
-                window.append(loaded)
-                if isinstance(loaded, _Sample):
-                    waiting += 1
-                    pixels += loaded.image.size // 3
-                if waiting == _WINDOW * self.batch_size or pixels > _WINDOW_PIXELS:
-                    yield from self._run_window(window)
-                    window, waiting, pixels = [], 0, 0
-            yield from self._run_window(window)
+            for sample in in_parallel(pool, self._load, images, self.batch_size + workers):
+                queue.append(sample)
+                if sample.result is None:
+                    group = groups.setdefault(sample.shapes, [])
+                    group.append(sample)
+                    if len(group) == self.batch_size or sample.shapes is None:
+                        self._run(groups.pop(sample.shapes))
+                pixels = sum(each.image.size // 3 for each in queue if each.image is not None)
+                if len(queue) > _WINDOW * self.batch_size or pixels > _WINDOW_PIXELS:
+                    self._run_all(groups)
+                while queue and (result := queue[0].result) is not None:
+                    yield queue.popleft().source, result
+            self._run_all(groups)
+            for sample in queue:
+                assert sample.result is not None
+                yield sample.source, sample.result
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _load(self, source: Any) -> _Sample | tuple[Any, Exception]:
+    def _load(self, source: Any) -> _Sample:
         try:
             image, results = self._load_file(source)
-            in_tiles = self.tile is not None and max(image.shape[:2]) > self.tile
-            return _Sample(source, image, None if in_tiles else self._prepare(results))
+            if self.tile is not None and max(image.shape[:2]) > self.tile:
+                return _Sample(source, image)
+            return _Sample(source, image, self._prepare(results))
         except InputError as e:
-            return source, e
+            return _Sample(source, result=e)
         except Exception as e:  # transforms of the pipeline raise errors of many kinds
-            return source, InputError(f'{_name(source)}: {type(e).__name__}: {e}')
+            return _Sample(source, result=InputError(f'{_name(source)}: {type(e).__name__}: {e}'))
 
-    def _run_window(
-        self, window: list[_Sample | tuple[Any, Exception]]
-    ) -> Iterator[tuple[Any, Prediction | Exception]]:
-        """Run the network on samples, batch by batch of one size, and yield in the old order."""
-        groups: dict[object, list[_Sample]] = {}
-        for sample in window:
-            if isinstance(sample, _Sample):
-                groups.setdefault(sample.shapes, []).append(sample)
-        results: dict[int, Prediction | Exception] = {}
-        for group in groups.values():
-            for batch in _batches(group, self.batch_size):
-                for sample, result in zip(batch, self._run(batch), strict=True):
-                    results[id(sample)] = result
-        for sample in window:
-            if isinstance(sample, _Sample):
-                yield sample.source, results.pop(id(sample))
-            else:
-                yield sample
+    def _run_all(self, groups: dict[object, list[_Sample]]) -> None:
+        while groups:
+            self._run(groups.popitem()[1])
 
-    def _run(self, batch: Sequence[_Sample]) -> list[Prediction | Exception]:
+    def _run(self, batch: Sequence[_Sample]) -> None:
+        """Set the results of a batch."""
         try:
-            return list(self._predict(batch))
+            for sample, result in zip(batch, list(self._predict(batch)), strict=True):
+                sample.result = result
         except Exception as e:
             if len(batch) > 1:  # which one was it?
-                return [result for sample in batch for result in self._run([sample])]
-            error = str(e).strip().splitlines() or ['']
-            return [
-                RuntimeError(
-                    f'{_name(batch[0].source)}: the network fails: {type(e).__name__}: {error[0]}'
-                )
-            ]
+                for sample in batch:
+                    self._run([sample])
+                return
+            error = next(iter(str(e).strip().splitlines()), '')
+            batch[0].result = RuntimeError(
+                f'{_name(batch[0].source)}: the network fails: {type(e).__name__}: {error}'
+            )
 
     @torch.no_grad()
-    def _predict(self, batch: Sequence[_Sample]) -> Iterator[Prediction]:
+    def _predict(self, batch: Sequence[Any]) -> Iterator[Prediction]:
         if batch[0].data is None:
             yield self._segmentation(batch[0].image, self._blend_tiles(batch[0].image))
             return
@@ -287,19 +293,20 @@ class Predictor:
         boxes: Tensor | None = None,
         masks: Tensor | None = None,
     ) -> Prediction:
-        values = [None if v is None else v.cpu().numpy() for v in (labels, scores, boxes, masks)]
-        if self._chosen is not None:
-            kept = np.isin(values[0], self._chosen)
-            values = [None if value is None else value[kept] for value in values]
-        return Prediction(self.task, image, self.classes, self.palette, *values)
+        kept = slice(None) if self._chosen is None else np.isin(labels.cpu(), self._chosen)
+        found: list[Any] = [
+            None if value is None else value.cpu().numpy()[kept]
+            for value in (labels, scores, boxes, masks)
+        ]
+        return Prediction(self.task, image, self.classes, self.palette, *found)
 
     # Segmentation
 
     def _segmentation(self, image: Array, labels: Tensor) -> Prediction:
-        dtype = np.dtype(np.uint8 if len(self.classes) < 256 else np.uint16)
-        array = labels.cpu().numpy().astype(dtype)
+        no_class = no_class_label(len(self.classes))
+        array = labels.cpu().numpy().astype(np.min_scalar_type(no_class))
         if self._chosen is not None:
-            array[~np.isin(array, self._chosen)] = np.iinfo(dtype).max
+            array[~np.isin(array, self._chosen)] = no_class
         return Prediction(self.task, image, self.classes, self.palette, array)
 
     def _scores(self, output: Tensor) -> Tensor:
@@ -432,9 +439,12 @@ def _preprocessing(cfg: Config, task: str, tta: bool) -> tuple[_Loader, _Prepara
     dataset = unwrapped_dataset(cfg) or {}
     if task == 'classification' and 'transform' in dataset:
         transform = create_transform(**dataset['transform'], normalize=False)
-        return _read, lambda results: dict(
-            inputs=transform(Image.fromarray(results['rgb'])), data_samples=None
-        )
+
+        def prepare(results: dict[str, Any]) -> dict[str, Any]:
+            rgb = np.ascontiguousarray(results['img'][:, :, ::-1])
+            return dict(inputs=transform(Image.fromarray(rgb)), data_samples=None)
+
+        return _read, prepare
     pipeline = cfg.tta_pipeline if tta else dataset.get('pipeline') or cfg.get('test_pipeline')
     if not pipeline:
         raise ValueError(f'{cfg.filename} has no test pipeline, which prepares the images')
@@ -470,8 +480,9 @@ def _results(image: Array | None = None, path: str = '') -> dict[str, Any]:
     # Detectors ask for the scale, also after pipelines that do not resize.
     results: dict[str, Any] = dict(img_path=path, img_id=0, scale_factor=(1.0, 1.0))
     if image is not None:
-        results |= dict(rgb=image, img=np.ascontiguousarray(image[:, :, ::-1]))
-        results |= dict(img_shape=image.shape[:2], ori_shape=image.shape[:2])
+        shape = image.shape[:2]
+        bgr = np.ascontiguousarray(image[:, :, ::-1])
+        results |= dict(img=bgr, img_shape=shape, ori_shape=shape)
     return results
 
 

@@ -30,7 +30,7 @@ def read_video(path: Path) -> tuple[Fraction, int, Iterator[Array]]:
         with av.open(str(path)) as file:
             stream = file.streams.video[0]
             rate, count = stream.average_rate or Fraction(25), stream.frames
-    except (OSError, IndexError) as e:
+    except (av.error.FFmpegError, IndexError) as e:
         raise InputError(f'{path} cannot be read as a video: {e}') from e
 
     def frames() -> Iterator[Array]:
@@ -40,7 +40,7 @@ def read_video(path: Path) -> tuple[Fraction, int, Iterator[Array]]:
                 for frame in file.decode(video=0):
                     array = frame.to_ndarray(format='rgb24')
                     yield np.ascontiguousarray(np.rot90(array, round(frame.rotation / 90) % 4))
-        except OSError as e:
+        except av.error.FFmpegError as e:
             raise InputError(f'{path} cannot be decoded: {e}') from e
 
     return rate, count, frames()
@@ -64,7 +64,8 @@ def write_video(path: Path, rate: Fraction) -> Iterator[Callable[[Image.Image], 
             array = np.asarray(picture)
             padding = ((0, height - array.shape[0]), (0, width - array.shape[1]), (0, 0))
             frame = av.VideoFrame.from_ndarray(np.pad(array, padding, 'edge'), format='rgb24')
-            stream.width, stream.height = width, height
+            if not stream.codec_context.is_open:
+                stream.width, stream.height = width, height
             file.mux(stream.encode(frame))
 
         yield add

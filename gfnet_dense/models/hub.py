@@ -102,8 +102,8 @@ def _download(name: str, path: Path, check: Callable[[Path], None]) -> None:
             _logger.info('downloaded %s', path)
             return
     raise DownloadError(
-        '\n  '.join([f'the official weights {name} cannot be downloaded:', *failures])
-        + f'\nput the file at {path} by hand, or train from scratch: init_cfg=None of the '
+        f'the official weights {name} cannot be downloaded: {"; ".join(failures)}'
+        f'\nput the file at {path} by hand, or train from scratch: init_cfg=None of the '
         'backbone, in timm pretrained=False'
     )
 

@@ -108,6 +108,19 @@ def test_training_says_what_it_does_and_saves(trained, digits):
     assert 'backbone.blocks.0.0.filter.complex_weight' in checkpoint['state_dict']
 
 
+def test_what_comes_before_the_first_iteration_fits_a_screen(trained):
+    work_dir, out = trained
+    before = out[: out.index('Iter(train)')]
+    assert len(before.splitlines()) <= 40
+    (log,) = work_dir.glob('*/*.log')
+    assert f'config and hooks  in {log}' in before
+    text = log.read_text()
+    for part in ('System environment:', 'Config:', 'Hooks will be executed', 'This run:'):
+        assert part in text
+    # Long messages of evaluation are shown, such as the table of classes.
+    assert re.search(r'^\| +background +\|', out, re.MULTILINE)
+
+
 def test_a_segmentors_checkpoint_is_read_safely_into_a_backbone(trained):
     checkpoint = trained[0] / 'iter_4.pth'
     backbone = GFNetPyramid(ARCH, img_size=64)

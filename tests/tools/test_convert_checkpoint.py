@@ -209,7 +209,7 @@ def test_what_is_refused_writes_nothing(convert, content, reason, there_before):
     torch.save(content, 'source.pth')
     if there_before:
         Path('clean.pth').write_text('valuable')
-    with pytest.raises(ValueError, match=rf'error: source\.pth.*{reason}'):
+    with pytest.raises(ValueError, match=rf'CheckpointError: source\.pth.*{reason}'):
         convert('source.pth', 'clean.pth', '--force')
     assert sorted(os.listdir()) == (['clean.pth'] if there_before else []) + ['source.pth']
     assert not there_before or Path('clean.pth').read_text() == 'valuable'
