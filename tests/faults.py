@@ -299,8 +299,8 @@ def bands_tiff(root: Path) -> dict[str, Any]:
         tifffile.imwrite(path.with_suffix('.tif'), bands)
         path.unlink()
     model = {
-        'model.data_preprocessor.mean': [30000.0] * 4,
-        'model.data_preprocessor.std': [15000.0] * 4,
+        'model.data_preprocessor.mean': [30000.0],
+        'model.data_preprocessor.std': [15000.0],
         'model.backbone.in_channels': 4,
     }
     uses = ('train', 'val', 'test')
@@ -365,7 +365,7 @@ def subfolders(root: Path) -> None:
                 path.rename(folder / f'{i // 2}{path.suffix}')
 
 
-@fault('segmentation', ERROR, 'make no batch')
+@fault('segmentation', ERROR, 'no batch')
 def sizes_in_training(root: Path) -> None:
     """Training images of several sizes, and no crop or padding."""
     for path in (images(root)[2], maps(root)[2]):
@@ -456,7 +456,7 @@ def maps_of_16_bits(root: Path) -> None:
 @fault('segmentation', ERROR, 'labels up to 301')
 def labels_above_255(root: Path) -> None:
     """A label map of 16 bits has labels above 255."""
-    relabel(maps(root)[5], lambda labels: labels.astype(np.uint16) + 300 * (labels == 1))
+    relabel(maps(root)[5], lambda labels: (labels + 300 * (labels == 1)).astype(np.uint16))
 
 
 @fault('segmentation', ERROR, 'has 32x32 pixels')
@@ -601,7 +601,7 @@ def another_ignore_index(root: Path) -> dict[str, Any]:
     return {'model.decode_head.ignore_index': 99, 'model.auxiliary_head.ignore_index': 99}
 
 
-@fault('segmentation', ERROR, "asks for 'mIoU'", 'val')
+@fault('segmentation', ERROR, "asks for 'mIoU'")
 def save_best_of_another_metric(root: Path) -> dict[str, Any]:
     """save_best names a number that the metric does not give."""
     return both(evaluator__iou_metrics=['mDice'])
@@ -664,6 +664,14 @@ def batches_of_one(root: Path) -> dict[str, Any]:
     return {'train_dataloader.batch_size': 1}
 
 
+@fault('segmentation', RIGHT)
+def data_sets_together(root: Path) -> dict[str, Any]:
+    """Two data sets in one, each repeated."""
+    data = make_config('segmentation', root).train_dataloader.dataset
+    repeated = dict(type='RepeatDataset', times=2, dataset=data)
+    return {'train_dataloader.dataset': dict(type='ConcatDataset', datasets=[repeated, repeated])}
+
+
 # Detection: images
 
 
@@ -709,6 +717,14 @@ def coco_orientation_ignored(root: Path) -> dict[str, Any]:
 def coco_turned_by_180(root: Path) -> None:
     """EXIF turns an image by 180 degrees."""
     turn(images(root)[2], 3)
+
+
+@fault('detection', ERROR, 'cannot be read')
+def folder_as_image(root: Path) -> None:
+    """An image is a folder."""
+    path = images(root)[5]
+    path.unlink()
+    path.mkdir()
 
 
 # Detection: annotation files
@@ -936,6 +952,17 @@ def evaluator_of_same_ids(root: Path) -> dict[str, Any]:
     return evaluator_of(root)
 
 
+@fault('detection', ERROR, 'have no id', 'val')
+def evaluator_of_a_faulty_file(root: Path) -> dict[str, Any]:
+    """The metric reads another file, whose annotations have no ids."""
+    edit(root, lambda content: each(content, id=None))
+    return {**evaluator_of(root), 'train_dataloader.dataset.ann_file': VALIDATION_FILE,
+            'train_dataloader.dataset.data_prefix.img': 'images/validation'}  # fmt: skip
+
+
+VALIDATION_FILE = 'annotations/instances_validation.json'
+
+
 @fault('detection', NOTE, 'count as missed', 'val')
 def part_of_the_validation(root: Path) -> dict[str, Any]:
     """Only a part of the validation images is evaluated."""
@@ -997,7 +1024,7 @@ def scans(root: Path, split: str = 'train') -> list[Path]:
 @fault('classification', ERROR, 'cannot be read')
 def truncated_scan(root: Path) -> None:
     """An image is cut off."""
-    scans(root)[3].write_bytes(scans(root)[3].read_bytes()[:-20])
+    scans(root)[3].write_bytes(scans(root)[3].read_bytes()[:50])
 
 
 @fault('classification', ERROR, 'cannot be read')
@@ -1013,7 +1040,7 @@ def scans_of_16_bits(root: Path) -> None:
         redraw(path, grey16)
 
 
-@fault('classification', ERROR, 'has no 8-bit colours')
+@fault('classification', ERROR, 'convert the images to 8 or 16 bits')
 def float_scan(root: Path) -> None:
     """An image has floating point numbers."""
     with Image.open(scans(root)[3]) as image:

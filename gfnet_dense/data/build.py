@@ -1,6 +1,7 @@
 """Data sets built from their configs, with errors that name file and remedy."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from mmengine.registry import DATASETS
@@ -43,3 +44,22 @@ def build_dataset(dataset: Any) -> Any:
         f'no images are left for {cfg["type"]} in {cfg.get("data_root")}{contents}: see its '
         'data_prefix, img_suffix, ann_file and filter_cfg'
     )
+
+
+@contextmanager
+def explained_evaluator(evaluator: Any) -> Iterator[None]:
+    """Name the annotation file of a metric that cannot be built because of it.
+
+    Args:
+        evaluator: Config of an evaluator.
+
+    Raises:
+        DataError: If the block fails and an annotation file is at fault.
+    """
+    try:
+        yield
+    except Exception:
+        for metric in evaluator if isinstance(evaluator, list | tuple) else [evaluator]:
+            if isinstance(metric, Mapping) and metric.get('ann_file'):
+                check_coco_file(dict(metric, data_root=''))
+        raise

@@ -63,9 +63,11 @@ def check_coco_file(dataset: Mapping[str, Any]) -> str:
     if not file.endswith('.json') or not fileio.exists(file, **options):
         return ''
     content = read_file(file, options['backend_args'])
-    if not isinstance(content, Mapping) or 'images' not in content:
-        return ''
+    if 'Coco' not in str(dataset.get('type')) and 'images' not in content:
+        return ''  # another layout
     raise_first(check_file(content, file))
+    classes = (dataset.get('metainfo') or {}).get('classes') or ()
+    raise_first(_absent_classes(classes, content, file))
     count = len(content.get('annotations', ()))
     return f', where {file} has {len(content["images"])} images and {count} annotations'
 
@@ -332,6 +334,16 @@ def _has_area(box: _Object, size: tuple[float, float]) -> bool:
     )
 
 
+def _absent_classes(classes: Sequence[str], content: _Object, file: str) -> Iterator[Fault]:
+    names = [category['name'] for category in content['categories']]
+    if absent := [name for name in classes if name not in names]:
+        yield Fault(
+            f'{len(absent)} of {len(classes)} classes are not categories of {file}: '
+            f'{join_first(absent)}; it has {join_first(names, 10)}: correct the classes in the '
+            'metainfo of the dataset'
+        )
+
+
 def _check_categories(part: Any, content: Mapping[str, Any]) -> Findings:
     file, classes = part.ann_file, part.metainfo['classes']
     if isinstance(classes, str):  # mmdet would take every category whose name is a part of it
@@ -340,15 +352,11 @@ def _check_categories(part: Any, content: Mapping[str, Any]) -> Findings:
             f'({classes!r},)'
         )
         return
-    names = {category['id']: category['name'] for category in content['categories']}
-    absent = [name for name in classes if name not in names.values()]
-    if absent:
-        yield Fault(
-            f'{len(absent)} of {len(classes)} classes are not categories of {file}: '
-            f'{join_first(absent)}; it has {join_first(names.values(), 10)}: correct the classes '
-            'in the metainfo of the dataset'
-        )
+    found = list(_absent_classes(classes, content, file))
+    yield from found
+    if found:
         return
+    names = {category['id']: category['name'] for category in content['categories']}
     labelled = tuple(names[i] for i in sorted(part.cat2label, key=part.cat2label.get))
     if labelled != tuple(classes):
         yield Fault(

@@ -199,7 +199,10 @@ def read_contents(part: Any, use: str = 'train', ignored: Sequence[int] = (255,)
 
         def read(i: int) -> Sample:
             info = part.get_data_info(i)
-            content = fileio.get(info['img_path'], getattr(part, 'backend_args', None))
+            try:
+                content = fileio.get(info['img_path'], getattr(part, 'backend_args', None))
+            except OSError as e:
+                return Sample(fault=('unreadable', _unreadable(info['img_path'], e)))
             return _read_sample(info, content, load_image, load_labels, i in decoded, same_size)
 
         place = getattr(part, 'data_root', None) or type(part).__name__

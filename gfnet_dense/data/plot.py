@@ -18,7 +18,6 @@ _COLUMNS = 6
 _MOST_CLASSES = 30  # of more, those with the most and the fewest
 _MOST_BOXES = 20_000  # of more, as many are drawn
 _INCHES = 2.1  # of a sample
-_NOT_LABELLED = (255, 255, 255)
 
 
 def plot_reports(reports: Sequence[Report], path: Path) -> Path:
@@ -53,10 +52,18 @@ def plot_reports(reports: Sequence[Report], path: Path) -> Path:
 
 
 def _samples(report: Report) -> list[int]:
+    """Return the samples to draw: those that findings name, and evenly spread ones."""
     if report.loader is None:
         return []
-    count = len(report.loader.dataset)  # type: ignore[arg-type]
-    return np.unique(np.linspace(0, count - 1, min(count, _SAMPLES)).astype(int)).tolist()
+    dataset: Any = report.loader.dataset
+    named = []
+    if (text := '\n'.join(report.findings)) and hasattr(dataset, 'get_data_info'):
+        for i in range(len(dataset)):
+            info = dataset.get_data_info(i)
+            if any(str(info.get(key)) in text for key in ('img_path', 'seg_map_path')):
+                named.append(i)
+    spread = np.linspace(0, len(dataset) - 1, min(len(dataset), _SAMPLES)).astype(int).tolist()
+    return sorted(list(dict.fromkeys([*named[: _SAMPLES // 2], *spread]))[:_SAMPLES])
 
 
 def _lines(report: Report) -> list[tuple[str, str]]:
@@ -84,7 +91,7 @@ def _draw_report(panel: Any, report: Report) -> None:
     rows = -(-len(chosen) // _COLUMNS)
     ratios = [max(height, 0.01) for height in _heights(report)]
     charts, sheet, text = panel.subfigures(3, 1, height_ratios=ratios)
-    count = sum(contents.samples for _, contents in report.contents)
+    count = 0 if report.loader is None else len(report.loader.dataset)  # type: ignore[arg-type]
     panel.suptitle(f'{USES[report.use].capitalize()} data: {count} images', weight='bold')
     if report.contents:
         _draw_charts(charts, report)
@@ -214,14 +221,16 @@ def _draw_sample(
     if hasattr(sample, 'gt_sem_seg'):
         labels = sample.gt_sem_seg.data[0].cpu().numpy().astype(int)
         inside = (labels >= 0) & (labels < len(classes))
-        colours = np.where(inside[..., None], palette[labels * inside], _NOT_LABELLED)
+        colours = np.where(inside[..., None], palette[labels * inside], _checkers(labels.shape))
         # Side by side: an overlay would hide small objects and edges that do not fit.
         height = max(len(image), len(colours))
         pictures = [_padded(p.astype(np.uint8), height) for p in (image, colours)]
         image = np.concatenate(pictures, axis=1)
         found = np.bincount(labels[inside].ravel(), minlength=len(classes)).argsort()[::-1]
         names = [str(classes[i]) for i in found[:4] if (labels == i).any()]
-        title += '\n' + (', '.join(names) or 'no label')
+        if not inside.all():
+            names.append(f'{100 * (1 - inside.mean()):.0f}% not labelled')
+        title += '\n' + ', '.join(names)
     axis.imshow(image, interpolation='nearest')
     if hasattr(sample, 'gt_instances'):
         _draw_objects(axis, image, sample.gt_instances, classes, palette)
@@ -230,6 +239,13 @@ def _draw_sample(
         label = int(torch.as_tensor(sample.gt_label))
         title += f'\n{classes[label] if label < len(classes) else label}'
     axis.set_title(title, fontsize=6)
+
+
+def _checkers(shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """Return the pattern of pixels without a label, `(H, W, 3)`."""
+    side = max(2, min(shape) // 32)
+    y, x = np.indices(shape) // side
+    return np.where((x + y) % 2, 255, 150)[..., None].repeat(3, axis=2)
 
 
 def _padded(picture: np.ndarray[Any, Any], height: int) -> np.ndarray[Any, Any]:

@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .build import build_dataset
+from .build import build_dataset, explained_evaluator
 from .checks import find_batches, find_heads, ignored_labels
 from .coco import check_objects, check_part, is_coco
 from .contents import Contents, parts, read_contents, remember
@@ -215,7 +215,8 @@ def check_data(config: Config) -> list[Report]:
             loader = Runner.build_dataloader(single, seed=0)
             metrics = []
             if evaluator_cfg is not None:
-                evaluator = Evaluator(evaluator_cfg)
+                with explained_evaluator(evaluator_cfg):
+                    evaluator = Evaluator(evaluator_cfg)
                 evaluator.dataset_meta = getattr(dataset, 'metainfo', {})
                 metrics = evaluator.metrics
             reports.append(

@@ -140,7 +140,8 @@ def check_labels(part: Any, contents: Contents, ignored: Sequence[int], use: str
             'ignore_index of the heads and the metric'
         )
         return
-    yield from _training_on_nothing(part, contents, classes, ignored, use)
+    if classes:
+        yield from _training_on_nothing(part, contents, classes, ignored, use)
 
 
 def _training_on_nothing(
@@ -150,7 +151,7 @@ def _training_on_nothing(
     found = [i for i in range(len(classes)) if contents.pixels[str(i)] and i not in ignored]
     unlabelled = sum(contents.pixels[str(label)] for label in ignored)
     share = 100 * unlabelled / contents.pixels.total()
-    if classes and not found:
+    if not found:
         yield kind(
             f'no pixel in {part.data_root} belongs to a class: all have the label '
             f'{join_first(ignored)}, which is ignored; correct the annotations or reduce_zero_label'

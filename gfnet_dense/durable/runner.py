@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from mmengine.dist import is_distributed, master_only
+from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
 from mmengine.model import MMDistributedDataParallel, revert_sync_batchnorm
@@ -19,6 +20,7 @@ from mmengine.runner import BaseLoop, Runner, load_state_dict
 from torch import nn
 from torch.utils.data import DataLoader
 
+from gfnet_dense.data.build import explained_evaluator
 from gfnet_dense.data.errors import DataError, join_first
 from gfnet_dense.serialization import CheckpointError, load_file, plain_keys, write_whole
 
@@ -258,6 +260,11 @@ class DurableRunner(Runner):
                 'batch_size of the dataloader, or set drop_last=False'
             )
         return loader
+
+    def build_evaluator(self, evaluator: Any) -> Evaluator:
+        """Build an evaluator as mmengine does; the error of a faulty annotation file names it."""
+        with explained_evaluator(evaluator) if self.switches.data_checks else nullcontext():
+            return super().build_evaluator(evaluator)
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
         """Build an optimizer wrapper; on a GPU, Adam and AdamW get kernels that can skip a step."""

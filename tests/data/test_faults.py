@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from faults import (
@@ -17,8 +18,9 @@ from faults import (
     write_data,
 )
 from mmengine.registry import MODELS, init_default_scope
+from PIL import Image
 
-from gfnet_dense.data import DataError, check_data
+from gfnet_dense.data import DataError, check_data, plot_reports
 from gfnet_dense.data.errors import Fault, Note
 from gfnet_dense.openmmlab import evaluate, train
 
@@ -40,6 +42,19 @@ def test_sound_data_pass_without_a_fault(root, task):
     for report in check_data(make_config(task, root)):
         assert report.faults == []
         assert report.contents
+
+
+@pytest.mark.parametrize(
+    'name', ['nothing_labelled', 'turned_by_180', 'truncated_image', 'bands_tiff', 'no_folder',
+             'box_half_outside', 'evaluated_polygon_of_4_numbers', 'single_class'],
+)  # fmt: skip
+def test_a_picture_is_drawn_of_faulty_data_too(name, root, tmp_path):
+    fault = FAULTS[name]
+    reports = check_data(apply(make_config(fault.task, root), fault.make(root)))
+    path = plot_reports(reports, tmp_path / 'folder' / 'data.png')
+    with Image.open(path) as picture:
+        assert min(picture.size) > 100
+        assert np.asarray(picture.convert('L')).std() > 5
 
 
 @pytest.mark.parametrize('name', FAULTS)

@@ -464,3 +464,22 @@ def test_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
 
 
 # As a config names it
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        'module.{}', '_orig_mod.{}', 'module._orig_mod.{}', '_orig_mod.module.{}',
+        'module.backbone.{}', 'backbone._orig_mod.{}', '_fsdp_wrapped_module.backbone.{}',
+        'backbone._fsdp_wrapped_module._orig_mod.{}',
+    ],
+)  # fmt: skip
+def test_prefixes_of_wrappers_are_taken_off(tmp_path, wrap):
+    model = GFNetPyramid(PYRAMID, img_size=32)
+    state = GFNetPyramid(PYRAMID, img_size=32).state_dict()
+    path = saved(
+        {'state_dict': {wrap.format(key): value for key, value in state.items()}}, tmp_path
+    )
+    model.load_pretrained(path)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key])
