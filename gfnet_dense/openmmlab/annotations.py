@@ -23,7 +23,8 @@ class LoadCodedAnnotations:
         self, values: Sequence[int] | Sequence[tuple[int, int, int]], ignore_index: int = 255
     ) -> None:
         self.values, self.ignore_index = [*values], ignore_index
-        codes = np.array([_code(np.asarray(value)) for value in self.values], np.int64)
+        self.are_colours = np.ndim(self.values[0]) == 1
+        codes = self._codes(np.array(self.values))
         if len(np.unique(codes)) != len(codes) or len(codes) > ignore_index:
             raise ValueError(
                 f'values must be at most {ignore_index} different numbers or colours, but got '
@@ -37,12 +38,14 @@ class LoadCodedAnnotations:
         content = fileio.get(results['seg_map_path'])
         with Image.open(io.BytesIO(content)) as file:
             mask = np.asarray(file)
-        codes = _code(mask[..., :3] if np.ndim(self.values[0]) else mask)
-        if codes.ndim != 2:
+        if mask.ndim == 3 and mask.shape[2] < 3:  # grey and transparency
+            mask = mask[..., 0]
+        if mask.ndim != (3 if self.are_colours else 2):
             raise ValueError(
                 f'{results["seg_map_path"]} has shape {mask.shape}, but values such as '
                 f'{self.values[0]} are those of another kind of mask'
             )
+        codes = self._codes(mask)
         place = np.searchsorted(self._sorted, codes).clip(max=len(self._sorted) - 1)
         found = self._sorted[place] == codes
         labels = np.where(found, self._order[place], self.ignore_index)
@@ -50,13 +53,10 @@ class LoadCodedAnnotations:
         results.setdefault('seg_fields', []).append('gt_seg_map')
         return results
 
+    def _codes(self, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Return colours `(..., 3)` as numbers, and numbers as they are."""
+        values = values.astype(np.int64)
+        return values[..., :3] @ np.array([1 << 16, 1 << 8, 1]) if self.are_colours else values
+
     def __repr__(self) -> str:
         return f'{type(self).__name__}({len(self.values)} values)'
-
-
-def _code(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return colours `(..., 3)` as numbers, and numbers as they are."""
-    values = values.astype(np.int64)
-    if values.ndim and values.shape[-1] == 3:
-        return values @ np.array([1 << 16, 1 << 8, 1])
-    return values

@@ -327,7 +327,7 @@ class _Builder:
         auxiliary = ''
         if self.head == 'upernet':
             auxiliary = f'    auxiliary_head=dict(num_classes={len(found.classes)}),\n'
-        warmup = min(1500, self.iterations // 10)
+        warmup = max(1, min(1500, self.iterations // 10))
         interval = max(1, self.iterations // 10)
         return f"""\
 classes = {_listed(found.classes)}
@@ -419,7 +419,7 @@ auto_scale_lr = dict(enable=True)  # the learning rate is made for base_batch_si
                 f'    roi_head=dict(\n        bbox_head=dict(num_classes={count}),\n'
                 f'        mask_head=dict(num_classes={count}),\n    ),'
             )
-        warmup = min(500, self.iterations // 10)
+        warmup = max(1, min(500, self.iterations // 10))
         steps = [math.ceil(self.epochs * 8 / 12), math.ceil(self.epochs * 11 / 12)]
         images, train, val = (
             str(v) for v in (found.images, self._file('train'), self._file('val'))

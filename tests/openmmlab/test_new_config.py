@@ -78,7 +78,7 @@ def test_masks_of_every_coding(tmp_path):
     assert found.values == [(128, 64, 128), (70, 70, 70), (70, 130, 180)]
     file.write_text('road 128 64 128\nbuilding 70 70 70\n')
     assert any(
-        '33% of the pixels' in note for note in looked(tmp_path / 'colours', str(file)).notes
+        '34% of the pixels' in note for note in looked(tmp_path / 'colours', str(file)).notes
     )
 
     with pytest.raises(DataError, match='the colour of each class'):
@@ -91,8 +91,9 @@ def test_masks_of_every_coding(tmp_path):
         for i in range(6):
             save(photograph(), tmp_path / f'three/masks/{i}_mask.png')
         looked(tmp_path / 'three')
+    save(photograph(), tmp_path / 'others/x.png')
     with pytest.raises(DataError, match='names must begin alike'):
-        look_at_masks(tmp_path / 'three/images', tmp_path / 'empty', [], [])
+        look_at_masks(tmp_path / 'three/images', tmp_path / 'others', [], [])
 
 
 def test_pairs_by_names_and_splits_by_folders(tmp_path):
