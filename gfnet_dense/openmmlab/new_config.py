@@ -129,9 +129,13 @@ def new_config(
     if path.exists() and not force:
         raise FileExistsError(f'{path} exists: choose another name, or overwrite it with --force')
     if (masks or not coco) and not images:
-        raise ValueError('give --images DIR, with --masks DIR or --coco FILE unless it has classes')
+        raise ValueError(
+            'give --images DIR, and --masks DIR or --coco FILE unless it has a folder for each class'
+        )
     if masks and coco:
         raise ValueError('give either --masks or --coco')
+    if (classes or ignore) and not masks:
+        raise ValueError('--classes and --ignore are for --masks: other data name their classes')
     named = read_classes(classes) if classes else []
     found: Masks | Boxes | Folders
     if masks:
@@ -378,6 +382,7 @@ data = dict(
 train_dataloader = dict(
     batch_size={self.batch},
     num_workers={self.workers},
+    drop_last=True,  # norms of maps of one cell need two images
     dataset=dict(
         _delete_=True, **data, ann_file={str(self._file('train'))!r}, pipeline=train_pipeline
     ),
