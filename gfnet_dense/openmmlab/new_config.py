@@ -130,7 +130,7 @@ def new_config(
         raise FileExistsError(f'{path} exists: choose another name, or overwrite it with --force')
     if (masks or not coco) and not images:
         raise ValueError(
-            'give --images DIR, and --masks DIR or --coco FILE unless it has a folder for each class'
+            'give --images DIR, and --masks DIR or --coco FILE unless classes are folders'
         )
     if masks and coco:
         raise ValueError('give either --masks or --coco')
