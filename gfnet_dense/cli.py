@@ -297,6 +297,64 @@ def _check_data(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
+def _export(parser: argparse.ArgumentParser) -> Run:
+    """Export a trained model to one file, which is compared with PyTorch before it appears.
+
+    Examples:
+      gfnet export upernet_gfnet_h_s_ade20k iter_160000.pth model.onnx --shape 512 512
+      gfnet export my_config.py best.pth model.pt2 --shape 480 640 --labels --batch dynamic
+    """
+    _add_config(parser, checkpoint=True)
+    parser.add_argument('out', metavar='OUT', help='the file, ending in .onnx or .pt2')
+    parser.add_argument(
+        '--shape',
+        dest='shapes',
+        nargs=2,
+        type=int,
+        action='append',
+        required=True,
+        metavar=('H', 'W'),
+        help='size of the images in pixels; several times for a file of each size',
+    )
+    parser.add_argument(
+        '--batch',
+        type=lambda text: None if text == 'dynamic' else int(text),
+        default=1,
+        metavar='N|dynamic',
+        help='images of a call: 1',
+    )
+    outputs = parser.add_mutually_exclusive_group()
+    precisions = parser.add_mutually_exclusive_group()
+    for group, name, option, value, text in (
+        (outputs, 'output', '--raw', 'raw', 'what the last layer computes, not resized'),
+        (outputs, 'output', '--labels', 'labels', 'indices of classes in place of logits'),
+        (outputs, 'output', '--features', 'features', 'the maps of the backbone alone'),
+        (precisions, 'precision', '--half', 'float16', 'weights in float16'),
+        (precisions, 'precision', '--int8', 'int8', 'convolutions and linear layers in int8'),
+    ):
+        group.add_argument(option, action='store_const', dest=name, const=value, help=text)
+    parser.set_defaults(output='logits', precision='float32')
+    parser.add_argument(
+        '--images',
+        nargs='+',
+        default=(),
+        metavar='PATH',
+        help="compare on these, by default on the config's test images, else on a photograph",
+    )
+    parser.add_argument(
+        '--num-images', type=int, default=8, metavar='N', help='test images to compare on: 8'
+    )
+
+    def run(args: argparse.Namespace) -> None:
+        from gfnet_dense.inference import export_model
+
+        # Warnings about how OpenMMLab's parts are configured are for who trains.
+        warnings.filterwarnings('ignore', module=r'(mmcv|mmengine|mmseg|mmdet)\.')
+        print(*export_model(**vars(args)), sep='\n')
+
+    return run
+
+
 def _flops(parser: argparse.ArgumentParser) -> Run:
     """Count the multiply-accumulates and parameters of a model.
 
@@ -347,10 +405,74 @@ def _convert(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
+def _new(parser: argparse.ArgumentParser) -> Run:
+    """Write a config for your own data, check the data, and say how to train.
+
+    Examples:
+      gfnet new cells --images cells/images --masks cells/masks --classes background,cell
+      gfnet new trees --coco trees/annotations.json --images trees/photos --iterations 5000
+      gfnet new flowers --images flowers   (a folder of images for each class)
+    """
+    from gfnet_dense.openmmlab.new_config import ARCHS, HEADS
+
+    parser.add_argument('name', metavar='NAME', help='the config to write: NAME.py')
+    parser.add_argument('--images', metavar='DIR', help='images, or a folder for each class')
+    parser.add_argument('--masks', metavar='DIR', help='label maps: indices or colours')
+    parser.add_argument('--coco', metavar='FILE', help="annotations in COCO's layout")
+    parser.add_argument('--val-coco', metavar='FILE', help='those of validation images')
+    parser.add_argument(
+        '--classes',
+        metavar='A,B|FILE',
+        help='names of classes, or a file with one a line, such as "road 128 64 128"',
+    )
+    parser.add_argument(
+        '--ignore',
+        nargs='+',
+        default=(),
+        metavar='VALUE',
+        help='values of masks without a class, such as 0 or 224,224,192',
+    )
+    parser.add_argument('--head', choices=HEADS, help='by default what the data are for')
+    parser.add_argument('--arch', choices=ARCHS, default='h-s', help='size of the GFNet: h-s')
+    parser.add_argument(
+        '--weights',
+        metavar='FILE|NAME',
+        help='GFNet to start from, or none; by default the official weights',
+    )
+    for option, text in (
+        ('--crop', 'side of training crops in pixels; of detectors the shorter side of images'),
+        ('--batch', 'images of an iteration; by default what memory is estimated to hold'),
+        ('--iterations', 'length of training; by default 100 epochs, at most 80,000'),
+    ):
+        parser.add_argument(option, type=int, metavar='N', help=text)
+    parser.add_argument('--force', action='store_true', help='overwrite NAME.py')
+
+    def run(args: argparse.Namespace) -> int:
+        from gfnet_dense.data import check_data
+        from gfnet_dense.openmmlab import new_config
+
+        # Warnings about how OpenMMLab's parts are configured are for who trains.
+        warnings.filterwarnings('ignore', module=r'(mmcv|mmengine|mmseg|mmdet)\.')
+        written = new_config(**vars(args))
+        print(written)
+        reports = check_data(written.config)
+        print(*reports, sep='\n')
+        if faults := sum(len(report.faults) for report in reports):
+            print(f'{faults} faults in the data: correct them, then train:')
+        else:
+            print('The data have no faults. Train:')
+        print(f'  gfnet train {written.path} --work-dir work_dirs/{written.path.stem}')
+        return min(faults, 1)
+
+    return run
+
+
 VERBS: dict[str, Verb] = {
     'train': _train,
     'test': _test,
     'predict': _predict,
+    'export': _export,
+    'new': _new,
     'check-data': _check_data,
     'flops': _flops,
     'convert': _convert,

@@ -15,7 +15,7 @@ from gfnet_dense.serialization import write_whole
 
 from .images import Array
 from .inputs import Input
-from .loading import find_test_data
+from .loading import find_test_data, unwrapped_dataset
 from .prediction import Prediction, no_class_label
 from .predictor import Predictor
 
@@ -234,6 +234,11 @@ def _annotation_coding(predictor: Predictor) -> Array:
         raise ValueError(f'{predictor.cfg.filename} has no data set, whose coding could be used')
     no_class = no_class_label(len(predictor.classes))
     values = np.arange(no_class + 1)
+    for step in unwrapped_dataset(predictor.cfg).pipeline:
+        if step['type'] == 'LoadCodedAnnotations':
+            if any(np.ndim(value) for value in step['values']):
+                raise ValueError('annotations of this data set are colours: take the overlays')
+            values[: len(step['values'])] = step['values']
     # As mmseg reads them: first 0 becomes the highest value and all others one less, then the
     # classes that are used are numbered anew.
     for old, new in (getattr(dataset, 'label_map', None) or {}).items():

@@ -537,6 +537,25 @@ class GFNetBase(nn.Module):
             grids.append(downsampled_grid(grids[-1], _DOWNSAMPLING))
         return grids
 
+    @torch.no_grad()
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Store position embedding and filters for another image size, as timm's models do.
+
+        The outputs for images of that size stay the same: forward resizes in the same way.
+
+        Args:
+            img_size: Image size in pixels, int or (H, W).
+        """
+        grid = downsampled_grid(to_2tuple(img_size), self.arch.patch_size)
+        embedding = resize_position_embedding(self.pos_embed, self.grid, grid)
+        self.pos_embed = nn.Parameter(embedding, self.pos_embed.requires_grad)
+        self.grid = grid
+        stages: Any = self.blocks if self.hierarchical else [self.blocks]
+        # Levels that were pruned have no blocks.
+        for blocks, stage_grid in zip(stages, self.stage_grids(grid), strict=False):
+            for block in blocks:
+                block.filter.set_grid(stage_grid)
+
     @property
     def final_norm(self) -> str:
         """The name of the norm after the last level."""

@@ -116,6 +116,14 @@ class GlobalFilter(nn.Module):
             self._cache = source, dict(latest)
         return resized
 
+    @torch.no_grad()
+    def set_grid(self, grid: Grid) -> None:
+        """Store the spectrum on another grid `(h, w)`, resized as in forward."""
+        weight = resize_spectrum(self.complex_weight, self.grid, grid, self.resize)
+        self.complex_weight = nn.Parameter(weight, self.complex_weight.requires_grad)
+        self.grid = grid
+        self._clear_cache()
+
     def _clear_cache(self) -> None:
         self._cache = None, {}
 

@@ -3,6 +3,7 @@
 from gfnet_dense import data, durable  # noqa: F401  registers their parts
 
 from .accuracy import Accuracy
+from .annotations import LoadCodedAnnotations
 from .backbones import GFNet, GFNetPyramid
 from .classifier import ClassificationPreprocessor, ImageClassifier
 from .complexity import Complexity, count_macs, measure_complexity
@@ -10,6 +11,7 @@ from .label_maps import LabelMaps
 from .launch import evaluate, find_config, train
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .mixed_precision import CPUBFloat16OptimWrapper
+from .new_config import new_config
 from .sampler import RepeatAugSampler
 from .schedule import WarmupCosineLR
 
@@ -23,11 +25,13 @@ __all__ = [
     'ImageClassifier',
     'LabelMaps',
     'LayerDecayOptimWrapperConstructor',
+    'LoadCodedAnnotations',
     'RepeatAugSampler',
     'WarmupCosineLR',
     'count_macs',
     'evaluate',
     'find_config',
     'measure_complexity',
+    'new_config',
     'train',
 ]

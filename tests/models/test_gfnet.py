@@ -350,6 +350,21 @@ def test_traced_and_exported(name):
         assert not torch.allclose(graphs[0](other), before)
 
 
+@names
+def test_parameters_stored_for_another_size_compute_the_same(name):
+    model, x = narrow(name, num_classes=4).eval(), torch.randn(1, 3, 40, 68)
+    model.pos_embed.requires_grad_(False)
+    expected = model(x)
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    model.set_input_size((40, 68))
+    assert torch.equal(model(x), expected)
+    first = (10, 17) if is_hierarchical(name) else (3, 5)
+    assert model.grid == first and not model.pos_embed.requires_grad
+    changed = {key for key, value in model.state_dict().items() if value.shape != shapes[key]}
+    assert changed >= {key for key in shapes if key.endswith('complex_weight')} | {'pos_embed'}
+    assert all(p.requires_grad for n, p in model.named_parameters() if n != 'pos_embed')
+
+
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
 @names
 def test_torchscript_has_no_words_for_the_filter(name):

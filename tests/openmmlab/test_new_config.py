@@ -1,0 +1,257 @@
+"""Configs for one's own data, through the real command line: segmentation, detection, classes."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS
+from PIL import Image
+
+from gfnet_dense.data import DataError
+from gfnet_dense.data.guess import look_at_coco, look_at_folders, look_at_masks, read_classes
+from gfnet_dense.demo import write_digits
+from gfnet_dense.openmmlab import LoadCodedAnnotations, new_config
+
+ROOT = Path(__file__).parents[2]
+COLOURS = [(0, 0, 0), (128, 64, 128), (70, 70, 70)]
+
+
+def by_command(*arguments, cwd: Path, verb: str = 'new') -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, ROOT / f'tools/{verb}.py', *map(str, arguments)],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+
+
+def save(array: np.ndarray, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array.astype(np.uint8)).save(path)
+
+
+def photograph(side: int = 64) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (side, side, 3))
+
+
+def write_masks(root: Path, values: list, count: int = 6, end: str = '_mask.png') -> None:
+    """Write images of stripes, and masks that hold a value for each stripe."""
+    labels = np.arange(64)[:, None] * len(values) // 64 + np.zeros((1, 64), int)
+    for i in range(count):
+        save(photograph(), root / f'images/{i}.jpg')
+        save(np.array(values)[labels], root / f'masks/{i}{end}')
+
+
+def looked(root: Path, named: str = '', ignored: tuple = ()):
+    return look_at_masks(root / 'images', root / 'masks', read_classes(named), ignored)
+
+
+def test_masks_of_every_coding(tmp_path):
+    write_masks(tmp_path / 'indices', [0, 1, 255])
+    found = looked(tmp_path / 'indices')
+    assert (found.values, found.ignored, found.are_indices) == ([0, 1], [255], True)
+    assert (found.suffix, found.mask_suffix, found.side) == ('.jpg', '_mask.png', 64)
+    assert sorted(found.train + found.val) == [*map(str, range(6))] and len(found.val) == 1
+
+    # 255 beside 0 alone is a class.
+    write_masks(tmp_path / 'binary', [0, 255])
+    found = looked(tmp_path / 'binary', 'background,nucleus')
+    assert (found.values, found.ignored, found.are_indices) == ([0, 255], [], False)
+    assert found.classes == ['background', 'nucleus']
+
+    write_masks(tmp_path / 'colours', COLOURS)
+    found = looked(tmp_path / 'colours')
+    assert sorted(found.values) == sorted(COLOURS) and found.palette == found.values
+    assert found.classes == ['#000000', '#464646', '#804080']
+    file = tmp_path / 'classes.txt'
+    file.write_text('void 0 0 0\nroad 128 64 128\nbuilding, 70, 70, 70\nsky 70 130 180\n')
+    found = looked(tmp_path / 'colours', str(file))
+    assert found.classes == ['road', 'building', 'sky'] and found.ignored == [(0, 0, 0)]
+    assert found.values == [(128, 64, 128), (70, 70, 70), (70, 130, 180)]
+    file.write_text('road 128 64 128\nbuilding 70 70 70\n')
+    assert any(
+        '34% of the pixels' in note for note in looked(tmp_path / 'colours', str(file)).notes
+    )
+
+    with pytest.raises(DataError, match='the colour of each class'):
+        looked(tmp_path / 'colours', 'a,b,c')
+    with pytest.raises(DataError, match='2 classes are named, but the masks hold 3 values'):
+        write_masks(tmp_path / 'three', [0, 5, 9])
+        looked(tmp_path / 'three', 'a,b')
+    assert looked(tmp_path / 'three', 'a,b', (9,)).values == [0, 5]
+    with pytest.raises(DataError, match='no numbers of single objects'):
+        for i in range(6):
+            save(photograph(), tmp_path / f'three/masks/{i}_mask.png')
+        looked(tmp_path / 'three')
+    save(photograph(), tmp_path / 'others/x.png')
+    with pytest.raises(DataError, match='names must begin alike'):
+        look_at_masks(tmp_path / 'three/images', tmp_path / 'others', [], [])
+
+
+def test_pairs_by_names_and_splits_by_folders(tmp_path):
+    for split, count in (('train', 3), ('val', 2)):
+        for i in range(count):
+            place = f'{split}/city/{i}_{i}'
+            save(photograph(), tmp_path / f'images/{place}_leftImg8bit.png')
+            save(np.eye(64), tmp_path / f'masks/{place}_gtFine_labelIds.png')
+    save(photograph(), tmp_path / 'images/train/city/other.png')
+    found = looked(tmp_path)
+    assert (found.suffix, found.mask_suffix) == ('_leftImg8bit.png', '_gtFine_labelIds.png')
+    assert found.train == [f'train/city/{i}_{i}' for i in range(3)]
+    assert found.val == [f'val/city/{i}_{i}' for i in range(2)]
+    assert any('1 other images have no mask' in note for note in found.notes)
+
+
+def test_masks_beside_their_images(tmp_path):
+    for i in range(4):
+        save(photograph(), tmp_path / f'{i}.png')
+        save(np.eye(64), tmp_path / f'{i}_mask.png')
+    found = look_at_masks(tmp_path, tmp_path, [], [])
+    assert (found.suffix, found.mask_suffix) == ('.png', '_mask.png')
+    assert sorted(found.train + found.val) == ['0', '1', '2', '3']
+
+
+def test_values_of_masks_become_labels(tmp_path):
+    mask = np.array([*COLOURS, (1, 2, 3)])[[[0, 1], [2, 3], [1, 1]]]
+    save(mask, tmp_path / 'colours.png')
+    results = LoadCodedAnnotations(COLOURS)({'seg_map_path': str(tmp_path / 'colours.png')})
+    assert results['gt_seg_map'].tolist() == [[0, 1], [2, 255], [1, 1]]
+    assert results['seg_fields'] == ['gt_seg_map'] and results['gt_seg_map'].dtype == np.uint8
+    save(np.array([[7, 255], [0, 7]]), tmp_path / 'values.png')
+    results = LoadCodedAnnotations([255, 7])({'seg_map_path': str(tmp_path / 'values.png')})
+    assert results['gt_seg_map'].tolist() == [[1, 0], [255, 1]]
+    with pytest.raises(ValueError, match='another kind of mask'):
+        LoadCodedAnnotations([0, 1])({'seg_map_path': str(tmp_path / 'colours.png')})
+    with pytest.raises(ValueError, match='different numbers'):
+        LoadCodedAnnotations([1, 1])
+
+
+@pytest.mark.slow
+def test_segmentation_by_the_command_line(tmp_path):
+    write_masks(tmp_path, COLOURS)
+    out = by_command(
+        'stripes', '--images', 'images', '--masks', 'masks', '--arch', 'nano', '--iterations', 2,
+        '--batch', 2, cwd=tmp_path,
+    )  # fmt: skip
+    assert out.returncode == 0, out.stdout[-3000:]
+    assert 'The data have no faults' in out.stdout and 'gfnet train stripes.py' in out.stdout
+    assert not [*tmp_path.glob('*.partial')]
+    cfg = Config.fromfile(tmp_path / 'stripes.py')
+    assert cfg.model.decode_head.num_classes == cfg.model.auxiliary_head.num_classes == 3
+    assert cfg.model.backbone.img_size == 64
+    with DATASETS.switch_scope_and_registry('mmseg'):
+        dataset = DATASETS.build(cfg.val_dataloader.dataset)
+    labels = dataset[0]['data_samples'].gt_sem_seg.data
+    # Colours in their order are black, grey, purple; stripes are black, purple, grey.
+    assert [int(labels[0, y, 0]) for y in (5, 30, 60)] == [0, 2, 1]
+
+    trained = by_command('stripes.py', '--work-dir', 'run', cwd=tmp_path, verb='train')
+    assert trained.returncode == 0, trained.stdout[-3000:]
+    assert (tmp_path / 'run/iter_2.pth').is_file()
+    again = by_command('stripes', '--images', 'images', '--masks', 'masks', cwd=tmp_path)
+    assert again.returncode == 1 and 'stripes.py exists' in again.stdout
+
+
+@pytest.mark.slow
+def test_detection_by_the_command_line(tmp_path):
+    digits = write_digits(tmp_path / 'digits', num_training=5, num_validation=1)
+    file = digits / 'annotations/instances_training.json'
+    out = by_command(
+        'digits', '--coco', file, '--images', digits / 'images/training', '--arch', 'nano',
+        '--iterations', 4, '--batch', 2, cwd=tmp_path,
+    )  # fmt: skip
+    assert out.returncode == 0, out.stdout[-3000:]
+    assert 'Mask R-CNN' in (tmp_path / 'digits.py').read_text()
+    whole = json.loads(file.read_text())
+    parts = [json.loads((tmp_path / f'digits_{use}.json').read_text()) for use in ('train', 'val')]
+    assert [len(part['images']) for part in parts] == [4, 1]
+    assert sum(len(part['annotations']) for part in parts) == len(whole['annotations'])
+    cfg = Config.fromfile(tmp_path / 'digits.py')
+    assert (
+        cfg.model.roi_head.bbox_head.num_classes == cfg.model.roi_head.mask_head.num_classes == 10
+    )
+    assert cfg.train_cfg.max_epochs == 2
+    assert cfg.val_evaluator.ann_file == str(tmp_path / 'digits_val.json')
+
+
+@pytest.mark.slow
+def test_classification_by_the_command_line(tmp_path):
+    for name in ('cat', 'dog'):
+        for i in range(5):
+            save(photograph(), tmp_path / f'pets/{name}/{i}.png')
+    arguments = '--images', 'pets', '--arch', 'nano', '--iterations', 4
+    out = by_command('pets_config', *arguments, cwd=tmp_path)
+    assert out.returncode == 0, out.stdout[-3000:]
+    cfg = Config.fromfile(tmp_path / 'pets_config.py')
+    assert cfg.model.backbone.num_classes == 2 and cfg.model.type == 'ImageClassifier'
+    links = [*(tmp_path / 'pets_config_data').glob('*/*/*.png')]
+    assert len(links) == 10 and all(link.is_symlink() and link.is_file() for link in links)
+    assert len([link for link in links if '/val/' in str(link)]) == 2
+
+
+def test_weights_and_sizes_that_do_not_fit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_masks(tmp_path, [0, 1])
+    data = dict(images='images', masks='masks', batch=2, iterations=10)
+    weights = tmp_path / 'other.pth'
+    torch.save(dict(state_dict={'backbone.pos_embed': torch.zeros(1)}), weights)
+    written = new_config('a', arch='h-ti', weights=str(weights), **data)
+    assert written.config.model.backbone.init_cfg.checkpoint == str(weights)
+    assert any('neck and heads of that file are left out' in note for note in written.notes)
+    written = new_config('b', head='fpn', **data)
+    assert written.config.model.backbone.init_cfg.checkpoint == 'gfnet-h-s'
+    assert written.config.model.decode_head.type == 'FPNHead'
+    for arguments, message in (
+        (dict(head='retinanet'), 'choose upernet or fpn'),
+        (dict(arch='xs'), 'maps of one stride'),
+        (dict(arch='nano', head='fpn'), 'no nano backbone'),
+        (dict(coco='a.json'), 'either --masks or --coco'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            new_config('c', **{**data, **arguments})
+    with pytest.raises(FileNotFoundError, match='no checkpoint at absent'):
+        new_config('c', weights='absent', **data)
+    assert not (tmp_path / 'c.py').exists()
+
+
+def test_memory_decides_the_batch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_masks(tmp_path, [0, 1], count=40)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    batches = []
+    for memory in (1, 4, 2**20):
+        monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda memory=memory: (memory << 30, 0))
+        written = new_config('a', images='images', masks='masks', crop=256, arch='h-ti', force=True)
+        batches.append(written.config.train_dataloader.batch_size)
+    assert batches[0] == 1 < batches[1] < batches[2] == 16
+
+
+def test_killed_while_it_writes_it_leaves_no_half_file(tmp_path):
+    write_masks(tmp_path, [0, 1])
+    code = (
+        'import os, signal\n'
+        'from gfnet_dense.openmmlab import new_config\n'
+        'os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)\n'
+        'new_config("a", images="images", masks="masks", batch=2, iterations=9)\n'
+    )
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path)
+    assert done.returncode == -signal.SIGKILL
+    files = [path.name for path in tmp_path.iterdir() if path.is_file()]
+    assert len(files) == 1 and files[0].endswith('.partial')
+
+
+def test_data_that_are_not_there(tmp_path):
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(DataError, match='0 images cannot be divided'):
+        look_at_folders(tmp_path / 'empty')
+    (tmp_path / 'a.json').write_text('{"images": []}')
+    with pytest.raises(DataError, match="not in COCO's layout"):
+        look_at_coco(tmp_path / 'a.json', None, None)
