@@ -1,8 +1,9 @@
-"""Time whole backbones: `python tools/benchmark_model.py [--compile | --scaling | --resizing]`.
+"""Time whole backbones: `python tools/benchmark_model.py [--compile | --scaling | ...]`.
 
 By default, GFNet-H-S as it is, with the filter computed by its definition (the baseline of all
 ratios), and two networks of timm of its size. With --scaling, the time of a pixel as images grow.
-With --resizing, what it costs that images of COCO are seldom two alike.
+With --resizing, what it costs that images of COCO are seldom two alike. With --profile, which
+operators take the time of GFNet-H-S.
 """
 
 import argparse
@@ -45,6 +46,10 @@ def training_step(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
     return run
 
 
+def images(args: argparse.Namespace) -> torch.Tensor:
+    return torch.randn(args.batch, 3, *args.size, device=args.device)
+
+
 def compare(args: argparse.Namespace) -> None:
     """Print GFNet-H-S beside networks of its size."""
     size = tuple(args.size)
@@ -58,7 +63,7 @@ def compare(args: argparse.Namespace) -> None:
     }
     if not args.compile:
         del models['GFNet-H-S, compiled']
-    x = torch.randn(args.batch, 3, *size, device=args.device)
+    x = images(args)
     baseline, *_ = models
     what = f'{size[0]}x{size[1]}, batch {args.batch}, {args.amp or "float32"}'
     print(f'{what}: times as fast as the baseline, median (quartiles)\n')
@@ -122,6 +127,17 @@ def compare_resizing(args: argparse.Namespace) -> None:
         print(f'| {label} | {first} | {second} | {speedup(times, "resized", "made for it")} |')
 
 
+def profile(args: argparse.Namespace) -> None:
+    """Print the operators that take most of the time of GFNet-H-S in inference."""
+    run = inference(GFNetPyramid('h-s', num_classes=0).to(args.device), images(args))
+    run()
+    with torch.profiler.profile(acc_events=True) as profiler:
+        for _ in range(args.repeats):
+            run()
+    time = 'cuda' if args.device.startswith('cuda') else 'cpu'
+    print(profiler.key_averages().table(f'self_{time}_time_total', row_limit=10))
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Time whole backbones.')
     parser.add_argument('--device', default='cpu')
@@ -132,6 +148,7 @@ def parse_args() -> argparse.Namespace:
     what.add_argument('--compile', action='store_true', help='add the compiled backbone')
     what.add_argument('--scaling', action='store_true', help='time a pixel as images grow')
     what.add_argument('--resizing', action='store_true', help='time filters of another grid')
+    what.add_argument('--profile', action='store_true', help='list the operators that take time')
     parser.add_argument('--repeats', type=int, default=7, help='turns of each contender, 2 or more')
     parser.add_argument('--seconds', type=float, default=0.2, help='the least length of a turn')
     return parser.parse_args()
@@ -140,7 +157,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     print(f'{machine(args.device)}; timm {timm.__version__}\n')
-    (scale if args.scaling else compare_resizing if args.resizing else compare)(args)
+    what = 'scaling', 'resizing', 'profile'
+    tasks = dict(zip(what, (scale, compare_resizing, profile), strict=True))
+    next((task for name, task in tasks.items() if vars(args)[name]), compare)(args)
 
 
 if __name__ == '__main__':

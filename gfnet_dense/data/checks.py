@@ -158,7 +158,7 @@ def _first_line(error: Exception) -> str:
 def _different_samples(loader: DataLoader[Any], batch: int) -> list[int]:
     """Return indices of samples that may meet in a batch, of different sizes if there are any."""
     count = len(loader.dataset)  # type: ignore[arg-type]
-    shuffled = getattr(loader.sampler, 'shuffle', True)
+    shuffled = getattr(_sampler(loader), 'shuffle', True)
     step = 1 if shuffled else get_world_size()
     sizes: dict[tuple[int, int] | None, int] = {}
     for start in range(0, count, batch * step):
@@ -197,12 +197,18 @@ def _describe(dataset: Any, i: int) -> str:
     return f'{name} ({size[0]}x{size[1]})' if size else str(name)
 
 
+def _sampler(loader: DataLoader[Any]) -> Any:
+    # A loader that is given batches has a sampler of its own, which it does not use.
+    return getattr(loader.batch_sampler, 'sampler', loader.sampler)
+
+
 def _find_last_batch(loader: DataLoader[Any], model: nn.Module, batch: int) -> Findings:
     name = _norm_on_a_pixel(model)
     if name is None or (get_world_size() > 1 and _is_synchronised(model)):
         return
-    endless = 'Infinite' in type(loader.sampler).__name__
-    last = batch if endless else len(loader.sampler) % batch or batch  # type: ignore[arg-type]
+    sampler = _sampler(loader)
+    endless = 'Infinite' in type(sampler).__name__
+    last = batch if endless else len(sampler) % batch or batch
     dropped = getattr(loader.batch_sampler, 'drop_last', loader.drop_last) and last < batch
     if last == 1 and not dropped:
         which = 'each batch has' if batch == 1 else f'the last of {len(loader)} batches has'

@@ -53,6 +53,7 @@ class ResumableBatchSampler(Sampler[list[Sample]]):
         batch_sampler: Config of a sampler that forms the batches, instead of plain batches.
 
     Attributes:
+        drop_last: Whether a last batch that is not full is left out.
         epoch: How many epochs were complete before this process began; added to the sampler's own.
         skip: How many batches to skip in the next iteration over the sampler, and only there.
     """
@@ -74,6 +75,8 @@ class ResumableBatchSampler(Sampler[list[Sample]]):
             self._batches = DATA_SAMPLERS.build(
                 dict(batch_sampler), default_args=dict(sampler=sampler, batch_size=batch_size)
             )
+
+        self.drop_last: bool = getattr(self._batches, 'drop_last', False)
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch in this process."""

@@ -4,16 +4,18 @@ import numpy as np
 import pytest
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
 from mmseg.datasets import BaseSegDataset
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from gfnet_dense.data.checks import check_folders, check_heads
+from gfnet_dense.data.checks import check_folders, check_heads, find_batches
 from gfnet_dense.data.errors import DataError, raise_first
 from gfnet_dense.data.report import inspect
 from gfnet_dense.demo import write_digits
 from gfnet_dense.durable.data_checks import CheckedDataset, checked
+from gfnet_dense.durable.resumable import resumable
 from gfnet_dense.openmmlab import find_config
 
 
@@ -138,3 +140,29 @@ def test_heads_have_the_classes_of_the_data(digits, head, where):
     message = rf'{name} of the model has num_classes=150, but there are 11 classes in {digits}'
     with pytest.raises(DataError, match=message):
         check_heads(model, dataset)
+
+
+class Pooled(nn.Module):
+    """What a UPerHead and a PSPHead have: a batch norm of maps of one pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3))
+
+
+@pytest.mark.parametrize(
+    ('sampler', 'drop_last', 'faulty'),
+    [
+        ('DefaultSampler', False, True),
+        ('DefaultSampler', True, False),
+        ('InfiniteSampler', False, False),
+    ],
+)
+def test_last_batches_of_resumable_loaders(digits, sampler, drop_last, faulty):
+    cfg = config(digits)  # of 6 images
+    cfg.update(batch_size=5, drop_last=drop_last, num_workers=0, persistent_workers=False)
+    cfg.sampler = dict(type=sampler, shuffle=True)
+    init_default_scope('mmseg')
+    loader = Runner.build_dataloader(resumable(cfg, seed=0))
+    findings = [str(finding) for finding in find_batches(loader, Pooled(), 'train')]
+    assert any('set drop_last=True' in finding for finding in findings) == faulty
