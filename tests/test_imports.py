@@ -28,12 +28,14 @@ ROOMS = (
     'demo',
     'models',
     'serialization',
+    'benchmark',
     'spectral',
 )
 # What a room may import when it is imported, besides the standard library and rooms below.
 PACKAGES = {
     'spectral': {'torch'},
     'serialization': {'torch', 'numpy', 'safetensors'},
+    'benchmark': {'torch'},
     'models': {'torch', 'timm', 'filelock', 'tqdm'},
 }
 # The one file that cannot be imported without Triton.

@@ -18,6 +18,7 @@ rate of a copy on the same device; and the peak memory of a run beyond its input
 import argparse
 import importlib.util
 import itertools
+import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -48,7 +49,8 @@ GPU_SWEEP += ['67x67x96', '100x168x96', '200x200x96', '200x334x96']
 def filter_of(checkout: Path) -> Operator:
     """Return the filter of another checkout, which runs its backend 'auto'."""
     package = checkout / 'gfnet_dense' / 'spectral'
-    name = f'spectral_of_{checkout.resolve().name}'
+    # A name of Python's, which becomes a part of the names of operators.
+    name = re.sub(r'\W', '_', f'spectral_of_{checkout.resolve().name}')
     spec = importlib.util.spec_from_file_location(name, package / '__init__.py')
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -7,6 +7,7 @@ of the file and computed with real matrix products, so no runtime needs complex 
 
 import contextlib
 import copy
+import importlib.metadata
 import io
 import itertools
 import json
@@ -25,7 +26,6 @@ from mmengine.registry import DATASETS
 from PIL import Image
 from torch import Tensor, nn
 
-from gfnet_dense import __version__
 from gfnet_dense.benchmark import measure
 from gfnet_dense.data.errors import DataError
 from gfnet_dense.models.gfnet import GFNetBase
@@ -758,7 +758,7 @@ def _metadata(
     steps = [s for s in dataset.get('pipeline', ()) if 'Resize' in s.type]
     steps = steps or [dataset['transform']] if 'transform' in dataset else steps
     values = dict(
-        generator=f'gfnet-dense {__version__}',
+        generator=f'gfnet-dense {importlib.metadata.version("gfnet-dense")}',
         config=Path(cfg.filename or 'unnamed').stem,
         task=task,
         precision=precision,

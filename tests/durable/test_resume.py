@@ -122,8 +122,10 @@ def test_the_death_of_a_data_loading_process_is_explained(tmp_path, then):
 def test_the_signal_of_a_launcher_reaches_data_loading_processes_too(tmp_path, then):
     train(toy_config(tmp_path / 'whole'), seed=5)
 
+    others = multiprocessing.active_children()
+
     def launcher():
-        workers.extend(multiprocessing.active_children())
+        workers.extend(w for w in multiprocessing.active_children() if w not in others)
         child = os.fork()
         if child == 0:  # another process than their parent
             try:
