@@ -111,7 +111,7 @@ def read_classes(text: str) -> list[tuple[str, Value | None]]:
         DataError: If no class is named.
     """
     path = Path(text)
-    if not path.is_file():
+    if not os.path.isfile(text):  # Path.is_file raises for long lists of names
         return [(name.strip(), None) for name in text.split(',') if name.strip()]
     content = path.read_text(encoding='utf-8-sig')
     if path.suffix == '.json':
@@ -377,9 +377,9 @@ def _read_masks(paths: Sequence[Path]) -> tuple[Counter[Value], dict[int, Colour
             values, pixels = np.unique(array, return_counts=True)
             kinds = [int(value) for value in values]
             if mode == 'P' and colours:
-                for v in values:
+                for v in map(int, values):
                     red, green, blue = [*colours, *[0] * 768][3 * v : 3 * v + 3]
-                    palette[int(v)] = red, green, blue
+                    palette[v] = red, green, blue
         counts.update(dict(zip(kinds, map(int, pixels), strict=True)))
         if len(counts) > _MOST_CLASSES or len({type(value) for value in counts}) > 1:
             raise DataError(

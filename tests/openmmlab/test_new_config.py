@@ -222,6 +222,76 @@ def test_weights_and_sizes_that_do_not_fit(tmp_path, monkeypatch):
     assert not (tmp_path / 'c.py').exists()
 
 
+def test_photos_are_never_replaced_by_links(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos = [Path(f'fl_data/train/{name}/{i}.png') for name in ('cat', 'dog') for i in range(5)]
+    for photo in photos:
+        save(photograph(), photo)
+    options = dict(arch='nano', batch=2, iterations=4, force=True)
+    with pytest.raises(FileExistsError, match='fl_data exists and holds other files'):
+        new_config('fl', images='fl_data/train', **options)
+    assert all(photo.is_file() and not photo.is_symlink() for photo in photos)
+    assert not Path('fl.py').exists()
+
+    # A second run does not mix its split with that of the first.
+    new_config('pets', images='fl_data/train', **options)
+    photos[0].unlink()
+    with pytest.raises(FileExistsError, match='exists: choose another'):
+        new_config('pets', images='fl_data/train', **{**options, 'force': False})
+    Path('pets.py').unlink()
+    with pytest.raises(FileExistsError, match='pets_data exists: choose another'):
+        new_config('pets', images='fl_data/train', **{**options, 'force': False})
+    new_config('pets', images='fl_data/train', **options)
+    links = [*Path('pets_data').glob('*/*/*.png')]
+    assert sorted(link.resolve() for link in links) == [p.resolve() for p in photos[1:]]
+
+
+def test_inputs_are_never_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_digits(tmp_path / 'digits', num_training=5, num_validation=1)
+    given = Path('tr_train.json')
+    Path('digits/annotations/instances_training.json').rename(given)
+    content = given.read_bytes()
+    data = dict(coco='tr_train.json', images='digits/images/training', batch=2, iterations=4)
+    with pytest.raises(FileExistsError, match=r'tr_train\.json is an input: choose another NAME'):
+        new_config('tr', arch='nano', force=True, **data)
+    assert given.read_bytes() == content
+    Path('other_val.json').write_text('kept')
+    with pytest.raises(FileExistsError, match=r'other_val\.json exists'):
+        new_config('other', arch='nano', **data)
+    assert Path('other_val.json').read_text() == 'kept'
+    assert not [*tmp_path.glob('*.py')] and not Path('other_train.json').exists()
+
+
+def test_configs_of_many_classes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = dict(images='images', masks='masks', arch='nano', batch=2, iterations=4, force=True)
+    for count in (9, 60):
+        write_masks(tmp_path, [*range(count)])
+        written = new_config('a', **data)
+        assert written.config.classes == [f'class {i}' for i in range(count)]
+    text = 'traffic light,' * 5 + "a very long name of a class, in one's own words " * 4
+    named = [f'{i} {name}' for i, name in enumerate(text.split(','))]
+    write_masks(tmp_path, [*range(len(named))])
+    written = new_config('a', classes=','.join(named), **data)
+    assert written.config.classes == [name.strip() for name in named]
+
+
+def test_colours_of_a_palette(tmp_path):
+    """Values above 85 have their colour beyond byte 255 of the palette."""
+    colours = np.random.default_rng(0).integers(0, 256, (256, 3)).astype(np.uint8)
+    labels = np.arange(64)[:, None] // 16 * 60 + np.zeros((1, 64), int)  # 0, 60, 120, 180
+    for i in range(3):
+        save(photograph(), tmp_path / f'images/{i}.jpg')
+        mask = Image.fromarray(labels.astype(np.uint8), 'P')
+        mask.putpalette(colours.tobytes())
+        (tmp_path / 'masks').mkdir(exist_ok=True)
+        mask.save(tmp_path / f'masks/{i}.png')
+    found = looked(tmp_path)
+    assert found.values == [0, 60, 120, 180]
+    assert found.palette == [tuple(colours[value].tolist()) for value in found.values]
+
+
 def test_memory_decides_the_batch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_masks(tmp_path, [0, 1], count=40)
