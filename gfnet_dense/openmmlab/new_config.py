@@ -107,7 +107,7 @@ def new_config(
         images: Folder of the images. Without `masks` and `coco` it has a folder for each class.
         masks: Folder of their label maps.
         coco: Annotation file in COCO's layout.
-        val_coco: That of validation; without it some images are held out.
+        val_coco: That of the validation images; without it some images are held out.
         classes: Names of the classes, see :func:`gfnet_dense.data.guess.read_classes`.
         ignore: Values of the pixels of masks that have no class: `'0'`, `'224,224,192'`.
         head: A name of :data:`HEADS`; by default UperNet for masks, Mask R-CNN or RetinaNet for
@@ -115,8 +115,9 @@ def new_config(
         arch: A name of :data:`ARCHS`.
         weights: A checkpoint whose GFNet to start from, a name of official weights, or `'none'`;
             by default the official weights of `arch`.
-        crop: Side of training crops in pixels; for detectors the shorter side of the image. By
-            default that of the images, at most 512 (224 for classifiers, 800 for detectors).
+        crop: Side of training crops in pixels; segmentors and detectors resize images so that
+            their shorter side has this length, too. By default that of the images, at most 512
+            (224 for classifiers, 800 for detectors).
         batch: Images of an iteration and process; by default what memory is estimated to hold.
         iterations: Length of training; by default 100 epochs, within 2,000 to 80,000 iterations.
         force: Overwrite a config of that name, and the lists or links beside it.
@@ -135,6 +136,8 @@ def new_config(
         )
     if masks and coco:
         raise ValueError('give either --masks or --coco')
+    if val_coco and not coco:
+        raise ValueError('--val-coco is for --coco: other data have folders train and val')
     if (classes or ignore) and not masks:
         raise ValueError('--classes and --ignore are for --masks: other data name their classes')
     named = read_classes(classes) if classes else []
@@ -198,6 +201,10 @@ class _Builder:
         self.crop = crop or min(most, max(32, found.side // 32 * 32))
         where = 'shorter side of the images' if head in DETECTORS else 'side of the crops'
         self.notes.append(f'{where}: {self.crop} pixels (--crop)')
+        if head in SEGMENTORS:
+            self.notes.append(
+                f'images are resized so that their shorter side has {self.crop} pixels (--crop)'
+            )
         self.init_cfg: dict[str, Any] | None = None
         self.batch = self.iterations = self.epochs = 0
 
@@ -237,7 +244,7 @@ class _Builder:
         if self.head not in SEGMENTORS:
             self.iterations = self.epochs * epoch
         self.notes.append(
-            f'{self.iterations} iterations, {self.iterations * batch / count:.3g} times through '
+            f'{self.iterations} iterations, {self.iterations * batch / count:,.0f} times through '
             f'{count} training images (--iterations)'
         )
 
@@ -453,9 +460,7 @@ auto_scale_lr = dict(enable=True)  # the learning rate is made for base_batch_si
             )
         warmup = max(1, min(500, self.iterations // 10))
         steps = [math.ceil(self.epochs * 8 / 12), math.ceil(self.epochs * 11 / 12)]
-        images, train, val = (
-            str(v) for v in (found.images, self._file('train'), self._file('val'))
-        )
+        train, val = (str(self._file(use)) for use in ('train', 'val'))
         return f"""\
 metainfo = dict(
     classes={_listed(found.classes)},
@@ -481,16 +486,20 @@ test_pipeline = [
     ),
 ]
 
-data = dict(metainfo=metainfo, data_root={images!r}, data_prefix=dict(img=''))
+data = dict(metainfo=metainfo, data_prefix=dict(img=''))
 train_dataloader = dict(
     batch_size={self.batch},
     num_workers={self.workers},
-    dataset=dict(**data, ann_file={train!r}, pipeline=train_pipeline),
+    dataset=dict(
+        **data, data_root={str(found.images)!r}, ann_file={train!r}, pipeline=train_pipeline
+    ),
 )
 val_dataloader = dict(
     batch_size=1,
     num_workers={self.workers},
-    dataset=dict(**data, ann_file={val!r}, pipeline=test_pipeline),
+    dataset=dict(
+        **data, data_root={str(found.val_images)!r}, ann_file={val!r}, pipeline=test_pipeline
+    ),
 )
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file={val!r})

@@ -96,6 +96,59 @@ def test_masks_of_every_coding(tmp_path):
         look_at_masks(tmp_path / 'three/images', tmp_path / 'others', [], [])
 
 
+def test_values_without_a_name_are_not_trained(tmp_path, monkeypatch):
+    write_masks(tmp_path, [0, 1, 2])
+    file = tmp_path / 'classes.txt'
+    file.write_text('road 0\nbuilding 1\n')
+    found = looked(tmp_path, str(file))
+    assert (found.values, found.unnamed, found.are_indices) == ([0, 1], [2], False)
+    monkeypatch.chdir(tmp_path)
+    data = dict(images='images', masks='masks', arch='nano', batch=2, iterations=4)
+    written = new_config('a', classes='classes.txt', **data)
+    # Label 2 would be outside of the two classes of the loss.
+    with DATASETS.switch_scope_and_registry('mmseg'):
+        dataset = DATASETS.build(written.config.val_dataloader.dataset)
+    assert dataset[0]['data_samples'].gt_sem_seg.data.unique().tolist() == [0, 1, 255]
+
+    file.write_text('road 0\nbuilding\n')
+    with pytest.raises(DataError, match='not for building'):
+        looked(tmp_path, str(file))
+    with pytest.raises(DataError, match='--ignore leaves no class'):
+        looked(tmp_path, ignored=(0, 1, 2))
+    for text in ('abc', '1,2'):
+        with pytest.raises(ValueError, match=f'{text} is no value of a mask'):
+            new_config('b', ignore=[text], **data)
+
+
+def test_values_that_only_masks_hold_which_were_not_read(tmp_path, monkeypatch):
+    write_masks(tmp_path, [0, 1])
+    assert looked(tmp_path).are_indices
+    monkeypatch.setattr('gfnet_dense.data.guess._READ', 3)
+    found = looked(tmp_path)
+    assert (found.values, found.are_indices) == ([0, 1], False)
+    assert any('values were looked for in 3 of 6 masks' in note for note in found.notes)
+
+
+def test_validation_images_have_their_own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_digits(tmp_path / 'digits', num_training=4, num_validation=2)
+    files = []
+    for use, name in (('training', 'train2017'), ('validation', 'val2017')):
+        Path(f'digits/images/{use}').rename(f'digits/{name}')
+        files.append(f'digits/annotations/instances_{name}.json')
+        Path(f'digits/annotations/instances_{use}.json').rename(files[-1])
+    for i, images in enumerate((None, 'digits/train2017', 'digits')):
+        written = new_config(
+            f'd{i}', coco=files[0], val_coco=files[1], images=images, arch='nano', batch=2,
+            iterations=4,
+        )  # fmt: skip
+        with DATASETS.switch_scope_and_registry('mmdet'):
+            for use, name, count in (('train', 'train2017', 4), ('val', 'val2017', 2)):
+                dataset = DATASETS.build(written.config[f'{use}_dataloader'].dataset)
+                folders = {Path(dataset.get_data_info(i)['img_path']).parent for i in range(count)}
+                assert len(dataset) == count and folders == {tmp_path / 'digits' / name}
+
+
 def test_pairs_by_names_and_splits_by_folders(tmp_path):
     for split, count in (('train', 3), ('val', 2)):
         for i in range(count):
@@ -214,6 +267,7 @@ def test_weights_and_sizes_that_do_not_fit(tmp_path, monkeypatch):
         (dict(arch='xs'), 'maps of one stride'),
         (dict(arch='nano', head='fpn'), 'no nano backbone'),
         (dict(coco='a.json'), 'either --masks or --coco'),
+        (dict(val_coco='a.json'), '--val-coco is for --coco'),
     ):
         with pytest.raises(ValueError, match=message):
             new_config('c', **{**data, **arguments})
