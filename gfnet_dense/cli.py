@@ -419,7 +419,7 @@ def _new(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument('--images', metavar='DIR', help='images, or a folder for each class')
     parser.add_argument('--masks', metavar='DIR', help='label maps: indices or colours')
     parser.add_argument('--coco', metavar='FILE', help="annotations in COCO's layout")
-    parser.add_argument('--val-coco', metavar='FILE', help='those of validation images')
+    parser.add_argument('--val-coco', metavar='FILE', help='COCO file of the validation images')
     parser.add_argument(
         '--classes',
         metavar='A,B|FILE',
@@ -432,7 +432,7 @@ def _new(parser: argparse.ArgumentParser) -> Run:
         metavar='VALUE',
         help='values of masks without a class, such as 0 or 224,224,192',
     )
-    parser.add_argument('--head', choices=HEADS, help='by default what the data are for')
+    parser.add_argument('--head', choices=HEADS, help='default: chosen from the annotations')
     parser.add_argument('--arch', choices=ARCHS, default='h-s', help='size of the GFNet: h-s')
     parser.add_argument(
         '--weights',
@@ -440,12 +440,18 @@ def _new(parser: argparse.ArgumentParser) -> Run:
         help='GFNet to start from, or none; by default the official weights',
     )
     for option, text in (
-        ('--crop', 'side of training crops in pixels; of detectors the shorter side of images'),
+        (
+            '--crop',
+            'side of training crops in pixels; segmentors and detectors also resize images to '
+            'this shorter side',
+        ),
         ('--batch', 'images of an iteration; by default what memory is estimated to hold'),
         ('--iterations', 'length of training; by default 100 epochs, at most 80,000'),
     ):
-        parser.add_argument(option, type=int, metavar='N', help=text)
-    parser.add_argument('--force', action='store_true', help='overwrite NAME.py')
+        parser.add_argument(option, type=_positive_int, metavar='N', help=text)
+    parser.add_argument(
+        '--force', action='store_true', help='overwrite NAME.py and the lists or links beside it'
+    )
 
     def run(args: argparse.Namespace) -> int:
         from gfnet_dense.data import check_data
@@ -465,6 +471,12 @@ def _new(parser: argparse.ArgumentParser) -> Run:
         return min(faults, 1)
 
     return run
+
+
+def _positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f'{text} is not a positive whole number')
+    return int(text)
 
 
 VERBS: dict[str, Verb] = {

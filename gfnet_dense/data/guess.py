@@ -51,6 +51,8 @@ class Masks(Split):
         classes: Names of the classes.
         palette: A colour for each class, for pictures.
         ignored: Values of pixels without a class.
+        unnamed: Other values in the masks, to which the list of classes gives no name.
+        sampled: Whether only some masks were read, so that there may be more values.
         side: Median of the shorter sides of the images.
     """
 
@@ -61,12 +63,15 @@ class Masks(Split):
     classes: list[str] = field(default_factory=list)
     palette: list[Colour] = field(default_factory=list)
     ignored: list[Value] = field(default_factory=list)
+    unnamed: list[Value] = field(default_factory=list)
+    sampled: bool = False
     side: int = 0
 
     @property
     def are_indices(self) -> bool:
-        """Whether the masks hold the numbers of the classes, and 255 for pixels without one."""
-        return self.values == [*range(len(self.values))] and set(self.ignored) <= {255}
+        """Whether the masks hold only the numbers of the classes, and 255 for no class."""
+        indexed = self.values == [*range(len(self.values))] and {*self.ignored} <= {255}
+        return indexed and not self.unnamed and not self.sampled
 
 
 def look_at_masks(
@@ -93,8 +98,14 @@ def look_at_masks(
         found.notes.append(f'{others} other images have no mask of that name, and are left out')
     _split(found, stems)
     chosen = _spread(stems)
+    found.sampled = len(chosen) < len(stems)
     counts, palette = _read_masks([masks / f'{stem}{mask_suffix}' for stem in chosen])
     _name_classes(found, counts, palette, named)
+    if found.sampled:
+        found.notes.append(
+            f'values were looked for in {len(chosen)} of {len(stems)} masks; pixels of values '
+            'that are not among them are not trained (--classes)'
+        )
     found.side = _median_side([images / f'{stem}{suffix}' for stem in chosen], found)
     return found
 
@@ -108,16 +119,31 @@ def read_classes(text: str) -> list[tuple[str, Value | None]]:
             is a list of names or a dict from name to index or colour.
 
     Raises:
-        DataError: If no class is named.
+        DataError: If no class is named, or only some classes have a value.
     """
     path = Path(text)
-    if not path.is_file():
+    if not os.path.isfile(text):  # Path.is_file raises for long lists of names
         return [(name.strip(), None) for name in text.split(',') if name.strip()]
     content = path.read_text(encoding='utf-8-sig')
+    named: list[tuple[str, Value | None]]
     if path.suffix == '.json':
         loaded = json.loads(content)
         items = loaded.items() if isinstance(loaded, dict) else [(name, None) for name in loaded]
-        return [(str(k), tuple(v) if isinstance(v, list) else v) for k, v in items]
+        named = [(str(k), tuple(v) if isinstance(v, list) else v) for k, v in items]
+    else:
+        named = _parse_lines(content)
+    if not named:
+        raise DataError(f'{path} names no class: write a name into each line')
+    lacking = [name for name, value in named if value is None]
+    if 0 < len(lacking) < len(named):
+        raise DataError(
+            f'{path} has numbers for some classes, but not for {join_first(lacking)}: give an '
+            'index or a colour to each class or to none'
+        )
+    return named
+
+
+def _parse_lines(content: str) -> list[tuple[str, Value | None]]:
     named: list[tuple[str, Value | None]] = []
     for line in filter(None, map(str.strip, content.splitlines())):
         words = re.split(r'[\s,;:]+', line)
@@ -131,18 +157,21 @@ def read_classes(text: str) -> list[tuple[str, Value | None]]:
             value = numbers[0]
         if name and not line.startswith('#'):
             named.append((name, value))
-    if not named:
-        raise DataError(f'{path} names no class: write a name into each line')
     return named
 
 
 def parse_value(text: str) -> Value:
-    """Return an index such as `255`, or a colour such as `224,224,192`."""
-    numbers = [int(part) for part in text.split(',')]
-    if len(numbers) == 1:
-        return numbers[0]
-    red, green, blue = numbers
-    return red, green, blue
+    """Return an index such as `255`, or a colour such as `224,224,192`.
+
+    Raises:
+        ValueError: If the text is neither.
+    """
+    match text.split(','):
+        case [index] if index.isdecimal():
+            return int(index)
+        case [red, green, blue] if all(map(str.isdecimal, (red, green, blue))):
+            return int(red), int(green), int(blue)
+    raise ValueError(f'{text} is no value of a mask: give an index as 255, or a colour as 1,2,3')
 
 
 @dataclass
@@ -151,12 +180,14 @@ class Boxes(Split):
 
     Attributes:
         contents: What the annotation files of training and validation hold.
+        val_images: Folder of the validation images.
         classes: Names of the categories, in the order of their ids.
         has_masks: Whether all annotations have a segmentation.
         side: Median of the shorter sides of the images.
     """
 
     contents: dict[str, dict[str, Any]] = field(default_factory=dict)
+    val_images: Path = Path()
     classes: list[str] = field(default_factory=list)
     has_masks: bool = False
     side: int = 0
@@ -170,14 +201,18 @@ def look_at_coco(file: Path, images: Path | None, val_file: Path | None) -> Boxe
     """
     content = _read_coco(file)
     names = [str(image['file_name']) for image in content['images']]
-    folder = images or _folder_of(file, names)
-    found = Boxes(folder, contents=dict(train=content))
+    folder = _folder_of(file, names, images)
+    found = Boxes(folder, contents=dict(train=content), val_images=folder)
     found.notes.append(
         f'{len(names)} images in {folder}, {len(content["annotations"])} annotations in {file}'
     )
     if val_file:
         found.contents['val'] = _read_coco(val_file)
-        found.notes.append(f'validation on {val_file}')
+        val_names = [str(image['file_name']) for image in found.contents['val']['images']]
+        found.val_images = _folder_of(val_file, val_names, images)
+        found.notes.append(
+            f'validation on {len(val_names)} images in {found.val_images}, {val_file}'
+        )
     else:
         train, val = _held_out(names)
         for use, chosen in (('train', {*train}), ('val', {*val})):
@@ -254,13 +289,16 @@ def _read_coco(file: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _folder_of(file: Path, names: Sequence[str]) -> Path:
-    parents = [file.parent, file.parent.parent]
+def _folder_of(file: Path, names: Sequence[str], images: Path | None) -> Path:
+    """Return `images`, or a folder in it, beside it or beside the file that holds the images."""
+    parents = [images, images.parent] if images else []
+    parents += [file.parent, file.parent.parent]
     subfolders = ['', 'images', file.stem, file.stem.removeprefix('instances_'), 'train', 'data']
     for folder in (parent / name for parent in parents for name in subfolders):
         if (folder / names[0]).is_file():
             return folder
-    raise DataError(f'{names[0]} of {file} lies in no folder beside it: give --images DIR')
+    place = f'neither in {images} nor' if images else 'not'
+    raise DataError(f'{names[0]} of {file} lies {place} beside that file: give --images DIR')
 
 
 # Pairs and splits
@@ -377,9 +415,9 @@ def _read_masks(paths: Sequence[Path]) -> tuple[Counter[Value], dict[int, Colour
             values, pixels = np.unique(array, return_counts=True)
             kinds = [int(value) for value in values]
             if mode == 'P' and colours:
-                for v in values:
+                for v in map(int, values):
                     red, green, blue = [*colours, *[0] * 768][3 * v : 3 * v + 3]
-                    palette[int(v)] = red, green, blue
+                    palette[v] = red, green, blue
         counts.update(dict(zip(kinds, map(int, pixels), strict=True)))
         if len(counts) > _MOST_CLASSES or len({type(value) for value in counts}) > 1:
             raise DataError(
@@ -403,16 +441,22 @@ def _name_classes(
         found.ignored.append(255)
         used.remove(255)
         found.notes.append('255 in the masks marks pixels without a class')
+    if not used:
+        raise DataError(
+            f'--ignore leaves no class: the masks hold only {join_first(values)}; ignore fewer'
+        )
     if named and all(value is not None for _, value in named):
         valued = {name: value for name, value in named if value is not None}
         found.ignored += [value for name, value in valued.items() if name.lower() in _UNLABELLED]
         found.classes = [name for name, value in valued.items() if value not in found.ignored]
         found.values = [valued[name] for name in found.classes]
-        if absent := [value for value in used if value not in {*found.values, *found.ignored}]:
-            share = sum(counts[value] for value in absent) / counts.total()
+        classed = {*found.values, *found.ignored}
+        found.unnamed = [value for value in used if value not in classed]
+        if found.unnamed:
+            share = sum(counts[value] for value in found.unnamed) / counts.total()
             found.notes.append(
                 f'{100 * share:.2g}% of the pixels have values of no class and are not trained: '
-                f'{join_first(absent)}'
+                f'{join_first(found.unnamed)}'
             )
     elif named and colours:
         raise DataError(

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def new_config(
         images: Folder of the images. Without `masks` and `coco` it has a folder for each class.
         masks: Folder of their label maps.
         coco: Annotation file in COCO's layout.
-        val_coco: That of validation; without it some images are held out.
+        val_coco: That of the validation images; without it some images are held out.
         classes: Names of the classes, see :func:`gfnet_dense.data.guess.read_classes`.
         ignore: Values of the pixels of masks that have no class: `'0'`, `'224,224,192'`.
         head: A name of :data:`HEADS`; by default UperNet for masks, Mask R-CNN or RetinaNet for
@@ -114,14 +115,15 @@ def new_config(
         arch: A name of :data:`ARCHS`.
         weights: A checkpoint whose GFNet to start from, a name of official weights, or `'none'`;
             by default the official weights of `arch`.
-        crop: Side of training crops in pixels; for detectors the shorter side of the image. By
-            default that of the images, at most 512 (224 for classifiers, 800 for detectors).
+        crop: Side of training crops in pixels; segmentors and detectors resize images so that
+            their shorter side has this length, too. By default that of the images, at most 512
+            (224 for classifiers, 800 for detectors).
         batch: Images of an iteration and process; by default what memory is estimated to hold.
         iterations: Length of training; by default 100 epochs, within 2,000 to 80,000 iterations.
-        force: Overwrite a config of that name.
+        force: Overwrite a config of that name, and the lists or links beside it.
 
     Raises:
-        FileExistsError: If there is such a config.
+        FileExistsError: If there are such files, or one of them belongs to the data.
         DataError: If the data are not there or cannot be understood.
         ValueError: If the options do not belong together.
     """
@@ -134,6 +136,8 @@ def new_config(
         )
     if masks and coco:
         raise ValueError('give either --masks or --coco')
+    if val_coco and not coco:
+        raise ValueError('--val-coco is for --coco: other data have folders train and val')
     if (classes or ignore) and not masks:
         raise ValueError('--classes and --ignore are for --masks: other data name their classes')
     named = read_classes(classes) if classes else []
@@ -152,8 +156,8 @@ def new_config(
         found = look_at_folders(_absolute(images))
     head = head or _default_head(found)
     _check_head(head, arch, found)
-    path.parent.mkdir(parents=True, exist_ok=True)
     builder = _Builder(path, found, head, arch, crop)
+    builder.check_outputs([Path(given) for given in (coco, val_coco, classes) if given], force)
     builder.choose_weights(weights)
     builder.choose_length(batch, iterations)
     return builder.write()
@@ -197,6 +201,10 @@ class _Builder:
         self.crop = crop or min(most, max(32, found.side // 32 * 32))
         where = 'shorter side of the images' if head in DETECTORS else 'side of the crops'
         self.notes.append(f'{where}: {self.crop} pixels (--crop)')
+        if head in SEGMENTORS:
+            self.notes.append(
+                f'images are resized so that their shorter side has {self.crop} pixels (--crop)'
+            )
         self.init_cfg: dict[str, Any] | None = None
         self.batch = self.iterations = self.epochs = 0
 
@@ -236,7 +244,7 @@ class _Builder:
         if self.head not in SEGMENTORS:
             self.iterations = self.epochs * epoch
         self.notes.append(
-            f'{self.iterations} iterations, {self.iterations * batch / count:.3g} times through '
+            f'{self.iterations} iterations, {self.iterations * batch / count:,.0f} times through '
             f'{count} training images (--iterations)'
         )
 
@@ -280,12 +288,40 @@ class _Builder:
         # maps and the heads of detectors add about as much as the two images keep each.
         return 16.0 * weights, float(max(1, sum(kept.values()) - 4 * weights))
 
-    # Text
+    # Files and text
+
+    def check_outputs(self, inputs: Sequence[Path], force: bool) -> None:
+        """Raise FileExistsError before files of the user would be overwritten or removed."""
+        resolved = [path.resolve() for path in inputs]
+        lists = [] if isinstance(self.found, Folders) else [self._file('train'), self._file('val')]
+        for file in (self.path, *lists):
+            if file.resolve() in resolved:
+                raise FileExistsError(f'{file} is an input: choose another NAME')
+        existing = [file for file in (self.path, *lists) if file.exists()]
+        if self._has_links and os.path.lexists(self._links):
+            files = (path for path in self._links.rglob('*') if not path.is_dir())
+            if (
+                self._links.is_symlink()
+                or not self._links.is_dir()
+                or not all(path.is_symlink() for path in files)
+                or self.found.images.resolve().is_relative_to(self._links.resolve())
+            ):
+                raise FileExistsError(
+                    f'{self._links} exists and holds other files: choose another NAME'
+                )
+            existing.append(self._links)
+        if existing and not force:
+            raise FileExistsError(
+                f'{existing[0]} exists: choose another NAME, or overwrite it with --force'
+            )
 
     def write(self) -> NewConfig:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         for file, content in self._files().items():
             with write_whole(file) as stream:
                 stream.write(content.encode())
+        if self._has_links:
+            self._link_images()
         with write_whole(self.path) as stream:
             stream.write(self.text().encode())
         return NewConfig(self.path, self.notes, Config.fromfile(self.path))
@@ -302,8 +338,6 @@ class _Builder:
             return {
                 self._file(use): json.dumps(content) for use, content in self.found.contents.items()
             }
-        if self.found.names is None:
-            self._link_images(self.found)
         return {}
 
     def _coco(self, use: str) -> Mapping[str, Any]:
@@ -426,9 +460,7 @@ auto_scale_lr = dict(enable=True)  # the learning rate is made for base_batch_si
             )
         warmup = max(1, min(500, self.iterations // 10))
         steps = [math.ceil(self.epochs * 8 / 12), math.ceil(self.epochs * 11 / 12)]
-        images, train, val = (
-            str(v) for v in (found.images, self._file('train'), self._file('val'))
-        )
+        train, val = (str(self._file(use)) for use in ('train', 'val'))
         return f"""\
 metainfo = dict(
     classes={_listed(found.classes)},
@@ -454,16 +486,20 @@ test_pipeline = [
     ),
 ]
 
-data = dict(metainfo=metainfo, data_root={images!r}, data_prefix=dict(img=''))
+data = dict(metainfo=metainfo, data_prefix=dict(img=''))
 train_dataloader = dict(
     batch_size={self.batch},
     num_workers={self.workers},
-    dataset=dict(**data, ann_file={train!r}, pipeline=train_pipeline),
+    dataset=dict(
+        **data, data_root={str(found.images)!r}, ann_file={train!r}, pipeline=train_pipeline
+    ),
 )
 val_dataloader = dict(
     batch_size=1,
     num_workers={self.workers},
-    dataset=dict(**data, ann_file={val!r}, pipeline=test_pipeline),
+    dataset=dict(
+        **data, data_root={str(found.val_images)!r}, ann_file={val!r}, pipeline=test_pipeline
+    ),
 )
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file={val!r})
@@ -487,7 +523,7 @@ auto_scale_lr = dict(enable=True)  # the learning rate is made for base_batch_si
     def _text_of_folders(self, found: Folders) -> str:
         root, count = found.images, len(found.classes)
         train, val = found.names or ('train', 'val')
-        if found.names is None:
+        if self._has_links:
             root = self._links
         warmup = min(5, self.epochs // 10)
         backbone = f'num_classes={count}, init_cfg={self.init_cfg}'
@@ -535,20 +571,30 @@ default_hooks = dict(
     def _links(self) -> Path:
         return _absolute(str(self.path.with_name(f'{self.path.stem}_data')))
 
-    def _link_images(self, found: Folders) -> None:
+    @property
+    def _has_links(self) -> bool:
+        return isinstance(self.found, Folders) and self.found.names is None
+
+    def _link_images(self) -> None:
         """Divide images by links: the data set takes folders for its splits."""
-        for use, names in (('train', found.train), ('val', found.val)):
+        if self._links.exists():  # the links of an earlier run: check_outputs allows no other files
+            shutil.rmtree(self._links)
+        for use, names in (('train', self.found.train), ('val', self.found.val)):
             for name in names:
                 link = self._links / use / name
                 link.parent.mkdir(parents=True, exist_ok=True)
-                link.unlink(missing_ok=True)
-                link.symlink_to(found.images / name)
+                link.symlink_to(self.found.images / name)
 
 
 def _listed(values: Sequence[Any]) -> str:
     """Return a list as Python, in lines of at most 100 characters."""
-    line = ', '.join(map(repr, values))
-    if len(line) < 70:
-        return f'[{line}]'
-    lines = textwrap.wrap(line, 94, break_long_words=False, break_on_hyphens=False)
-    return '[\n' + '\n'.join(f'    {part}' for part in lines) + ',\n]'
+    whole = ', '.join(map(repr, values))
+    if len(whole) < 70:
+        return f'[{whole}]'
+    lines, line = [], ''
+    for value in map(repr, values):
+        if line and len(line) + len(value) > 92:
+            lines.append(line)
+            line = ''
+        line += f'{value}, '
+    return '[\n' + ''.join(f'    {part.rstrip()}\n' for part in [*lines, line]) + ']'

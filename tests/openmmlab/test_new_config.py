@@ -96,6 +96,59 @@ def test_masks_of_every_coding(tmp_path):
         look_at_masks(tmp_path / 'three/images', tmp_path / 'others', [], [])
 
 
+def test_values_without_a_name_are_not_trained(tmp_path, monkeypatch):
+    write_masks(tmp_path, [0, 1, 2])
+    file = tmp_path / 'classes.txt'
+    file.write_text('road 0\nbuilding 1\n')
+    found = looked(tmp_path, str(file))
+    assert (found.values, found.unnamed, found.are_indices) == ([0, 1], [2], False)
+    monkeypatch.chdir(tmp_path)
+    data = dict(images='images', masks='masks', arch='nano', batch=2, iterations=4)
+    written = new_config('a', classes='classes.txt', **data)
+    # Label 2 would be outside of the two classes of the loss.
+    with DATASETS.switch_scope_and_registry('mmseg'):
+        dataset = DATASETS.build(written.config.val_dataloader.dataset)
+    assert dataset[0]['data_samples'].gt_sem_seg.data.unique().tolist() == [0, 1, 255]
+
+    file.write_text('road 0\nbuilding\n')
+    with pytest.raises(DataError, match='not for building'):
+        looked(tmp_path, str(file))
+    with pytest.raises(DataError, match='--ignore leaves no class'):
+        looked(tmp_path, ignored=(0, 1, 2))
+    for text in ('abc', '1,2'):
+        with pytest.raises(ValueError, match=f'{text} is no value of a mask'):
+            new_config('b', ignore=[text], **data)
+
+
+def test_values_that_only_masks_hold_which_were_not_read(tmp_path, monkeypatch):
+    write_masks(tmp_path, [0, 1])
+    assert looked(tmp_path).are_indices
+    monkeypatch.setattr('gfnet_dense.data.guess._READ', 3)
+    found = looked(tmp_path)
+    assert (found.values, found.are_indices) == ([0, 1], False)
+    assert any('values were looked for in 3 of 6 masks' in note for note in found.notes)
+
+
+def test_validation_images_have_their_own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_digits(tmp_path / 'digits', num_training=4, num_validation=2)
+    files = []
+    for use, name in (('training', 'train2017'), ('validation', 'val2017')):
+        Path(f'digits/images/{use}').rename(f'digits/{name}')
+        files.append(f'digits/annotations/instances_{name}.json')
+        Path(f'digits/annotations/instances_{use}.json').rename(files[-1])
+    for i, images in enumerate((None, 'digits/train2017', 'digits')):
+        written = new_config(
+            f'd{i}', coco=files[0], val_coco=files[1], images=images, arch='nano', batch=2,
+            iterations=4,
+        )  # fmt: skip
+        with DATASETS.switch_scope_and_registry('mmdet'):
+            for use, name, count in (('train', 'train2017', 4), ('val', 'val2017', 2)):
+                dataset = DATASETS.build(written.config[f'{use}_dataloader'].dataset)
+                folders = {Path(dataset.get_data_info(i)['img_path']).parent for i in range(count)}
+                assert len(dataset) == count and folders == {tmp_path / 'digits' / name}
+
+
 def test_pairs_by_names_and_splits_by_folders(tmp_path):
     for split, count in (('train', 3), ('val', 2)):
         for i in range(count):
@@ -214,12 +267,83 @@ def test_weights_and_sizes_that_do_not_fit(tmp_path, monkeypatch):
         (dict(arch='xs'), 'maps of one stride'),
         (dict(arch='nano', head='fpn'), 'no nano backbone'),
         (dict(coco='a.json'), 'either --masks or --coco'),
+        (dict(val_coco='a.json'), '--val-coco is for --coco'),
     ):
         with pytest.raises(ValueError, match=message):
             new_config('c', **{**data, **arguments})
     with pytest.raises(FileNotFoundError, match='no checkpoint at absent'):
         new_config('c', weights='absent', **data)
     assert not (tmp_path / 'c.py').exists()
+
+
+def test_photos_are_never_replaced_by_links(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos = [Path(f'fl_data/train/{name}/{i}.png') for name in ('cat', 'dog') for i in range(5)]
+    for photo in photos:
+        save(photograph(), photo)
+    options = dict(arch='nano', batch=2, iterations=4, force=True)
+    with pytest.raises(FileExistsError, match='fl_data exists and holds other files'):
+        new_config('fl', images='fl_data/train', **options)
+    assert all(photo.is_file() and not photo.is_symlink() for photo in photos)
+    assert not Path('fl.py').exists()
+
+    # A second run does not mix its split with that of the first.
+    new_config('pets', images='fl_data/train', **options)
+    photos[0].unlink()
+    with pytest.raises(FileExistsError, match='exists: choose another'):
+        new_config('pets', images='fl_data/train', **{**options, 'force': False})
+    Path('pets.py').unlink()
+    with pytest.raises(FileExistsError, match='pets_data exists: choose another'):
+        new_config('pets', images='fl_data/train', **{**options, 'force': False})
+    new_config('pets', images='fl_data/train', **options)
+    links = [*Path('pets_data').glob('*/*/*.png')]
+    assert sorted(link.resolve() for link in links) == [p.resolve() for p in photos[1:]]
+
+
+def test_inputs_are_never_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_digits(tmp_path / 'digits', num_training=5, num_validation=1)
+    given = Path('tr_train.json')
+    Path('digits/annotations/instances_training.json').rename(given)
+    content = given.read_bytes()
+    data = dict(coco='tr_train.json', images='digits/images/training', batch=2, iterations=4)
+    with pytest.raises(FileExistsError, match=r'tr_train\.json is an input: choose another NAME'):
+        new_config('tr', arch='nano', force=True, **data)
+    assert given.read_bytes() == content
+    Path('other_val.json').write_text('kept')
+    with pytest.raises(FileExistsError, match=r'other_val\.json exists'):
+        new_config('other', arch='nano', **data)
+    assert Path('other_val.json').read_text() == 'kept'
+    assert not [*tmp_path.glob('*.py')] and not Path('other_train.json').exists()
+
+
+def test_configs_of_many_classes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = dict(images='images', masks='masks', arch='nano', batch=2, iterations=4, force=True)
+    for count in (9, 60):
+        write_masks(tmp_path, [*range(count)])
+        written = new_config('a', **data)
+        assert written.config.classes == [f'class {i}' for i in range(count)]
+    text = 'traffic light,' * 5 + "a very long name of a class, in one's own words " * 4
+    named = [f'{i} {name}' for i, name in enumerate(text.split(','))]
+    write_masks(tmp_path, [*range(len(named))])
+    written = new_config('a', classes=','.join(named), **data)
+    assert written.config.classes == [name.strip() for name in named]
+
+
+def test_colours_of_a_palette(tmp_path):
+    """Values above 85 have their colour beyond byte 255 of the palette."""
+    colours = np.random.default_rng(0).integers(0, 256, (256, 3)).astype(np.uint8)
+    labels = np.arange(64)[:, None] // 16 * 60 + np.zeros((1, 64), int)  # 0, 60, 120, 180
+    for i in range(3):
+        save(photograph(), tmp_path / f'images/{i}.jpg')
+        mask = Image.fromarray(labels.astype(np.uint8), 'P')
+        mask.putpalette(colours.tobytes())
+        (tmp_path / 'masks').mkdir(exist_ok=True)
+        mask.save(tmp_path / f'masks/{i}.png')
+    found = looked(tmp_path)
+    assert found.values == [0, 60, 120, 180]
+    assert found.palette == [tuple(colours[value].tolist()) for value in found.values]
 
 
 def test_memory_decides_the_batch(tmp_path, monkeypatch):
