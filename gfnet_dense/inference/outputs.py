@@ -238,7 +238,10 @@ def _annotation_coding(predictor: Predictor) -> Array:
         if step['type'] == 'LoadCodedAnnotations':
             if any(np.ndim(value) for value in step['values']):
                 raise ValueError('annotations of this data set are colours: take the overlays')
-            values[: len(step['values'])] = step['values']
+            codes = [*step['values']]
+            values[: len(codes)] = codes
+            # A code of a class must not stand for pixels without one.
+            values[no_class] = next(v for v in (255, *range(65536)) if v not in codes)
     # As mmseg reads them: first 0 becomes the highest value and all others one less, then the
     # classes that are used are numbered anew.
     for old, new in (getattr(dataset, 'label_map', None) or {}).items():
@@ -246,7 +249,7 @@ def _annotation_coding(predictor: Predictor) -> Array:
             values[new] = old
     if getattr(dataset, 'reduce_zero_label', False):
         values = (values + 1) % len(values)
-    return values.astype(np.min_scalar_type(no_class))
+    return values.astype(np.min_scalar_type(values.max()))
 
 
 def _csv_row(values: list[Any]) -> str:
