@@ -8,6 +8,7 @@ from mmengine.config import Config
 from PIL import Image
 
 import gfnet_dense.openmmlab  # noqa: F401 - registers LoadCodedAnnotations
+from gfnet_dense.inference.drawing import draw_instances, draw_labels
 from gfnet_dense.inference.outputs import _annotation_coding
 
 
@@ -27,3 +28,15 @@ def test_coded_masks_keep_their_codes(codes, no_class, dtype):
     assert values[[0, 1, 255]].tolist() == [*codes, no_class]
     assert values.dtype == dtype
     Image.fromarray(values[None])  # Pillow can write it
+
+
+def test_long_images_and_boxes_without_a_place_are_drawn():
+    labels = np.zeros((112, 60_000), np.uint8)
+    picture = draw_labels(np.zeros((112, 60_000, 3), np.uint8), labels, ['a'], [(9, 9, 9)], 0.5)
+    assert picture.size == (60_000, 112)
+    image = np.zeros((200, 200, 3), np.uint8)
+    boxes = np.array([[np.nan] * 4, [20, 20, 80, 80]], np.float32)
+    colours = [(255, 0, 0), (0, 255, 0)]
+    picture = np.asarray(draw_instances(image, boxes, ['x', 'y'], colours, None, 0.5))
+    assert picture[50, 20].tolist() == [0, 255, 0]
+    assert not picture[..., 0][picture[..., 1] == 0].any()  # nothing is red
