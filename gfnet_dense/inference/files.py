@@ -162,6 +162,7 @@ class _Run:
         rate, count, frames = read_video(source.path)
         path = self.outputs.picture(source)
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # it says that the results of all frames are there
         results = (result for _, result in self.predictor.stream(frames))
 
         def write(
@@ -183,6 +184,8 @@ class _Run:
 
     def _fail(self, source: Input, error: Exception) -> None:
         text = str(error)
+        if not isinstance(error, InputError | RuntimeError | OSError):
+            text = f'{type(error).__name__}: {text}'
         if str(source.path) not in text:
             text = f'{source.path}: {text}'
         self.failures[str(source.path)] = text

@@ -28,8 +28,8 @@ class Outputs:
     """A folder of results. Every file in it is there when it is whole.
 
     - Segmentation: `labels/`, class indices as grey PNG.
-    - Detection: `predictions.json`, COCO's format of results, and `images.json`, the images and
-      categories that its numbers mean. These are the config's own where its annotation file is
+    - Detection: `predictions.json`, COCO's format of results, and `images.json`, the image and
+      category behind each id. These are the config's own where its annotation file is
       there and has the image.
     - Classification: `predictions.csv`, the five most probable classes of each image.
     - All: `overlays/`, pictures.
@@ -94,6 +94,8 @@ class Outputs:
         """
         path = self.picture(source)
         path.parent.mkdir(parents=True, exist_ok=True)
+        for old in (path, self._labels(source.name)):  # else new ones could stand beside old ones
+            old.unlink(missing_ok=True)
         picture = prediction.draw(self.opacity)
         picture.thumbnail((_JPEG_SIDE, _JPEG_SIDE))
         with write_whole(path) as file:
@@ -162,11 +164,7 @@ class Outputs:
 
     def _open_records(self) -> None:
         """Keep the records of what is there, and none of a video that is not there whole."""
-        kept = (
-            record
-            for record in (self._read_records() if self._resume else ())
-            if Path(record['picture']).exists()
-        )
+        kept = self._read_records() if self._resume else ()
         with write_whole(self._records) as file:
             for record in kept:
                 file.write(f'{json.dumps(record)}\n'.encode())
@@ -174,11 +172,14 @@ class Outputs:
                 self._next_id = max(self._next_id, record['id'] + 1)
 
     def _read_records(self) -> Iterator[dict[str, Any]]:
+        """Yield the records whose picture is there. A video that failed has none."""
         if self._records.exists():
             with self._records.open(encoding='utf-8') as file:
                 for line in file:
                     if line.endswith('\n'):
-                        yield json.loads(line)
+                        record = json.loads(line)
+                        if Path(record['picture']).exists():
+                            yield record
 
     def _csv(self) -> Iterator[str]:
         names = [f'{key}_{i}' if i > 1 else key for i in range(1, _TOP + 1) for key in _COLUMNS]
@@ -221,8 +222,11 @@ class _CocoNumbers:
         numbers = {item['name']: item['id'] for item in content.get('categories', [])}
         if set(self.classes) <= set(numbers):
             self.categories = [numbers[name] for name in self.classes]
-            folder = Path(dataset.data_prefix.get('img') or '').absolute()
-            self.images = {str(folder / i['file_name']): i['id'] for i in content['images']}
+            folder = dataset.data_prefix.get('img') or ''
+            self.images = {
+                os.path.abspath(os.path.join(folder, i['file_name'])): i['id']
+                for i in content['images']
+            }
 
 
 def _annotation_coding(predictor: Predictor) -> Array:
