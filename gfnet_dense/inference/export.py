@@ -667,7 +667,7 @@ def export_model(
             from PyTorch by more than :data:`BOUNDS`.
     """
     out = Path(out)
-    _check_request(out, shapes, batch, precision)
+    _check_request(out, shapes, batch, precision, num_images)
     loaded, cfg = load_model(config, checkpoint)
     model: Any = loaded
     task = find_task(cfg)
@@ -720,7 +720,11 @@ def export_model(
 
 
 def _check_request(
-    out: Path, shapes: Sequence[tuple[int, int]], batch: int | None, precision: str
+    out: Path,
+    shapes: Sequence[tuple[int, int]],
+    batch: int | None,
+    precision: str,
+    num_images: int,
 ) -> None:
     if out.suffix not in FORMATS:
         raise ExportError(f'{out} must end in {" or ".join(FORMATS)}')
@@ -730,6 +734,8 @@ def _check_request(
         raise ExportError(f'int8 is for ONNX alone, but {out} is not: name a file ending in .onnx')
     if batch is not None and batch < 1:
         raise ExportError(f'a batch has 1 image or more, but got {batch}')
+    if num_images < 1:
+        raise ExportError(f'a file is compared on 1 image or more, but got {num_images}')
     if not shapes or any(side < 1 for shape in shapes for side in shape):
         raise ExportError(
             f'a file has one size, in pixels, but got {[*shapes]}: its filters are stored for that '

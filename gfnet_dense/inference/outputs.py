@@ -219,7 +219,7 @@ class _CocoNumbers:
         if not file.is_file():
             return
         content = json.loads(file.read_text(encoding='utf-8'))
-        numbers = {item['name']: item['id'] for item in content.get('categories', [])}
+        numbers = {item['name'].strip(): item['id'] for item in content.get('categories', [])}
         if set(self.classes) <= set(numbers):
             self.categories = [numbers[name] for name in self.classes]
             folder = dataset.data_prefix.get('img') or ''
