@@ -198,12 +198,14 @@ class Predictor:
             Each image as it was given, and its prediction; or the error, where an image cannot be
             read or the network fails on it.
         """
-        workers = min(8, os.cpu_count() or 1)
+        workers, ahead = min(8, os.cpu_count() or 1), self.batch_size
+        if self.tile is not None:  # large images: decode one while another one is predicted
+            workers, ahead = 1, 0
         pool = ThreadPoolExecutor(workers, 'loader')
         queue: deque[_Sample] = deque()  # what is not yielded yet
         groups: dict[object, list[_Sample]] = {}  # of these, what waits for others of its size
         try:
-            for sample in in_parallel(pool, self._load, images, self.batch_size + workers):
+            for sample in in_parallel(pool, self._load, images, ahead + workers):
                 queue.append(sample)
                 if sample.result is None:
                     group = groups.setdefault(sample.shapes, [])
@@ -224,9 +226,12 @@ class Predictor:
 
     def _load(self, source: Any) -> _Sample:
         try:
+            if self.tile is not None:
+                image = read_image(source)
+                if max(image.shape[:2]) > self.tile:
+                    return _Sample(source, image)
+                return _Sample(source, image, self._prepare(_results(image)))
             image, results = self._load_file(source)
-            if self.tile is not None and max(image.shape[:2]) > self.tile:
-                return _Sample(source, image)
             return _Sample(source, image, self._prepare(results))
         except InputError as e:
             return _Sample(source, result=e)
@@ -369,9 +374,12 @@ class Predictor:
         """Yield the weighted probabilities `(C, height, width)` of windows that start in a row."""
         assert self.tile is not None
         weights = [_ramp(side, self.tile // 4) for side in (height, width)]
+        pipeline: Any = self._prepare
+        # Windows keep the resolution of the image.
+        prepare = Compose([step for step in pipeline.transforms if type(step).__name__ != 'Resize'])
         for batch in _batches(lefts, self.batch_size):
             windows = [image[top : top + height, left : left + width] for left in batch]
-            prepared = [self._prepare(_results(window)) for window in windows]
+            prepared = [prepare(_results(window)) for window in windows]
             for output in self._test_step(prepared):
                 scores = functional.interpolate(
                     self._scores(output.seg_logits.data)[None].float(),
