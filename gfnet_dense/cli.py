@@ -27,7 +27,8 @@ def main(verb: str | None = None) -> int:
         verb: One of :data:`VERBS`; by default the first argument.
 
     Returns:
-        The exit status: 0; 1 after an error, which is printed; or what the verb returns.
+        The exit status: 0; 1 after an error, which is printed; 130 after Ctrl-C; or what the verb
+        returns.
     """
     arguments, prog = sys.argv[1:], None
     if verb is None:
@@ -40,15 +41,19 @@ def main(verb: str | None = None) -> int:
         epilog=textwrap.dedent(examples).strip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    run = VERBS[verb](parser)
-    parser.add_argument('--debug', action='store_true', help='print the traceback of an error')
-    args = parser.parse_args(arguments)
-    debug = args.debug
-    del args.debug
+    if verb != 'train':  # which saves a checkpoint when it is ended
+        # A job that is ended removes its partial files, as after Ctrl-C.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
+        run = VERBS[verb](parser)
+        parser.add_argument('--debug', action='store_true', help='print the traceback of an error')
+        args = parser.parse_args(arguments)
+        del args.debug
         return run(args) or 0
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except Exception as e:
-        if debug:
+        if '--debug' in arguments:
             raise
         print(_describe(e), file=sys.stderr)
         return 1
@@ -113,6 +118,23 @@ def _launched(args: argparse.Namespace) -> dict[str, Any]:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     del args.local_rank
     return vars(args)
+
+
+def _class_names(text: str) -> list[str]:
+    names = Path(text).read_text('utf-8').splitlines() if os.path.isfile(text) else text.split(',')
+    return [name.strip() for name in names if name.strip()]
+
+
+def _batch_size(text: str) -> int | None:
+    try:
+        return None if text == 'dynamic' else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a number or 'dynamic', but got {text!r}") from None
+
+
+def _ignore_openmmlab_warnings() -> None:
+    # Warnings about how OpenMMLab's parts are configured are for who trains.
+    warnings.filterwarnings('ignore', module=r'(mmcv|mmengine|mmseg|mmdet)\.')
 
 
 # Verbs
@@ -210,7 +232,12 @@ def _predict(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument('--out', required=True, metavar='DIR', help='folder for the results')
     parser.add_argument('--batch', type=int, default=8, metavar='N', help='images at a time: 8')
     parser.add_argument('--device', help='such as cuda:1; by default a GPU if there is one')
-    parser.add_argument('--classes', metavar='A,B', help='leave out all other classes')
+    parser.add_argument(
+        '--classes',
+        type=_class_names,
+        metavar='A,B|FILE',
+        help='leave out all other classes; names with commas in a file, one a line',
+    )
     parser.add_argument(
         '--opacity', type=float, default=0.5, metavar='X', help='of colours, 0 to 1: 0.5'
     )
@@ -233,22 +260,15 @@ def _predict(parser: argparse.ArgumentParser) -> Run:
     )
 
     def run(args: argparse.Namespace) -> int:
-        from PIL import Image
-
         from gfnet_dense.inference import load, predict_files
 
-        # Warnings about how OpenMMLab's parts are configured are for who trains.
-        warnings.filterwarnings('ignore', module=r'(mmcv|mmengine|mmseg|mmdet)\.')
-        # A job that is ended removes its partial files, as after Ctrl-C.
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-        if args.tile is not None:
-            Image.MAX_IMAGE_PIXELS = None  # Pillow's guard against images that are too large
+        _ignore_openmmlab_warnings()
         predictor = load(
             args.config,
             args.checkpoint,
             args.device,
             batch_size=args.batch,
-            classes=args.classes and [name.strip() for name in args.classes.split(',')],
+            classes=args.classes,
             tta=args.tta,
             tile='auto' if args.tile == 0 else args.tile,
         )
@@ -318,7 +338,7 @@ def _export(parser: argparse.ArgumentParser) -> Run:
     )
     parser.add_argument(
         '--batch',
-        type=lambda text: None if text == 'dynamic' else int(text),
+        type=_batch_size,
         default=1,
         metavar='N|dynamic',
         help='images of a call: 1',
@@ -348,8 +368,7 @@ def _export(parser: argparse.ArgumentParser) -> Run:
     def run(args: argparse.Namespace) -> None:
         from gfnet_dense.inference import export_model
 
-        # Warnings about how OpenMMLab's parts are configured are for who trains.
-        warnings.filterwarnings('ignore', module=r'(mmcv|mmengine|mmseg|mmdet)\.')
+        _ignore_openmmlab_warnings()
         print(*export_model(**vars(args)), sep='\n')
 
     return run

@@ -38,7 +38,7 @@ def draw_labels(
         return picture
     draw, font = ImageDraw.Draw(picture), _font(picture)
     scale = max(1.0, max(picture.size) / _GRID)
-    size = [round(side / scale) for side in picture.size]
+    size = [max(1, round(side / scale)) for side in picture.size]
     grid = cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST)
     for label in np.unique(grid[grid < len(classes)]):
         # The centre of the largest circle within the region. The edge of the image bounds it, too.
@@ -69,7 +69,8 @@ def draw_instances(
         opacity: Of the masks, 0 to 1.
     """
     picture = Image.fromarray(image)
-    order = range(len(boxes) - 1, -1, -1)
+    # A network in float16 may overflow, and its boxes are NaN then.
+    order = [i for i in reversed(range(len(boxes))) if np.isfinite(boxes[i]).all()]
     if masks is not None:
         for i in order:
             shape = Image.fromarray((masks[i] * round(255 * opacity)).astype(np.uint8))

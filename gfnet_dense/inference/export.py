@@ -32,7 +32,7 @@ from gfnet_dense.models.gfnet import GFNetBase
 from gfnet_dense.serialization import write_whole
 
 from .images import read_image
-from .loading import find_task, find_test_data, load_model
+from .loading import find_task, find_test_data, load_model, unwrapped_dataset
 
 Array = np.ndarray[Any, Any]
 Run = Callable[[Array], list[Array]]  # images to outputs
@@ -514,7 +514,7 @@ def prove(
             outputs = run(images)
             expected = expected or outputs
             comparisons[name].add(reference.names, expected, outputs)
-            labels = _labels_of(reference.names, outputs)
+            labels = _labels_of(reference, outputs)
             for i, sample in enumerate(part):
                 if sample.truth is not None and labels is not None:
                     pairs = _confusion(sample.truth, labels[i], num_classes, ignore_index)
@@ -541,9 +541,11 @@ def prove(
 def _batches(samples: Sequence[Sample], batch: int | None) -> Iterator[list[Sample]]:
     if batch is None:  # all sizes from 1 up
         batch, samples = max(1, len(samples) - 1), samples
-        yield [samples[0]]
+        yield [samples[0]._replace(truth=None)]
     count = -(-len(samples) // batch) * batch
-    endless = itertools.cycle(samples)  # which fills the last batch
+    # The images that fill the last batch have no labels, so that each image counts once.
+    fillers = [sample._replace(truth=None) for sample in samples]
+    endless = itertools.chain(samples, itertools.cycle(fillers))
     for _ in range(count // batch):
         yield [next(endless) for _ in range(batch)]
 
@@ -553,14 +555,12 @@ def resized(image: Image.Image, shape: tuple[int, int]) -> Array:
     return np.asarray(image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
 
 
-def _labels_of(names: Sequence[str], outputs: Sequence[Array]) -> Array | None:
-    if names == ('labels',):
+def _labels_of(deployed: Deployed, outputs: Sequence[Array]) -> Array | None:
+    if deployed.names == ('labels',):
         return outputs[0]
-    if names != ('logits',):
+    if deployed.names != ('logits',):
         return None
-    logits = outputs[0]
-    labels: Array = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0)
-    return labels
+    return _labels(torch.from_numpy(outputs[0]), deployed.network).numpy()
 
 
 def _confusion(truth: Array, labels: Array, num_classes: int, ignore_index: int) -> Array:
@@ -579,27 +579,31 @@ def _confusion(truth: Array, labels: Array, num_classes: int, ignore_index: int)
 def samples_of(cfg: Config, task: str, count: int) -> tuple[list[Sample], int]:
     """Return test images of a config, evenly spread, and the label of pixels without a class.
 
-    They come with labels unless the task is detection. There are none where the data are not there.
+    They come with labels unless the task is detection. Returns an empty list if the data set is
+    missing.
     """
     cfg = copy.deepcopy(cfg)
     segments = task == 'segmentation'
+    config = unwrapped_dataset(cfg)
+    if config is None:
+        return [], 255
     if segments:
-        steps = cfg.test_dataloader.dataset.pipeline
-        cfg.test_dataloader.dataset.pipeline = [s for s in steps if 'Annotations' in str(s.type)]
+        config.pipeline = [s for s in config.pipeline if 'Annotations' in str(s['type'])]
     try:
         dataset = find_test_data(cfg)
         with DATASETS.switch_scope_and_registry(cfg.get('default_scope')):
             dataset.full_init()
             indices = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
             infos = [dataset[i] if segments else dataset.get_data_info(i) for i in indices]
-    except (AttributeError, OSError, DataError):
+    except (OSError, DataError):
         return [], 255
     truths = [info.get('gt_seg_map' if segments else 'gt_label') for info in infos]
     samples = [
         Sample(_open(info['img_path']), None if truth is None else np.asarray(truth))
         for info, truth in zip(infos, truths, strict=True)
     ]
-    return samples, getattr(dataset, 'ignore_index', 255)
+    # Every label of an image is that of a class, 255, too.
+    return samples, getattr(dataset, 'ignore_index', 255) if segments else -1
 
 
 def _open(path: str | Path) -> Image.Image:
@@ -667,7 +671,7 @@ def export_model(
             from PyTorch by more than :data:`BOUNDS`.
     """
     out = Path(out)
-    _check_request(out, shapes, batch, precision)
+    _check_request(out, shapes, batch, precision, num_images)
     loaded, cfg = load_model(config, checkpoint)
     model: Any = loaded
     task = find_task(cfg)
@@ -720,7 +724,11 @@ def export_model(
 
 
 def _check_request(
-    out: Path, shapes: Sequence[tuple[int, int]], batch: int | None, precision: str
+    out: Path,
+    shapes: Sequence[tuple[int, int]],
+    batch: int | None,
+    precision: str,
+    num_images: int,
 ) -> None:
     if out.suffix not in FORMATS:
         raise ExportError(f'{out} must end in {" or ".join(FORMATS)}')
@@ -730,6 +738,8 @@ def _check_request(
         raise ExportError(f'int8 is for ONNX alone, but {out} is not: name a file ending in .onnx')
     if batch is not None and batch < 1:
         raise ExportError(f'a batch has 1 image or more, but got {batch}')
+    if num_images < 1:
+        raise ExportError(f'a file is compared on 1 image or more, but got {num_images}')
     if not shapes or any(side < 1 for shape in shapes for side in shape):
         raise ExportError(
             f'a file has one size, in pixels, but got {[*shapes]}: its filters are stored for that '
@@ -754,7 +764,7 @@ def _metadata(
     shape: tuple[int, int],
     precision: str,
 ) -> dict[str, str]:
-    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
+    dataset = unwrapped_dataset(cfg) or {}
     steps = [s for s in dataset.get('pipeline', ()) if 'Resize' in s.type]
     steps = steps or [dataset['transform']] if 'transform' in dataset else steps
     values = dict(

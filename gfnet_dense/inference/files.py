@@ -1,5 +1,6 @@
 """From files to files: what `gfnet predict` does."""
 
+import errno
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from .predictor import Predictor, in_parallel
 from .video import read_video, write_video
 
 _WRITERS = 4  # threads, and as many files wait for each
+_DISK_ERRORS = errno.ENOSPC, errno.EIO, errno.EROFS  # no later result could be written, either
 
 
 class Report(NamedTuple):
@@ -62,8 +64,8 @@ def predict_files(
 ) -> Report:
     """Predict from images and videos, and write the results to a folder.
 
-    The memory it takes does not grow with the number of inputs. Inputs that cannot be read are
-    left out.
+    Of the number of inputs the memory holds no more than their paths. Inputs that cannot be read,
+    and those whose results cannot be drawn or written, are left out.
 
     Args:
         predictor: The model.
@@ -75,7 +77,7 @@ def predict_files(
 
     Raises:
         ValueError: If there are no inputs, or an option does not fit the model.
-        OSError: If results cannot be written.
+        OSError: If the disk is full, read-only or broken.
     """
     if not 0 <= opacity <= 1:
         raise ValueError(f'opacity must be from 0 to 1, but got {opacity}')
@@ -101,7 +103,6 @@ class _Run:
         self.failures: dict[str, str] = {}
         self.videos: list[Input] = []
         self.sources: deque[Input] = deque()  # those on their way through the network
-        self.names: set[Path] = set()  # of those, and of results that are being written
 
     def over(self, inputs: Inputs, total: int | None) -> Report:
         start = time.monotonic()
@@ -111,7 +112,9 @@ class _Run:
             for video in self.videos:
                 try:
                     self._predict_video(video, pool)
-                except InputError as e:
+                except Exception as e:
+                    if isinstance(e, OSError) and e.errno in _DISK_ERRORS:
+                        raise
                     self._fail(video, e)
         seconds = time.monotonic() - start
         written = self.outputs.finish()
@@ -122,17 +125,21 @@ class _Run:
 
         def finish_first() -> None:
             source, future = writing.popleft()
-            self.outputs.add(future.result())
-            self.names.remove(source.name)
+            try:
+                self.outputs.add(future.result())
+            except Exception as e:  # drawing or encoding this one result fails
+                if isinstance(e, OSError) and e.errno in _DISK_ERRORS:
+                    raise
+                self._fail(source, e)
+            else:
+                self.images += 1
 
         for _, result in self.predictor.stream(self._paths(inputs)):
             source = self.sources.popleft()
             if isinstance(result, Exception):
                 self._fail(source, result)
-                self.names.remove(source.name)
             else:
                 writing.append((source, pool.submit(self.outputs.write, source, result)))
-                self.images += 1
             self.bar.update()
             if len(writing) > 2 * _WRITERS:
                 finish_first()
@@ -145,8 +152,7 @@ class _Run:
                 self.kept += 1
             elif source.is_video:
                 self.videos.append(source)
-            elif source.name not in self.names:  # else it was named twice
-                self.names.add(source.name)
+            else:
                 self.sources.append(source)
                 yield source.path
                 continue
@@ -156,6 +162,7 @@ class _Run:
         rate, count, frames = read_video(source.path)
         path = self.outputs.picture(source)
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # it says that the results of all frames are there
         results = (result for _, result in self.predictor.stream(frames))
 
         def write(
@@ -177,6 +184,8 @@ class _Run:
 
     def _fail(self, source: Input, error: Exception) -> None:
         text = str(error)
+        if not isinstance(error, InputError | RuntimeError | OSError):
+            text = f'{type(error).__name__}: {text}'
         if str(source.path) not in text:
             text = f'{source.path}: {text}'
         self.failures[str(source.path)] = text

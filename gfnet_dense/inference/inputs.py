@@ -1,6 +1,7 @@
 """Which files to predict from, and what their results are called."""
 
 import glob
+import itertools
 import os
 import sys
 from collections import Counter
@@ -30,14 +31,16 @@ class Input(NamedTuple):
 class Inputs:
     """The images and videos that arguments of the command line name.
 
-    Iterating lists folders as it goes and keeps no list of the files in them. Names of results
-    keep the tree of the inputs below the folder that all arguments lie in. They end in the file's
-    suffix, too, where another image beside it has the same name but for that.
+    Iterating lists folders as it goes and keeps nothing of the files in them but their paths, so
+    that each file is found once. Names of results keep the tree of the inputs below the folder
+    that all arguments lie in. They end in the file's suffix, too, where another image beside it
+    has the same name but for that. No two inputs have one name.
 
     Args:
         arguments: Files, folders, which are searched for images and videos with their subfolders,
             patterns such as `photos/**/*.png`, or `-` for paths on standard input, one on a line.
-        out: The output folder. Nothing in it is an input.
+        out: The output folder. Folders are not searched in it, and nothing in its `labels` and
+            `overlays` is an input.
 
     Attributes:
         skipped: How many files of folders are no images and no videos by their names, after an
@@ -49,9 +52,11 @@ class Inputs:
         self._arguments = list(dict.fromkeys(arguments))
         self._folders = [Path(os.path.abspath(a)) for a in arguments if Path(a).is_dir()]
         self._out = out.resolve()
+        self._results = self._out / 'labels', self._out / 'overlays'
         self._root = Path(os.path.commonpath([_folder(argument) for argument in arguments]))
         self.skipped = 0
         self.suffixes: set[str] = set()
+        _names.cache_clear()  # the folders may have changed since
 
     def count(self) -> int | None:
         """Return how many there are, None if standard input is among them."""
@@ -59,16 +64,26 @@ class Inputs:
 
     def __iter__(self) -> Iterator[Input]:
         self.skipped = 0
+        paths: set[str] = set()
+        names: set[Path] = set()
         for path in self._paths():
             absolute = Path(os.path.abspath(path))
+            resolved = absolute.resolve()
+            if str(absolute) in paths or any(map(resolved.is_relative_to, self._results)):
+                continue
+            paths.add(str(absolute))
             if absolute.is_relative_to(self._root):
                 name = absolute.relative_to(self._root)
             else:
                 name = absolute.relative_to(absolute.anchor)
-            found = Input(path, name)
-            if not found.is_video and _names(absolute.parent)[absolute.stem] < 2:
-                found = Input(path, name.with_suffix(''))
-            yield found
+            # The name without its suffix is the first choice, then the whole name, then a number.
+            choices = (name.with_name(f'{name.name}-{i}') for i in itertools.count(2))
+            choices = itertools.chain([name], choices)
+            if absolute.suffix.lower() not in VIDEOS and _names(absolute.parent)[absolute.stem] < 2:
+                choices = itertools.chain([name.with_suffix('')], choices)
+            name = next(choice for choice in choices if choice not in names)
+            names.add(name)
+            yield Input(path, name)
 
     def _paths(self) -> Iterator[Path]:
         for argument in self._arguments:
@@ -96,12 +111,13 @@ class Inputs:
         return known and any(folder in parents for folder in self._folders)
 
     def _files(self, folder: str) -> Iterator[Path]:
+        visited = {self._out}  # links may lead back
         for place, folders, files in os.walk(folder, followlinks=True):
-            folders[:] = sorted(
-                name
-                for name in folders
-                if name[0] != '.' and Path(place, name).resolve() != self._out
-            )
+            if (resolved := Path(place).resolve()) in visited and place != folder:
+                folders.clear()
+                continue
+            visited.add(resolved)
+            folders[:] = sorted(name for name in folders if name[0] != '.')
             for name in sorted(files):
                 suffix = Path(name).suffix.lower()
                 if suffix in IMAGES | VIDEOS and name[0] != '.':
@@ -125,9 +141,10 @@ def _folder(argument: str) -> str:
 
 @lru_cache(maxsize=32)
 def _names(folder: Path) -> Counter[str]:
-    """Return how many images and videos of a folder share a name without its suffix."""
+    """Return how many images and videos of a folder have a name, with or without its suffix."""
     try:
         files = [Path(entry.name) for entry in os.scandir(folder)]
     except OSError:
         return Counter()
-    return Counter(file.stem for file in files if file.suffix.lower() in IMAGES | VIDEOS)
+    files = [file for file in files if file.suffix.lower() in IMAGES | VIDEOS]
+    return Counter(name for file in files for name in (file.stem, file.name))

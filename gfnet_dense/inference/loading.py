@@ -172,7 +172,7 @@ def _dataset_meta(cfg: Config, meta: Mapping[str, Any], count: int | None) -> di
     if not isinstance(palette, Sequence) or isinstance(palette, str) or len(palette) != count:
         palette = [_colour(i) for i in range(count)]
     return dict(
-        classes=tuple(map(str, classes)),
+        classes=tuple(str(name).strip() for name in classes),  # mmseg has 'bed '
         palette=[tuple(int(value) for value in colour) for colour in palette],
     )
 

@@ -28,8 +28,8 @@ class Outputs:
     """A folder of results. Every file in it is there when it is whole.
 
     - Segmentation: `labels/`, class indices as grey PNG.
-    - Detection: `predictions.json`, COCO's format of results, and `images.json`, the images and
-      categories that its numbers mean. These are the config's own where its annotation file is
+    - Detection: `predictions.json`, COCO's format of results, and `images.json`, the image and
+      category behind each id. These are the config's own where its annotation file is
       there and has the image.
     - Classification: `predictions.csv`, the five most probable classes of each image.
     - All: `overlays/`, pictures.
@@ -94,6 +94,8 @@ class Outputs:
         """
         path = self.picture(source)
         path.parent.mkdir(parents=True, exist_ok=True)
+        for old in (path, self._labels(source.name)):  # else new ones could stand beside old ones
+            old.unlink(missing_ok=True)
         picture = prediction.draw(self.opacity)
         picture.thumbnail((_JPEG_SIDE, _JPEG_SIDE))
         with write_whole(path) as file:
@@ -162,11 +164,7 @@ class Outputs:
 
     def _open_records(self) -> None:
         """Keep the records of what is there, and none of a video that is not there whole."""
-        kept = (
-            record
-            for record in (self._read_records() if self._resume else ())
-            if Path(record['picture']).exists()
-        )
+        kept = self._read_records() if self._resume else ()
         with write_whole(self._records) as file:
             for record in kept:
                 file.write(f'{json.dumps(record)}\n'.encode())
@@ -174,11 +172,14 @@ class Outputs:
                 self._next_id = max(self._next_id, record['id'] + 1)
 
     def _read_records(self) -> Iterator[dict[str, Any]]:
+        """Yield the records whose picture is there. A video that failed has none."""
         if self._records.exists():
             with self._records.open(encoding='utf-8') as file:
                 for line in file:
                     if line.endswith('\n'):
-                        yield json.loads(line)
+                        record = json.loads(line)
+                        if Path(record['picture']).exists():
+                            yield record
 
     def _csv(self) -> Iterator[str]:
         names = [f'{key}_{i}' if i > 1 else key for i in range(1, _TOP + 1) for key in _COLUMNS]
@@ -218,11 +219,14 @@ class _CocoNumbers:
         if not file.is_file():
             return
         content = json.loads(file.read_text(encoding='utf-8'))
-        numbers = {item['name']: item['id'] for item in content.get('categories', [])}
+        numbers = {item['name'].strip(): item['id'] for item in content.get('categories', [])}
         if set(self.classes) <= set(numbers):
             self.categories = [numbers[name] for name in self.classes]
-            folder = Path(dataset.data_prefix.get('img') or '').absolute()
-            self.images = {str(folder / i['file_name']): i['id'] for i in content['images']}
+            folder = dataset.data_prefix.get('img') or ''
+            self.images = {
+                os.path.abspath(os.path.join(folder, i['file_name'])): i['id']
+                for i in content['images']
+            }
 
 
 def _annotation_coding(predictor: Predictor) -> Array:
@@ -238,7 +242,10 @@ def _annotation_coding(predictor: Predictor) -> Array:
         if step['type'] == 'LoadCodedAnnotations':
             if any(np.ndim(value) for value in step['values']):
                 raise ValueError('annotations of this data set are colours: take the overlays')
-            values[: len(step['values'])] = step['values']
+            codes = [*step['values']]
+            values[: len(codes)] = codes
+            # A code of a class must not stand for pixels without one.
+            values[no_class] = next(v for v in (255, *range(65536)) if v not in codes)
     # As mmseg reads them: first 0 becomes the highest value and all others one less, then the
     # classes that are used are numbered anew.
     for old, new in (getattr(dataset, 'label_map', None) or {}).items():
@@ -246,7 +253,7 @@ def _annotation_coding(predictor: Predictor) -> Array:
             values[new] = old
     if getattr(dataset, 'reduce_zero_label', False):
         values = (values + 1) % len(values)
-    return values.astype(np.min_scalar_type(no_class))
+    return values.astype(np.min_scalar_type(values.max()))
 
 
 def _csv_row(values: list[Any]) -> str:

@@ -96,12 +96,13 @@ class Predictor:
         cfg: Its config, whose test pipeline prepares the images.
         batch_size: Most images in one batch. Images of one size, after the pipeline has resized
             them, share a batch; no image is padded for another one.
-        classes: Names of the classes to predict; all by default.
+        classes: Names of the classes to predict, one or more; all by default.
         tta: Average over the views of the config's `tta_pipeline`.
         tile: Side of the windows, in pixels, into which larger images are cut for segmentation;
             `'auto'` for the size of the training images, else 512. Windows overlap by a quarter,
             and the probabilities are blended there. The memory for scores then does not grow with
-            the height of the image.
+            the height of the image. Pillow's
+            limit on the size of images is lifted in this process.
 
     Attributes:
         task: One of :data:`gfnet_dense.inference.TASKS`.
@@ -143,6 +144,7 @@ class Predictor:
                 raise ValueError('choose either tiles or test-time augmentation')
             if tile < 32:
                 raise ValueError(f'tiles must have a side of 32 pixels or more, but got {tile}')
+            Image.MAX_IMAGE_PIXELS = None  # Pillow's guard against images that are too large
         self._tta = tta
         if tta and (missing := sorted({'tta_model', 'tta_pipeline'} - set(cfg))):
             raise ValueError(
@@ -196,12 +198,14 @@ class Predictor:
             Each image as it was given, and its prediction; or the error, where an image cannot be
             read or the network fails on it.
         """
-        workers = min(8, os.cpu_count() or 1)
+        workers, ahead = min(8, os.cpu_count() or 1), self.batch_size
+        if self.tile is not None:  # large images: decode one while another one is predicted
+            workers, ahead = 1, 0
         pool = ThreadPoolExecutor(workers, 'loader')
         queue: deque[_Sample] = deque()  # what is not yielded yet
         groups: dict[object, list[_Sample]] = {}  # of these, what waits for others of its size
         try:
-            for sample in in_parallel(pool, self._load, images, self.batch_size + workers):
+            for sample in in_parallel(pool, self._load, images, ahead + workers):
                 queue.append(sample)
                 if sample.result is None:
                     group = groups.setdefault(sample.shapes, [])
@@ -222,9 +226,12 @@ class Predictor:
 
     def _load(self, source: Any) -> _Sample:
         try:
+            if self.tile is not None:
+                image = read_image(source)
+                if max(image.shape[:2]) > self.tile:
+                    return _Sample(source, image)
+                return _Sample(source, image, self._prepare(_results(image)))
             image, results = self._load_file(source)
-            if self.tile is not None and max(image.shape[:2]) > self.tile:
-                return _Sample(source, image)
             return _Sample(source, image, self._prepare(results))
         except InputError as e:
             return _Sample(source, result=e)
@@ -241,7 +248,8 @@ class Predictor:
             for sample, result in zip(batch, list(self._predict(batch)), strict=True):
                 sample.result = result
         except Exception as e:
-            if len(batch) > 1:  # which one was it?
+            if len(batch) > 1:
+                # Run each image alone to find the one that fails.
                 for sample in batch:
                     self._run([sample])
                 return
@@ -366,9 +374,12 @@ class Predictor:
         """Yield the weighted probabilities `(C, height, width)` of windows that start in a row."""
         assert self.tile is not None
         weights = [_ramp(side, self.tile // 4) for side in (height, width)]
+        pipeline: Any = self._prepare
+        # Windows keep the resolution of the image.
+        prepare = Compose([step for step in pipeline.transforms if type(step).__name__ != 'Resize'])
         for batch in _batches(lefts, self.batch_size):
             windows = [image[top : top + height, left : left + width] for left in batch]
-            prepared = [self._prepare(_results(window)) for window in windows]
+            prepared = [prepare(_results(window)) for window in windows]
             for output in self._test_step(prepared):
                 scores = functional.interpolate(
                     self._scores(output.seg_logits.data)[None].float(),
@@ -382,12 +393,14 @@ class Predictor:
     def _indices(self, names: Sequence[str] | None) -> list[int] | None:
         if names is None:
             return None
+        if not names:
+            raise ValueError('classes is empty: name one class or more')
         if unknown := [name for name in names if name not in self.classes]:
             raise ValueError(
                 f'unknown classes {join_first(unknown)}: the model has '
                 f'{join_first(self.classes, 200)}'
             )
-        return [self.classes.index(name) for name in names]
+        return [i for i, name in enumerate(self.classes) if name in names]  # two may share one
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
@@ -488,10 +501,11 @@ def _results(image: Array | None = None, path: str = '') -> dict[str, Any]:
 
 def _displayed(image: Array) -> Array:
     """Return an RGB picture of an image with any number and range of bands."""
-    image = image.astype(np.float32).reshape(*image.shape[:2], -1)[:, :, :3][:, :, ::-1]
+    image = image.astype(np.float32).reshape(*image.shape[:2], -1)
+    image = image[:, :, 2::-1] if image.shape[2] > 2 else image[:, :, :1]
     low, high = image.min(), image.max()
     image = (image - low) * (255 / max(high - low, 1e-6))
-    return np.ascontiguousarray(np.broadcast_to(image[:, :, :3], (*image.shape[:2], 3)), np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)), np.uint8)
 
 
 def _without_annotations(steps: Iterable[Any]) -> list[Any]:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -52,24 +53,40 @@ def write_video(path: Path, rate: Fraction) -> Iterator[Callable[[Image.Image], 
 
     Yields:
         A function that appends a picture. All of them have one size.
+
+    Raises:
+        InputError: If there are no pictures, or they cannot be encoded.
+        OSError: If the file cannot be written.
     """
     av = _pyav()
-    with write_whole(path) as target, av.open(target, 'w', format='mp4') as file:
-        stream = file.add_stream('libx264', rate=rate, options={'crf': '18'})
-        stream.pix_fmt = 'yuv420p'
+    try:
+        with write_whole(path) as target, av.open(target, 'w', format='mp4') as file:
+            yield from _encoded(av, file, rate)
+    except av.error.FFmpegError as e:
+        if isinstance(e, OSError):
+            raise
+        raise InputError(f'{path} cannot be encoded: {e}') from e
 
-        def add(picture: Image.Image) -> None:
-            # Players want even sides.
-            width, height = (side + side % 2 for side in picture.size)
-            array = np.asarray(picture)
-            padding = ((0, height - array.shape[0]), (0, width - array.shape[1]), (0, 0))
-            frame = av.VideoFrame.from_ndarray(np.pad(array, padding, 'edge'), format='rgb24')
-            if not stream.codec_context.is_open:
-                stream.width, stream.height = width, height
-            file.mux(stream.encode(frame))
 
-        yield add
-        file.mux(stream.encode())
+def _encoded(av: Any, file: Any, rate: Fraction) -> Iterator[Callable[[Image.Image], None]]:
+    """Yield a function that encodes a picture into a file."""
+    stream = file.add_stream('libx264', rate=rate, options={'crf': '18'})
+    stream.pix_fmt = 'yuv420p'
+
+    def add(picture: Image.Image) -> None:
+        # Players want even sides.
+        width, height = (side + side % 2 for side in picture.size)
+        array = np.asarray(picture)
+        padding = ((0, height - array.shape[0]), (0, width - array.shape[1]), (0, 0))
+        frame = av.VideoFrame.from_ndarray(np.pad(array, padding, 'edge'), format='rgb24')
+        if not stream.codec_context.is_open:
+            stream.width, stream.height = width, height
+        file.mux(stream.encode(frame))
+
+    yield add
+    if not stream.codec_context.is_open:
+        raise InputError('the video has no frames')
+    file.mux(stream.encode())
 
 
 def _pyav() -> ModuleType:

@@ -317,3 +317,13 @@ def test_accuracy_is_that_of_mmseg():
     intersection, union = (sum(area[i] for area in areas) for i in range(2))
     expected = 100 * torch.nanmean(intersection / union).item()  # two classes do not appear
     assert comparison.accuracy('segmentation') == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize('batch', [1, 2, 5, None])
+def test_images_that_fill_a_batch_do_not_count(batch):
+    image = Image.new('RGB', (8, 8))
+    samples = [exporting.Sample(image, np.array(i)) for i in range(3)]
+    batches = [*exporting._batches(samples, batch)]
+    assert all(len(part) == batch for part in batches) or batch is None
+    truths = [int(s.truth) for part in batches for s in part if s.truth is not None]
+    assert truths == [0, 1, 2]

@@ -78,3 +78,47 @@ def test_paths_on_standard_input(monkeypatch, tmp_path):
 
 def test_files_that_are_not_there_are_passed_on_to_be_named():
     assert set(found('nothing.jpg', 'no/*.png').values()) == {'nothing.jpg', 'no/*.png'}
+
+
+def test_results_of_an_earlier_run_are_no_inputs():
+    for name in ('results/overlays/b.jpg', 'results/labels/b.png', 'results/c.jpg'):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    assert set(found('**/*.jpg', out='results').values()) == {
+        'photos/a.jpg', 'photos/x/b.jpg', 'photos/y/b.jpg', 'photos/y/clip.jpg', 'more/b.jpg',
+        'photos/out/old.jpg', 'results/c.jpg',
+    }  # fmt: skip
+
+
+def test_names_that_end_in_another_suffix_do_not_collide():
+    Path('photos/a.jpg.png').touch()
+    Path('photos/y/clip.mp4.jpg').touch()
+    names = found('photos')
+    assert names['a.jpg'] == 'photos/a.jpg'
+    assert names['a.jpg.png'] == 'photos/a.jpg.png'
+    assert names['y/clip.mp4.jpg'] == 'photos/y/clip.mp4.jpg'
+
+
+def test_links_that_lead_back_are_followed_once():
+    expected = found('photos')
+    Path('photos/loop').symlink_to('.')
+    assert found('photos') == expected
+
+
+def test_a_path_that_is_named_twice_is_found_once(monkeypatch):
+    assert list(found('photos/*/b.jpg', 'photos/x/*.jpg').values()) == [
+        'photos/x/b.jpg',
+        'photos/y/b.jpg',
+    ]
+    monkeypatch.setattr('sys.stdin', io.StringIO('more/b.jpg\n./more/b.jpg\n'))
+    assert found('-') == {'more/b': 'more/b.jpg'}
+
+
+def test_a_name_that_is_taken_is_changed(monkeypatch, tmp_path):
+    outside = f'/{tmp_path.name}-of-nobody/b.jpg'
+    inside = Path(outside[1:])
+    inside.parent.mkdir()
+    inside.touch()
+    monkeypatch.setattr('sys.stdin', io.StringIO(f'{inside}\n{outside}\n'))
+    name = f'{inside.parent}/b'
+    assert found('-') == {name: str(inside), f'{name}.jpg': outside}

@@ -1,5 +1,6 @@
 """`gfnet predict` on the command line: segmentation, detection, classification, and killed runs."""
 
+import argparse
 import csv
 import json
 import os
@@ -332,6 +333,7 @@ def test_the_verbs_are_listed(monkeypatch, capsys):
         ([SEGMENTOR, 'a.pth', 'x.jpg'], 'FileNotFoundError: no checkpoint at a.pth'),
         ([SEGMENTOR, None, 'empty'], 'ValueError: no images and no videos in empty'),
         ([SEGMENTOR, None, 'x.jpg', '--classes', 'cat'], 'ValueError: unknown classes cat: the'),
+        ([SEGMENTOR, None, 'x.jpg', '--classes', ''], 'ValueError: classes is empty'),
         ([SEGMENTOR, None, 'x.jpg', '--opacity', '2'], 'ValueError: opacity must be from 0 to 1'),
         ([SEGMENTOR, None, 'x.jpg', '--batch', '0'], 'ValueError: batch_size must be at least 1'),
         ([SEGMENTOR, None, 'x.jpg', '--tile', '9'], 'ValueError: tiles must have a side of 32'),
@@ -345,6 +347,28 @@ def test_errors_are_a_line(segmentor, call, tmp_path, arguments, error):
     assert err.splitlines()[-1].startswith(error)
     assert 'Traceback' not in err
     assert not (tmp_path / 'out').exists()
+
+
+def test_names_of_classes_with_commas_come_from_a_file(tmp_path):
+    (tmp_path / 'names.txt').write_text('tench, Tinca tinca\n\nbed \n')
+    parser = argparse.ArgumentParser()
+    VERBS['predict'](parser)
+    rest = ['c', 'k', 'x.jpg', '--out', 'out', '--classes']
+    names = parser.parse_args([*rest, str(tmp_path / 'names.txt')]).classes
+    assert names == ['tench, Tinca tinca', 'bed']
+    assert parser.parse_args([*rest, 'bed, wall']).classes == ['bed', 'wall']
+
+
+def test_ctrl_c_and_missing_packages_end_without_a_traceback(call, monkeypatch):
+    monkeypatch.setattr('gfnet_dense.openmmlab.measure_complexity', interrupt)
+    assert call('flops', 'gfnet_h_s')[0] == 130
+    monkeypatch.setitem(sys.modules, 'mmengine.config', None)
+    status, _, err = call('train', SEGMENTOR)
+    assert status == 1 and 'mmengine' in err and 'Traceback' not in err
+
+
+def interrupt(**kwargs: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_traceback_is_asked_for(call):

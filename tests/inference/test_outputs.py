@@ -1,0 +1,74 @@
+"""What is written for predictions: codes of annotations, tables and pictures."""
+
+import errno
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from mmengine.config import Config
+from PIL import Image
+from random_models import CLASSIFIER, random_checkpoint, random_images
+
+import gfnet_dense
+import gfnet_dense.openmmlab
+from gfnet_dense.inference import predict_files
+from gfnet_dense.inference.drawing import draw_instances, draw_labels
+from gfnet_dense.inference.outputs import Outputs, _annotation_coding
+
+
+@pytest.mark.parametrize(
+    ('codes', 'no_class', 'dtype'),
+    [([0, 255], 1, np.uint8), ([1, 255], 0, np.uint8), ([7, 1000], 255, np.uint16)],
+)
+def test_coded_masks_keep_their_codes(codes, no_class, dtype):
+    dataset = dict(
+        type='BaseSegDataset',
+        metainfo=dict(classes=('background', 'cell')),
+        pipeline=[dict(type='LoadCodedAnnotations', values=codes)],
+    )
+    cfg = Config(dict(default_scope='mmseg', test_dataloader=dict(dataset=dataset)))
+    predictor = SimpleNamespace(cfg=cfg, task='segmentation', classes=('background', 'cell'))
+    values = _annotation_coding(predictor)
+    assert values[[0, 1, 255]].tolist() == [*codes, no_class]
+    assert values.dtype == dtype
+    Image.fromarray(values[None])  # Pillow can write it
+
+
+def test_long_images_and_boxes_without_a_place_are_drawn():
+    labels = np.zeros((112, 60_000), np.uint8)
+    picture = draw_labels(np.zeros((112, 60_000, 3), np.uint8), labels, ['a'], [(9, 9, 9)], 0.5)
+    assert picture.size == (60_000, 112)
+    image = np.zeros((200, 200, 3), np.uint8)
+    boxes = np.array([[np.nan] * 4, [20, 20, 80, 80]], np.float32)
+    colours = [(255, 0, 0), (0, 255, 0)]
+    picture = np.asarray(draw_instances(image, boxes, ['x', 'y'], colours, None, 0.5))
+    assert picture[50, 20].tolist() == [0, 255, 0]
+    assert not picture[..., 0][picture[..., 1] == 0].any()  # nothing is red
+
+
+def test_a_result_that_cannot_be_written_costs_no_other_one(tmp_path, monkeypatch):
+    predictor = gfnet_dense.load(CLASSIFIER, random_checkpoint(CLASSIFIER, tmp_path), 'cpu')
+    for i, array in enumerate(random_images([(64, 64)] * 3)):
+        Image.fromarray(array).save(tmp_path / f'{i}.png')
+    write = Outputs.write
+
+    def fail_on_the_second(error: Exception) -> None:
+        def failing(self, source, prediction):
+            if source.name.name == '1':
+                raise error
+            return write(self, source, prediction)
+
+        monkeypatch.setattr(Outputs, 'write', failing)
+
+    fail_on_the_second(ZeroDivisionError('oh'))
+    report = predict_files(predictor, [str(tmp_path)], tmp_path / 'out')
+    assert report.images == 2
+    path = str(tmp_path / '1.png')
+    assert report.failures == {path: f'{path}: ZeroDivisionError: oh'}
+    rows = (tmp_path / 'out/predictions.csv').read_text().splitlines()
+    assert [row.partition(',')[0] for row in rows[1:]] == [
+        str(tmp_path / '0.png'), str(tmp_path / '2.png'),
+    ]  # fmt: skip
+    fail_on_the_second(OSError(errno.ENOSPC, 'No space left on device'))
+    with pytest.raises(OSError, match='No space left'):
+        predict_files(predictor, [str(tmp_path)], tmp_path / 'out')
