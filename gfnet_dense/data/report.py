@@ -299,8 +299,8 @@ def _of_any_run(finding: Fault | Note, model: nn.Module | None) -> Fault | Note:
     synchronised = model is not None and any(
         isinstance(m, nn.SyncBatchNorm) for m in model.modules()
     )
-    if synchronised and 'normalises maps of 1x1 pixels' in finding:
-        return Note(f'{finding}; several processes train, because SyncBN normalises over all')
+    if synchronised and finding.startswith('each batch has one image'):
+        return Note(f'{finding}. SyncBN of several processes takes it')
     return finding
 
 
