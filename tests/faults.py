@@ -661,7 +661,10 @@ def last_batch_of_one(root: Path) -> dict[str, Any]:
 @fault('segmentation', ERROR, 'set batch_size=2 or more')
 def batches_of_one(root: Path) -> dict[str, Any]:
     """Batches have one image, and a norm sees one pixel of it."""
-    return {'train_dataloader.batch_size': 1}
+    norms = {
+        f'model.{head}.norm_cfg': dict(type='BN') for head in ('decode_head', 'auxiliary_head')
+    }
+    return {'train_dataloader.batch_size': 1, **norms}
 
 
 @fault('segmentation', RIGHT)

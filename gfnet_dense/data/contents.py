@@ -10,6 +10,7 @@ import io
 import json
 import os
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,12 +28,19 @@ from tqdm import tqdm
 
 from gfnet_dense.serialization import write_whole
 
-_VERSION = 1  # raise it when the same files give another result
+_VERSION = 2  # raise it when the same files give another result
 _MOST = 200_000  # files; of larger data sets as many are read, evenly spread
 _SAMPLED = 64  # images that the pipeline decodes, besides Pillow
 _ORIENTATION = 0x0112  # of EXIF
 _DARK = 4096  # an image of 16 bits with lower values alone uses at most 12 of them
 _AT_ONCE = 4096  # files in the queue of the threads
+_THREADS = 16
+_PIXELS = 2**28  # in all threads together; a pixel takes about 10 bytes while it is read
+# Packages whose transforms run in several threads, and those whose versions decide what is read.
+_THREAD_SAFE = {'mmcv', 'mmdet', 'mmseg', __name__.partition('.')[0]}
+_VERSIONS = 'PIL', 'cv2', 'mmcv', 'mmdet', 'mmseg'
+_DEEPEST = 6  # levels of what transforms hold
+_MASK_SIZE = 'mask size'  # a kind of fault
 _SECONDS = 3  # without a progress bar
 _WORTH_REMEMBERING = 1.0  # seconds; what takes less is read again
 
@@ -126,11 +134,14 @@ def remember(
     result, keep = compute()
     if key and keep and time.monotonic() - begun > _WORTH_REMEMBERING:
         try:
+            text = json.dumps(dict(key=key, result=result))
             cache.parent.mkdir(parents=True, exist_ok=True)
             with write_whole(cache) as file:
-                file.write(json.dumps(dict(key=key, result=result)).encode())
-        except OSError:
-            pass  # a home that cannot be written to: the files are read again next time
+                file.write(text.encode())
+        except (OSError, TypeError):
+            # The home cannot be written to, or a data set has values of a type of its own. The
+            # files are read again next time.
+            pass
     return result
 
 
@@ -149,7 +160,9 @@ def _key(part: Any, options: Any) -> str | None:
     if getattr(part, 'backend_args', None):
         return None
     names = 'metainfo', 'ignore_index', 'filter_cfg', 'img_suffix', '_indices'
-    options = [_VERSION, options, _steps(part), *(getattr(part, name, None) for name in names)]
+    versions = [getattr(sys.modules.get(name), '__version__', None) for name in _VERSIONS]
+    values = [_described(getattr(part, name, None)) for name in names]
+    options = [_VERSION, versions, options, _described(_steps(part)), values]
     digest = hashlib.sha256(repr(options).encode())
     ann_file, folders = getattr(part, 'ann_file', None), set()
     try:
@@ -170,7 +183,30 @@ def _key(part: Any, options: Any) -> str | None:
 
 def _add_status(digest: Any, path: str) -> None:
     status = os.stat(path)
-    digest.update(f'{path} {status.st_size} {status.st_mtime_ns}\n'.encode())
+    times = status.st_mtime_ns, status.st_ctime_ns
+    digest.update(f'{path} {status.st_size} {times} {status.st_ino}\n'.encode())
+
+
+def _described(value: Any, depth: int = 0) -> Any:
+    """Return what `repr` writes in the same way in each process, without addresses in memory."""
+    if value is None or isinstance(value, bool | int | float | str | bytes):
+        return value
+    if isinstance(value, np.ndarray):
+        return str(value.dtype), value.shape, hashlib.sha256(value.tobytes()).hexdigest()
+    if depth == _DEEPEST:
+        return type(value).__qualname__
+    if isinstance(value, Mapping):
+        return [(_described(k, depth + 1), _described(v, depth + 1)) for k, v in value.items()]
+    if isinstance(value, list | tuple):
+        return [_described(item, depth + 1) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(repr(_described(item, depth + 1)) for item in value)
+    if isinstance(name := getattr(value, '__qualname__', None), str):  # of a class or function
+        return value.__module__, name
+    held = getattr(value, '__dict__', {})
+    if not held and type(value).__repr__ is not object.__repr__:
+        return repr(value)
+    return type(value).__module__, type(value).__qualname__, _described(held, depth + 1)
 
 
 def _steps(part: Any) -> list[Any]:
@@ -178,7 +214,7 @@ def _steps(part: Any) -> list[Any]:
 
 
 def read_contents(part: Any, use: str = 'train', ignored: Sequence[int] = (255,)) -> Contents:
-    """Read what a data set holds, in several threads.
+    """Read what a data set holds, in several threads if its transforms allow that.
 
     Args:
         part: A data set without wrappers, whose files exist.
@@ -201,18 +237,73 @@ def read_contents(part: Any, use: str = 'train', ignored: Sequence[int] = (255,)
             info = part.get_data_info(i)
             try:
                 content = fileio.get(info['img_path'], getattr(part, 'backend_args', None))
-            except OSError as e:
-                return Sample(fault=('unreadable', _unreadable(info['img_path'], e)))
+            except OSError:
+                content = b''  # a transform of one's own may load it from elsewhere
             return _read_sample(info, content, load_image, load_labels, i in decoded, same_size)
 
         place = getattr(part, 'data_root', None) or type(part).__name__
         bar = tqdm(total=len(chosen), desc=f'checking {place}', leave=False, delay=_SECONDS)
-        with bar, ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0)))) as pool:
+        threads = _thread_count(part, chosen, load_image, load_labels)
+        misfit = None
+        with bar, ThreadPoolExecutor(threads) as pool:
             for start in range(0, len(chosen), _AT_ONCE):
-                for sample in pool.map(read, chosen[start : start + _AT_ONCE]):
+                indices = chosen[start : start + _AT_ONCE]
+                for i, sample in zip(indices, pool.map(read, indices), strict=True):
                     _add(contents, sample, ignored)
                     bar.update()
+                    if misfit is None and sample.fault and sample.fault[0] == _MASK_SIZE:
+                        misfit = i
+        if use == 'train' and misfit is not None and _become_equal(part, misfit):
+            contents.notes[_MASK_SIZE] = (
+                f'{contents.faults.pop(_MASK_SIZE)} if it should have the size of its image. The '
+                'pipeline brings both to one size'
+            )
     return contents
+
+
+def _thread_count(part: Any, chosen: Sequence[int], *loading: Any) -> int:
+    """Return in how many threads to read.
+
+    Transforms of others may hold what threads cannot share, such as an open file. Large images in
+    many threads take all memory.
+    """
+    steps = [step for load in loading for step in getattr(load, 'steps', ())]
+    if any(type(step).__module__.partition('.')[0] not in _THREAD_SAFE for step in steps):
+        return 1
+    probed = np.linspace(0, len(chosen) - 1, min(len(chosen), 8)).astype(int)
+    largest = max(_pixels(part.get_data_info(chosen[i])['img_path']) for i in probed)
+    fitting = max(1, _PIXELS // max(1, largest))
+    return min(_THREADS, len(os.sched_getaffinity(0)), fitting)
+
+
+def _pixels(path: str) -> int:
+    """Return how many pixels an image has, from its first bytes; 0 if they do not tell."""
+    try:
+        with Image.open(path) as file:
+            return file.width * file.height
+    except Image.DecompressionBombError:
+        return _PIXELS
+    except Exception:  # a remote or a broken file, or one that Pillow cannot read
+        return 0
+
+
+def _become_equal(part: Any, index: int) -> bool:
+    """Tell whether the pipeline resizes an image and its labels of another size to one size.
+
+    Crops and padding do not count: they make sizes equal and leave the labels in a wrong place.
+    """
+    results: Any = _copy(part.get_data_info(index))
+    equal = False
+    try:
+        for step in _steps(part):
+            if any(word in type(step).__name__ for word in ('Crop', 'Pad', 'Pack')):
+                break
+            results = step(results)
+            if 'img' in results and 'gt_seg_map' in results:
+                equal = results['img'].shape[:2] == results['gt_seg_map'].shape[:2]
+    except Exception:  # of any library
+        return False
+    return equal
 
 
 def _add(contents: Contents, sample: Sample, ignored: Sequence[int]) -> None:
@@ -249,7 +340,8 @@ def _add_objects(contents: Contents, info: Mapping[str, Any]) -> None:
     for instance in used:
         left, top, right, bottom = instance['bbox']
         # COCO's own boxes are rounded, and some leave the image by less than a pixel.
-        contents.outside += left < -1 or top < -1 or right > width + 1 or bottom > height + 1
+        # Coordinates of numpy compare to values that JSON cannot hold.
+        contents.outside += bool(left < -1 or top < -1 or right > width + 1 or bottom > height + 1)
 
 
 def loaders(
@@ -266,19 +358,21 @@ def loaders(
         A function from the info of a sample to its image, one to its label map, and whether both
         must have the same size. None where the pipeline loads no such thing.
     """
-    steps, has_labels = _steps(part), info.get('seg_map_path') is not None
-    if hasattr(part, 'load_image'):
-        return part.load_image, None, False
+    if hasattr(part, 'load_image_for_checks'):
+        return part.load_image_for_checks, None, False
+    steps = _steps(part)
+    # Data sets of detection have label maps, too, which their step loads after the image.
+    has_labels = info.get('seg_map_path') is not None and 'reduce_zero_label' in info
     first = _find(steps, info, 'img')
     labels = next((i for i, step in enumerate(steps) if getattr(step, 'with_seg', False)), None)
     load_labels = None
     if has_labels and labels is not None:
-        load_labels = _loading([steps[labels]], 'gt_seg_map')
+        load_labels = _Loading([steps[labels]], 'gt_seg_map')
     elif has_labels and (found := _find(steps, info, 'gt_seg_map')) is not None:
-        labels, load_labels = found, _loading(steps[: found + 1], 'gt_seg_map')
+        labels, load_labels = found, _Loading(steps[: found + 1], 'gt_seg_map')
     # Steps between the two may bring the image to the size of the labels.
     same_size = use != 'train' or (first is not None and labels == first + 1)
-    return None if first is None else _loading(steps[: first + 1], 'img'), load_labels, same_size
+    return None if first is None else _Loading(steps[: first + 1], 'img'), load_labels, same_size
 
 
 def _find(steps: Sequence[Any], info: Mapping[str, Any], key: str) -> int | None:
@@ -296,16 +390,26 @@ def _find(steps: Sequence[Any], info: Mapping[str, Any], key: str) -> int | None
     return None
 
 
-def _loading(steps: Sequence[Any], key: str) -> Callable[[Mapping[str, Any]], Any]:
-    def load(info: Mapping[str, Any]) -> Any:
-        results: Any = _copy(info)
-        for step in steps:
-            results = step(results)
-        return results[key]
+@dataclass(frozen=True)
+class _Loading:
+    """Steps of a pipeline, the last of which gives a sample a key."""
 
-    load.backend = getattr(steps[-1], 'imdecode_backend', None)  # type: ignore[attr-defined]
-    load.color_type = getattr(steps[-1], 'color_type', None)  # type: ignore[attr-defined]
-    return load
+    steps: Sequence[Any]
+    key: str
+
+    def __call__(self, info: Mapping[str, Any]) -> Any:
+        results: Any = _copy(info)
+        for step in self.steps:
+            results = step(results)
+        return results[self.key]
+
+    def option(self, name: str) -> Any:
+        """Return an argument of the last step; None if it has none of this name."""
+        return getattr(self.steps[-1], name, None)
+
+
+def _option(load: Any, name: str) -> Any:
+    return load.option(name) if isinstance(load, _Loading) else None
 
 
 def _copy(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -331,17 +435,17 @@ def _read_sample(
         same_size: Whether image and labels must have the same size.
     """
     path, size, mode, orientation, note = info['img_path'], None, None, 1, None
-    backend = getattr(load_image, 'backend', None)
-    in_colour = getattr(load_image, 'color_type', None) == 'color'
+    backend = _option(load_image, 'imdecode_backend')
+    in_colour = _option(load_image, 'color_type') == 'color'
     try:
         with Image.open(io.BytesIO(content)) as file:
             size, mode = file.size, file.mode
             orientation = file.getexif().get(_ORIENTATION) or 1
             file.load()
+            decode = decode or mode.startswith(('I', 'F'))
             if mode.startswith(('I', 'F')) and in_colour:
                 if backend == 'pillow':
                     return Sample(size, mode, fault=('depth', _depth_fault(path, mode)))
-                decode = True
                 if mode != 'F' and (highest := np.asarray(file).max()) < _DARK:
                     note = 'dark', _dark_note(path, highest)
     except Exception as e:  # broken bytes raise errors of many kinds
@@ -418,7 +522,6 @@ def _read_labels(
     path = info['seg_map_path']
     try:
         labels = np.asarray(load(info))
-        content = io.BytesIO(fileio.get(path))
     except Exception as e:
         return None, ('unreadable', _unreadable(path, e))
     if labels.ndim != 2:
@@ -429,18 +532,20 @@ def _read_labels(
     fault = None
     if size is not None and labels.shape[::-1] != size:
         fault = (
-            'mask size',
+            _MASK_SIZE,
             f'{path} has {labels.shape[1]}x{labels.shape[0]} pixels, but its image is loaded with '
             f'{size[0]}x{size[1]}: correct the file',
         )
     if labels.dtype == np.uint8:
-        counts = np.bincount(labels.ravel(), minlength=256)
-        found = {int(label): int(counts[label]) for label in np.flatnonzero(counts)}
+        # np.bincount would make a copy of 8 bytes a pixel.
+        counts = Image.fromarray(labels).histogram()
+        found = {label: count for label, count in enumerate(counts) if count}
         try:
-            with Image.open(content) as file:
+            content = fileio.get(path, _option(load, 'backend_args'))
+            with Image.open(io.BytesIO(content)) as file:
                 highest = np.asarray(file).max() if file.mode.startswith(('I', 'F')) else 0
         except Exception:
-            highest = 0  # the pipeline can read what Pillow cannot
+            highest = 0  # the pipeline can read what this cannot
         if highest > 255:
             fault = (
                 'label depth',

@@ -100,7 +100,7 @@ class ImageFolder(BaseDataset):
         )
         return dict(inputs=self.transform(_read(info['img_path'])), data_samples=sample)
 
-    def load_image(self, info: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    def load_image_for_checks(self, info: Mapping[str, Any]) -> np.ndarray[Any, Any]:
         """Return the image of a sample, uint8 RGB of shape `(H, W, 3)`, before the transform."""
         return np.asarray(_read(info['img_path']))
 

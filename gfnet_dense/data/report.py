@@ -5,7 +5,8 @@ A run logs the report before its first iteration. :func:`check_data` makes it wi
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -108,18 +109,55 @@ def inspect(
     """
     report = Report(use, loader=loader, model=model)
     ignored = ignored_labels(model if use == 'train' else None, metrics)
-    for part in parts(loader.dataset):
-        if hasattr(part, 'get_data_info'):
-            contents, findings = _inspect_part(part, use, ignored)
-            report.contents += [(part, contents)] if contents else []
-            report.findings += findings
-    if model is not None:
-        report.findings += find_heads(model, loader.dataset)
-    if metrics:
-        report.findings += find_evaluation(metrics, loader.dataset, use, model, wanted, ann_files)
-    if not report.faults:  # or loading would only say the same again
-        report.findings += find_batches(loader, model, use)
+    dataset = loader.dataset
+    with _copied_pipelines(dataset):
+        for part in parts(dataset):
+            if hasattr(part, 'get_data_info'):
+                contents, findings = _inspect_part(part, use, ignored)
+                report.contents += [(part, contents)] if contents else []
+                report.findings += findings
+        if model is not None:
+            report.findings += find_heads(model, dataset)
+        if metrics:
+            report.findings += find_evaluation(metrics, dataset, use, model, wanted, ann_files)
+        if not report.faults:  # or loading would only say the same again
+            report.findings += find_batches(loader, model, use)
     return report
+
+
+@contextmanager
+def _copied_pipelines(dataset: Any) -> Iterator[None]:
+    """Let checks use copies of transforms.
+
+    Transforms may open files and fill caches. Processes that load data are forked later, and must
+    not share what the checks have opened.
+    """
+    layers = [layer for layer in _layers(dataset) if 'pipeline' in _held(layer)]
+    kept = [(layer, layer.pipeline) for layer in layers]
+    try:
+        for layer, pipeline in kept:
+            try:
+                layer.pipeline = copy.deepcopy(pipeline)
+            except Exception:  # a transform that cannot be copied is used as it is
+                continue
+        yield
+    finally:
+        for layer, pipeline in kept:
+            layer.pipeline = pipeline
+
+
+def _layers(dataset: Any) -> Iterator[Any]:
+    """Yield a data set, and those that it wraps."""
+    yield dataset
+    held = _held(dataset)
+    for inner in (*(held.get('datasets') or ()), held.get('dataset')):
+        if inner is not None:
+            yield from _layers(inner)
+
+
+def _held(layer: Any) -> Mapping[str, Any]:
+    # Some wrappers pass on the attributes of what they wrap, so getattr does not tell.
+    return getattr(layer, '__dict__', {})
 
 
 def _inspect_part(
@@ -234,20 +272,36 @@ def check_data(config: Config) -> list[Report]:
                     evaluator = Evaluator(evaluator_cfg)
                 evaluator.dataset_meta = getattr(dataset, 'metainfo', {})
                 metrics = evaluator.metrics
-            reports.append(
-                inspect(
-                    use,
-                    loader,
-                    model=model,
-                    metrics=metrics,
-                    wanted=_wanted(cfg) if use == 'val' else (),
-                    ann_files=evaluator_files(evaluator_cfg),
-                )
-            )
         except Exception as e:  # of any library
             text = str(e) if isinstance(e, DataError) else f'{type(e).__name__}: {e}'
             reports.append(Report(use, findings=[Fault(text)]))
+            continue
+        try:
+            report = inspect(
+                use,
+                loader,
+                model=model,
+                metrics=metrics,
+                wanted=_wanted(cfg) if use == 'val' else (),
+                ann_files=evaluator_files(evaluator_cfg),
+            )
+        except DataError as e:
+            report = Report(use, findings=[Fault(str(e))])
+        except Exception as e:  # as in a run: the data can still be right
+            report = Report(use, findings=[Note(f'could not be checked: {type(e).__name__}: {e}')])
+        report.findings = [_of_any_run(finding, model) for finding in report.findings]
+        reports.append(report)
     return reports
+
+
+def _of_any_run(finding: Fault | Note, model: nn.Module | None) -> Fault | Note:
+    """Return a fault as a note if it is none in a run of several processes."""
+    synchronised = model is not None and any(
+        isinstance(m, nn.SyncBatchNorm) for m in model.modules()
+    )
+    if synchronised and finding.startswith('each batch has one image'):
+        return Note(f'{finding}. SyncBN of several processes takes it')
+    return finding
 
 
 def _wanted(cfg: Mapping[str, Any]) -> list[str]:
@@ -255,8 +309,10 @@ def _wanted(cfg: Mapping[str, Any]) -> list[str]:
     names: list[Any] = []
     for hook in [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or ())]:
         if isinstance(hook, Mapping):
+            kind = getattr(hook.get('type'), '__name__', str(hook.get('type'))).rpartition('.')[2]
             best = hook.get('save_best') or ()
-            names += [*([best] if isinstance(best, str) else best), hook.get('monitor')]
+            names += [best] if isinstance(best, str) else best
+            names += [hook.get('monitor')] if kind == 'EarlyStoppingHook' else []
     return [name for name in names if name and name != 'auto']
 
 

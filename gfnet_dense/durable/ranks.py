@@ -1,25 +1,44 @@
 """What concerns the several processes of a run."""
 
+import itertools
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
-from mmengine.dist import all_reduce_params, broadcast_object_list, is_main_process
+from mmengine.dist import (
+    all_reduce_params,
+    broadcast_object_list,
+    is_distributed,
+    is_main_process,
+)
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from torch.distributed import distributed_c10d
+
+_calls = itertools.count()  # of on_main_process; the same in all processes
 
 
 def on_main_process(function: Callable[[], Any]) -> None:
     """Call a function in the first process alone; all processes raise the error that it raises.
 
-    All processes have to call this.
+    All processes have to call this. The function may take longer than the timeout of collectives.
     """
     error: list[Exception | None] = [None]
+    # A broadcast gives up after 10 minutes with NCCL, so the others wait on the store first. If the
+    # first process dies, they wait until the launcher ends them.
+    store = distributed_c10d._get_default_store() if is_distributed() else None
+    key = f'on_main_process/{next(_calls)}'
     if is_main_process():
         try:
             function()
         except Exception as e:
             error = [e]
+        finally:
+            if store is not None:
+                store.set(key, b'1')
+    elif store is not None:
+        store.wait([key], timedelta(days=1))
     broadcast_object_list(error)
     if error[0] is not None:
         raise error[0]

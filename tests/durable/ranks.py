@@ -5,8 +5,10 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from toy import LossesHook, losses, toy_config
 
 from gfnet_dense.data import DataError
 from gfnet_dense.durable import data_checks
+from gfnet_dense.durable.ranks import on_main_process
 from gfnet_dense.openmmlab import evaluate, train
 
 
@@ -176,6 +179,23 @@ def the_first_process_checks_the_data_for_both(folder: Path) -> None:
         assert 'DataError: an annotation is broken' in output, output
 
 
+def checks_may_take_longer_than_a_collective(folder: Path) -> None:
+    """The others wait for the first process, and see its error."""
+
+    def fail() -> None:
+        time.sleep(4)
+        raise DataError('found late')
+
+    def run() -> None:
+        torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=1))
+        on_main_process(lambda: time.sleep(4))
+        on_main_process(fail)
+
+    assert ended(start(folder, run)) == [1, 1]
+    for rank in range(2):
+        assert 'DataError: found late' in (folder / f'rank{rank}').read_text()
+
+
 def a_loss_that_is_not_finite_in_one_process_is_no_step_in_both(folder: Path) -> None:
     """Both have the weights and the running statistics of the iteration before."""
 
@@ -226,6 +246,7 @@ def main(folder: Path) -> None:
     a_signal_to_one_stops_both(folder / 'signal', two)
     a_process_that_stops_answering_is_not_awaited_for_ever(folder / 'silent')
     the_first_process_checks_the_data_for_both(folder / 'checks')
+    checks_may_take_longer_than_a_collective(folder / 'long')
     a_loss_that_is_not_finite_in_one_process_is_no_step_in_both(folder / 'finite')
 
 
