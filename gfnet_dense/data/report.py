@@ -69,7 +69,7 @@ class Report:
 
     @property
     def faults(self) -> list[Fault]:
-        """What cannot be meant."""
+        """The findings that stop a run."""
         return [finding for finding in self.findings if isinstance(finding, Fault)]
 
     def __str__(self) -> str:
@@ -108,9 +108,10 @@ def inspect(
     """
     report = Report(use, loader=loader, model=model)
     ignored = ignored_labels(model if use == 'train' else None, metrics)
+    alone = len([*parts(loader.dataset)]) == 1
     for part in parts(loader.dataset):
         if hasattr(part, 'get_data_info'):
-            contents, findings = _inspect_part(part, use, ignored)
+            contents, findings = _inspect_part(part, use, ignored, alone)
             report.contents += [(part, contents)] if contents else []
             report.findings += findings
     if model is not None:
@@ -123,7 +124,7 @@ def inspect(
 
 
 def _inspect_part(
-    part: Any, use: str, ignored: Sequence[int]
+    part: Any, use: str, ignored: Sequence[int], alone: bool = True
 ) -> tuple[Contents | None, list[Fault | Note]]:
     """Check a data set without wrappers; the verdict is remembered while nothing changes."""
 
@@ -137,12 +138,14 @@ def _inspect_part(
             contents = read_contents(part, use, ignored)
             findings += _of_files(contents)
             for kind in kinds:
-                findings += kind.of_files(part, contents=contents, ignored=ignored, use=use)
+                findings += kind.of_files(
+                    part, contents=contents, ignored=ignored, use=use, alone=alone
+                )
         named = [(type(finding).__name__, str(finding)) for finding in findings]
         kept = not any(isinstance(finding, Fault) for finding in findings)
         return dict(contents=contents and vars(contents), findings=named), kept
 
-    result = remember(part, use, list(ignored), compute)
+    result = remember(part, use, [list(ignored), alone], compute)
     types = {'Fault': Fault, 'Note': Note}
     contents = result['contents'] and Contents.from_json(result['contents'])
     return contents, [types[kind](text) for kind, text in result['findings']]
@@ -256,8 +259,12 @@ def _wanted(cfg: Mapping[str, Any]) -> list[str]:
     for hook in [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or ())]:
         if isinstance(hook, Mapping):
             best = hook.get('save_best') or ()
-            names += [*([best] if isinstance(best, str) else best), hook.get('monitor')]
+            names += [*([best] if isinstance(best, str) else best), _monitor(hook)]
     return [name for name in names if name and name != 'auto']
+
+
+def _monitor(hook: Mapping[str, Any]) -> Any:
+    return hook.get('monitor') if 'EarlyStopping' in str(hook.get('type')) else None
 
 
 def evaluator_files(evaluator: Any) -> list[str | None]:
