@@ -3,15 +3,17 @@ import json
 import numpy as np
 import pytest
 from mmdet.datasets import CocoDataset
-from mmengine.dataset import ConcatDataset, RepeatDataset
+from mmengine.dataset import ConcatDataset, RepeatDataset, pseudo_collate
 from mmengine.registry import TRANSFORMS
 from PIL import Image
 from pycocotools import mask
+from torch.utils.data import DataLoader
 
 from gfnet_dense.data.build import build_dataset
 from gfnet_dense.data.coco import check_coco, check_file, check_objects, check_part, is_coco
 from gfnet_dense.data.contents import read_contents
 from gfnet_dense.data.errors import DataError, Fault, Note
+from gfnet_dense.data.report import inspect
 from gfnet_dense.demo import write_digits
 from gfnet_dense.durable.data_checks import CheckedDataset
 
@@ -256,13 +258,17 @@ def test_masks_that_the_pipeline_loads_must_be_there(build, content):
 def test_a_part_may_have_no_objects(build, content, tmp_path):
     positives = build()
     content['annotations'] = []
+    (tmp_path / 'annotations.json').rename(tmp_path / 'positives.json')
+    positives.ann_file = str(tmp_path / 'positives.json')
     negatives = build(filter_cfg=dict(filter_empty_gt=False))
     contents = read_contents(negatives)
-    assert isinstance([*check_objects(negatives, contents, 'train')][0], Fault)
-    assert isinstance([*check_objects(negatives, contents, 'train', alone=False)][0], Note)
+    (alone,) = check_objects(negatives, contents, 'train')
+    (beside_others,) = check_objects(negatives, contents, 'train', alone=False)
     subset = build(filter_cfg=dict(filter_empty_gt=False), indices=2)
-    assert isinstance([*check_objects(subset, read_contents(subset), 'train')][0], Note)
-    assert len(positives) == 3
+    (of_subset,) = check_objects(subset, read_contents(subset), 'train')
+    assert [type(found) for found in (alone, beside_others, of_subset)] == [Fault, Note, Note]
+    loader = DataLoader(ConcatDataset([positives, negatives]), collate_fn=pseudo_collate)
+    assert inspect('train', loader).faults == []
 
 
 @TRANSFORMS.register_module()
