@@ -365,7 +365,7 @@ def subfolders(root: Path) -> None:
                 path.rename(folder / f'{i // 2}{path.suffix}')
 
 
-@fault('segmentation', ERROR, 'no batch')
+@fault('segmentation', ERROR, 'cannot form a batch')
 def sizes_in_training(root: Path) -> None:
     """Training images of several sizes, and no crop or padding."""
     for path in (images(root)[2], maps(root)[2]):

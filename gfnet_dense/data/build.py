@@ -1,7 +1,9 @@
 """Data sets built from their configs, with errors that name file and remedy."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from mmengine.registry import DATASETS
@@ -17,7 +19,7 @@ def build_dataset(dataset: Any) -> Any:
         dataset: A data set or its config.
 
     Raises:
-        DataError: If the annotation file is at fault, or no images are left.
+        DataError: If an annotation file is at fault, or no images are left.
     """
     cfg, contents = dataset, ''
     if not isinstance(dataset, Mapping):
@@ -34,13 +36,42 @@ def build_dataset(dataset: Any) -> Any:
     except DataError:
         raise
     except (KeyError, ValueError, TypeError, AttributeError, AssertionError) as e:
-        contents = check_coco_file(cfg)
+        inner = [*_inner(cfg)]
+        for each in inner:
+            _check_encoding(each)
+            contents = check_coco_file(each)
+        if len(inner) > 1:
+            contents = ''  # it would speak of the last one alone
         if 'need at least one array' not in str(e):  # numpy says this of an empty list of samples
             raise
     raise DataError(
         f'no images are left for {cfg["type"]} in {cfg.get("data_root")}{contents}: see its '
         'data_prefix, img_suffix, ann_file and filter_cfg'
     )
+
+
+def _inner(cfg: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the configs of data sets inside those of wrappers."""
+    wrapped = cfg.get('datasets') or ([cfg['dataset']] if 'dataset' in cfg else [])
+    if not wrapped:
+        yield cfg
+    for each in wrapped:
+        if isinstance(each, Mapping):
+            yield from _inner(each)
+
+
+def _check_encoding(cfg: Mapping[str, Any]) -> None:
+    """Name a list of files that is not UTF-8.
+
+    Raises:
+        DataError: If it is not.
+    """
+    path = os.path.join(cfg.get('data_root') or '', cfg.get('ann_file') or '')
+    if path.endswith('.txt') and os.path.isfile(path):
+        try:
+            Path(path).read_text(encoding='utf-8')
+        except UnicodeDecodeError as e:
+            raise DataError(f'{path} is not UTF-8 text: {e}: save it in that encoding') from e
 
 
 @contextmanager

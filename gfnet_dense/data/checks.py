@@ -13,12 +13,13 @@ from mmengine.dist import get_world_size
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from .contents import keep_random_state
 from .errors import DataError, Fault, Findings, raise_first
 
 _PROBED = 4  # samples that are brought through the pipeline into one batch
+_LOOKED_AT = 2000  # samples among which images of different sizes are looked for
 
 
 def check_folders(dataset: Mapping[str, Any]) -> None:
@@ -40,15 +41,19 @@ def check_folders(dataset: Mapping[str, Any]) -> None:
             f'{dataset.get("type")}: classes are the text {classes!r}: write a tuple of names, '
             f'with a comma even for one, ({classes!r},)'
         )
-    if dataset.get('backend_args'):  # on another machine
-        return
+    ann_file = dataset.get('ann_file')
+    if dataset.get('backend_args') or '://' in f'{dataset.get("data_root")} {ann_file}':
+        return  # on another machine
     root = Path(dataset.get('data_root') or '')
     remedy = (
         'put the data there, or set data_root of the dataset; configs that read it from an '
         'environment variable name the variable beside it'
     )
     prefixes = dataset.get('data_prefix') or {}
-    for prefix in prefixes.values() if isinstance(prefixes, Mapping) else [prefixes]:
+    prefixes = dict(prefixes) if isinstance(prefixes, Mapping) else {'': prefixes}
+    if 'Annotation' not in str(dataset.get('pipeline')):
+        prefixes.pop('seg_map_path', None)  # `LoadAnnotations` would load them
+    for prefix in prefixes.values():
         folder = root / (prefix or '')
         if not folder.is_dir():
             raise DataError(f'{dataset.get("type")}: there is no folder {folder}: {remedy}')
@@ -58,9 +63,14 @@ def check_folders(dataset: Mapping[str, Any]) -> None:
             raise DataError(f'{dataset.get("type")}: {folder} may not be read') from None
         if empty:
             raise DataError(f'{dataset.get("type")}: the folder {folder} is empty: {remedy}')
-    ann_file = dataset.get('ann_file')
     if isinstance(ann_file, str) and ann_file and not (root / ann_file).exists():
         raise DataError(f'{dataset.get("type")}: there is no file {root / ann_file}: {remedy}')
+
+
+def metainfo_of(dataset: Any) -> Mapping[str, Any]:
+    """Return the metainfo of a data set; of mmdet's `ConcatDataset`, that of its first one."""
+    metainfo = getattr(dataset, 'metainfo', None) or {}
+    return metainfo[0] if isinstance(metainfo, list) else metainfo
 
 
 def check_heads(model: nn.Module, dataset: Any) -> None:
@@ -82,7 +92,7 @@ def find_heads(model: nn.Module, dataset: Any) -> Findings:
         model: The model, perhaps wrapped for several processes.
         dataset: Its `metainfo` has the classes.
     """
-    metainfo = getattr(dataset, 'metainfo', None) or {}
+    metainfo = metainfo_of(dataset)
     classes = metainfo.get('classes')
     for name, module in model.named_modules():
         head = name.rstrip('.0123456789').rpartition('.')[2]
@@ -118,7 +128,7 @@ def ignored_labels(model: nn.Module | None, metrics: Any = ()) -> tuple[int, ...
 
 
 def find_batches(loader: DataLoader[Any], model: nn.Module | None, use: str) -> Findings:
-    """Find data whose images make no batch, and a last batch that norms cannot take.
+    """Find images that cannot form a batch, and a last batch that norms cannot take.
 
     Args:
         loader: The dataloader; its samples are whole.
@@ -128,7 +138,9 @@ def find_batches(loader: DataLoader[Any], model: nn.Module | None, use: str) -> 
     batch: int = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None) or 1
     if use == 'train' and model is not None:
         yield from _find_last_batch(loader, model, batch)
-    if batch < 2 or not hasattr(loader.dataset, '__len__') or len(loader.dataset) < 2:
+    # A sampler of batches may put images of one size together.
+    plain = type(getattr(loader.batch_sampler, '_batches', loader.batch_sampler)) is BatchSampler
+    if not plain or batch < 2 or not hasattr(loader.dataset, '__len__') or len(loader.dataset) < 2:
         return
     chosen = _different_samples(loader, batch)
     with keep_random_state():
@@ -138,17 +150,23 @@ def find_batches(loader: DataLoader[Any], model: nn.Module | None, use: str) -> 
             preprocessor = getattr(model, 'data_preprocessor', None)
             inputs = samples[0].get('inputs') if isinstance(samples[0], Mapping) else None
             # Samples of test-time augmentation hold a list of images.
-            if preprocessor is not None and isinstance(inputs, Tensor):
+            # Augmentation of batches may wait for other processes, which are not here.
+            waits = get_world_size() > 1 or getattr(preprocessor, 'batch_augments', None)
+            skipped = preprocessor is None or (use == 'train' and waits)
+            if not skipped and isinstance(inputs, Tensor):
                 preprocessor(data, use == 'train')
         except DataError as e:
             yield Fault(str(e))
         except Exception as e:  # of any library
             names = ', '.join(_describe(loader.dataset, i) for i in chosen[:2])
-            yield Fault(
-                f'images such as {names} make no batch: {_first_line(e)}: bring them to one size '
-                'in the pipeline (Resize, RandomCrop, Pad), or set batch_size=1 of the '
-                f'{use}_dataloader'
-            )
+            text = f'images such as {names} cannot form a batch: {_first_line(e)}'
+            stacking = isinstance(e, RuntimeError | ValueError | AssertionError)
+            if stacking and any(word in str(e) for word in ('size', 'shape')):
+                text += (
+                    ': bring them to one size in the pipeline (Resize, RandomCrop, Pad), or set '
+                    f'batch_size=1 of the {use}_dataloader'
+                )
+            yield Fault(text)
 
 
 def _first_line(error: Exception) -> str:
@@ -161,7 +179,7 @@ def _different_samples(loader: DataLoader[Any], batch: int) -> list[int]:
     shuffled = getattr(_sampler(loader), 'shuffle', True)
     step = 1 if shuffled else get_world_size()
     sizes: dict[tuple[int, int] | None, int] = {}
-    for start in range(0, count, batch * step):
+    for start in range(0, min(count, _LOOKED_AT), batch * step):
         indices = range(start, min(start + batch * step, count), step)
         if not shuffled:
             sizes = {}
@@ -170,7 +188,7 @@ def _different_samples(loader: DataLoader[Any], batch: int) -> list[int]:
         if len(sizes) > 1:
             break
     chosen = [*sizes.values()]
-    filled = [*chosen, *(i for i in indices if i not in chosen), *range(count)]
+    filled = [*chosen, *(i for i in indices if i not in chosen), *range(min(count, batch))]
     return list(dict.fromkeys(filled if shuffled else filled[: len(chosen) + len(indices)]))[
         : min(_PROBED, batch)
     ]
@@ -184,7 +202,7 @@ def _size(dataset: Any, i: int) -> tuple[int, int] | None:
         with Image.open(info['img_path']) as file:
             size: tuple[int, int] = file.size
             return size
-    except Exception:  # what is no image of Pillow has a size of its own
+    except Exception:  # Pillow cannot read it
         return None
 
 

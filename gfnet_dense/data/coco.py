@@ -11,8 +11,9 @@ from typing import Any
 
 from mmengine import fileio
 
-from .contents import Contents, parts
+from .contents import Contents, keep_random_state, loaders, parts
 from .errors import Fault, Findings, Note, join_first, raise_first
+from .files import absent_infos, can_load, listed_infos
 
 # What mmdet reads of every image, category and annotation.
 _KEYS = {
@@ -25,7 +26,12 @@ _Object = Mapping[str, Any]
 
 def is_coco(part: Any) -> bool:
     """Tell whether a data set is like mmdet's `CocoDataset`; files of LVIS have other keys."""
-    return hasattr(part, 'cat2label') and not type(part).__name__.startswith('LVIS')
+    names = [base.__name__ for base in type(part).__mro__]
+    return (
+        hasattr(part, 'cat2label')
+        and str(getattr(part, 'ann_file', '')).endswith('.json')
+        and not any(name.startswith('LVIS') for name in names)
+    )
 
 
 def check_coco(dataset: Any, use: str = 'train') -> None:
@@ -92,7 +98,7 @@ def check_part(part: Any, use: str, **_: Any) -> Findings:
     if any(isinstance(finding, Fault) for finding in found):
         return
     yield from _check_categories(part, content)
-    yield from _check_samples(part)
+    yield from _check_samples(part, use)
     left_out = len(content['images']) - len(part)
     if left_out and part._indices is None:
         yield Note(
@@ -217,7 +223,12 @@ def _check_places(content: Mapping[str, Any], file: str, use: str) -> Findings:
     ):
         if count:
             yield Note(f'{count} of {len(boxes)} boxes in {file} have {reason} and are not used')
-    if placed and unused == len(placed):
+    if placed and all(box['area'] <= 0 for box in placed):
+        yield Fault(
+            f'all {len(placed)} annotations in {file} have an area of 0 or less, which training '
+            'leaves out: write the area of each object in pixels'
+        )
+    elif placed and unused == len(placed):
         yield Fault(
             f'none of the {unused} boxes in {file} has an area of a pixel in its image, such as '
             f'{placed[0]["bbox"]}: write x, y, width and height in pixels'
@@ -264,7 +275,7 @@ def _check_masks(content: Mapping[str, Any], file: str, use: str) -> Findings:
     some = [a for a in _boxes(content) if a.get('segmentation') and a['image_id'] in sizes]
     reasons: dict[str, list[_Object]] = {}
     for annotation in some:
-        if reason := _mask_fault(annotation['segmentation'], sizes[annotation['image_id']]):
+        if reason := _mask_fault(annotation['segmentation'], sizes[annotation['image_id']], use):
             reasons.setdefault(reason, []).append(annotation)
     for reason, wrong in reasons.items():
         # Training ignores a polygon without area. Evaluation fails at it.
@@ -278,7 +289,7 @@ def _check_masks(content: Mapping[str, Any], file: str, use: str) -> Findings:
 _NO_POLYGON = 'without a polygon of three points or more'
 
 
-def _mask_fault(mask: Any, size: tuple[int, int]) -> str | None:
+def _mask_fault(mask: Any, size: tuple[int, int], use: str) -> str | None:
     """Return what is wrong with a segmentation for an image of height and width `size`."""
     if isinstance(mask, Mapping):
         counts = mask.get('counts')
@@ -297,6 +308,8 @@ def _mask_fault(mask: Any, size: tuple[int, int]) -> str | None:
         return 'with coordinates that are no finite numbers'
     if not any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in mask):
         return _NO_POLYGON
+    if use == 'evaluator' and len(mask[0]) <= 4:
+        return 'whose first polygon has less than three points, at which pycocotools fails'
     return None
 
 
@@ -367,19 +380,22 @@ def _check_categories(part: Any, content: Mapping[str, Any]) -> Findings:
         yield Note(f'{len(others)} categories of {file} are no classes: {join_first(others, 5)}')
 
 
-def _check_samples(part: Any) -> Findings:
-    missing, without_mask = [], 0
+def _check_samples(part: Any, use: str) -> Findings:
+    without_mask = 0
     for i in range(len(part)):
         info = part.get_data_info(i)
-        if not fileio.exists(info['img_path'], backend_args=part.backend_args):
-            missing.append(info['img_path'])
         if 'segments_info' not in info:  # panoptic masks are files
             without_mask += sum('mask' not in instance for instance in info['instances'])
-    if missing:
-        yield Fault(
-            f'{len(missing)} of {len(part)} images of {part.ann_file} do not exist: '
-            f'{join_first(missing)}: restore them, or correct data_root and data_prefix'
-        )
+    infos = listed_infos(part)
+    if missing := absent_infos(part, infos, 'img_path'):
+        with keep_random_state():
+            load_image = loaders(part, missing[0], use)[0]
+        if not can_load(load_image, missing[0]):
+            yield Fault(
+                f'{len(missing)} of {len(infos)} images of {part.ann_file} do not exist: '
+                f'{join_first(info["img_path"] for info in missing)}: restore them, or correct '
+                'data_root and data_prefix'
+            )
     if without_mask and _loads_masks(part):
         yield Fault(
             f'{without_mask} objects in {part.ann_file} have no segmentation, but the pipeline '
@@ -387,12 +403,16 @@ def _check_samples(part: Any) -> Findings:
         )
 
 
-def check_objects(part: Any, contents: Contents, use: str, **_: Any) -> Findings:
+def check_objects(
+    part: Any, contents: Contents, use: str, alone: bool = True, **_: Any
+) -> Findings:
     """Find data sets without objects, and boxes that leave their image."""
     total = contents.objects.total()
     if not total and (use == 'train' or contents.crowds):
         crowds = f', {contents.crowds} are crowds (iscrowd=1)' if contents.crowds else ''
-        kind = Fault if use == 'train' else Note
+        # Other parts, and images that `indices` leaves out, may have objects.
+        alone = alone and getattr(part, '_indices', None) is None
+        kind = Fault if use == 'train' and alone else Note
         yield kind(
             f'no object of the classes is left in {part.ann_file}{crowds}: see the notes of the '
             'data checks, and classes in the metainfo'

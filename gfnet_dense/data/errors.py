@@ -8,11 +8,11 @@ class DataError(ValueError):
 
 
 class Fault(str):
-    """A finding that cannot be meant: a run with it would fail or be spoilt."""
+    """A finding that stops a run, which would fail or give wrong results."""
 
 
 class Note(str):
-    """A finding that a person should see, and that can be meant."""
+    """A finding that a person should see, and that may be intended."""
 
 
 Findings = Iterable[Fault | Note]

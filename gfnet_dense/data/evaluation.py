@@ -4,11 +4,14 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook
 from torch import nn
 
+from .checks import metainfo_of
 from .coco import check_file
 from .contents import parts
 from .errors import Fault, Findings, Note, join_first
+from .files import has_own_steps, loads_annotations
 
 # The names of the numbers of mmseg's IoUMetric, by the entries of its iou_metrics.
 _IOU = {
@@ -40,11 +43,13 @@ def find_evaluation(
     infos = [part.get_data_info(0) for part in parts(dataset) if hasattr(part, 'get_data_info')]
     names: set[str] | None = set()
     for i, metric in enumerate(metrics):
-        if _is_a(metric, 'IoUMetric'):
+        if type(metric).__name__ == 'IoUMetric':  # its subclasses may differ in all of it
             yield from _find_iou(metric, dataset, use, infos)
         elif _is_a(metric, 'CocoMetric'):
             name = ann_files[i] if i < len(ann_files) else None
             yield from _find_coco(metric, dataset, use, model, name)
+        elif type(metric).__name__ == 'LabelMaps':
+            yield from _find_label_maps(metric, dataset)
         found = number_names(metric)
         names = None if found is None or names is None else names | found
     if not names:
@@ -62,7 +67,7 @@ def number_names(metric: Any) -> set[str] | None:
     kind = type(metric).__name__
     if kind == 'LabelMaps' or getattr(metric, 'format_only', False):
         return set()
-    if _is_a(metric, 'IoUMetric'):
+    if kind == 'IoUMetric':
         found = {'aAcc'}.union(*(_IOU.get(name, ()) for name in _listed(metric.metrics)))
     elif kind == 'Accuracy' and hasattr(metric, 'topk'):
         found = {f'top{k}' for k in metric.topk}
@@ -85,7 +90,7 @@ def _find_iou(metric: Any, dataset: Any, use: str, infos: Sequence[Any]) -> Find
     evaluator = f'IoUMetric of the {use}_evaluator'
     if unknown := [name for name in _listed(metric.metrics) if name not in _IOU]:
         yield Fault(f'{evaluator} has no {join_first(unknown)}: iou_metrics are {join_first(_IOU)}')
-    if not (getattr(dataset, 'metainfo', None) or {}).get('classes'):
+    if not metainfo_of(dataset).get('classes'):
         yield Fault(
             f'{evaluator} needs the classes of {getattr(dataset, "data_root", None)}: set classes '
             f'in the metainfo of the {use}_dataloader'
@@ -97,6 +102,33 @@ def _find_iou(metric: Any, dataset: Any, use: str, infos: Sequence[Any]) -> Find
             f'{evaluator} needs annotations, and the data_prefix of the {use}_dataloader has no '
             'seg_map_path: set it, or format_only=True and output_dir to write predictions alone'
         )
+    elif not metric.format_only and not all(map(_may_annotate, parts(dataset))):
+        yield Fault(
+            f'{evaluator} needs annotations, and the pipeline of the {use}_dataloader does not '
+            'load them: add LoadAnnotations, or set format_only=True and output_dir'
+        )
+
+
+def _may_annotate(part: Any) -> bool:
+    known = hasattr(getattr(part, 'pipeline', None), 'transforms')
+    return not known or loads_annotations(part) or has_own_steps(part)
+
+
+def _find_label_maps(metric: Any, dataset: Any) -> Findings:
+    images: dict[Any, str] = {}
+    for info in _infos(dataset):
+        other = images.setdefault(metric.path(info['img_path']), info['img_path'])
+        if other != info['img_path']:
+            yield Fault(
+                f'{other} and {info["img_path"]} would both be written to '
+                f'{metric.path(other)}: evaluate one of them at a time, or write a .pkl file'
+            )
+            return
+
+
+def _infos(dataset: Any) -> list[Any]:
+    known = [part for part in parts(dataset) if hasattr(part, 'get_data_info')]
+    return [part.get_data_info(i) for part in known for i in range(len(part))]
 
 
 def _find_coco(
@@ -113,12 +145,7 @@ def _find_coco(
     file = name or f'the ann_file of the {use}_evaluator'
     found = list(check_file(metric._coco_api.dataset, file, segm, 'evaluator'))
     yield from (finding for finding in found if isinstance(finding, Fault))
-    infos = [
-        part.get_data_info(i)
-        for part in parts(dataset)
-        if hasattr(part, 'get_data_info')
-        for i in range(len(part))
-    ]
+    infos = _infos(dataset)
     images = metric._coco_api.imgs
     remedy = f'set ann_file of {use}_evaluator to that of {use}_dataloader'
     if absent := [info['img_id'] for info in infos if info.get('img_id') not in images]:
@@ -146,6 +173,10 @@ def wanted_numbers(hooks: Iterable[Any]) -> list[str]:
     """Return the names of the numbers that hooks ask for by name."""
     names = []
     for hook in hooks:
-        asked = [*(getattr(hook, 'key_indicators', None) or ()), getattr(hook, 'monitor', None)]
+        asked: list[Any] = []
+        if isinstance(hook, CheckpointHook):
+            asked = [*(getattr(hook, 'key_indicators', None) or ())]
+        elif isinstance(hook, EarlyStoppingHook):
+            asked = [hook.monitor]
         names += [name for name in asked if isinstance(name, str) and name != 'auto']
     return names

@@ -70,7 +70,7 @@ class Report:
 
     @property
     def faults(self) -> list[Fault]:
-        """What cannot be meant."""
+        """The findings that stop a run."""
         return [finding for finding in self.findings if isinstance(finding, Fault)]
 
     def __str__(self) -> str:
@@ -110,10 +110,11 @@ def inspect(
     report = Report(use, loader=loader, model=model)
     ignored = ignored_labels(model if use == 'train' else None, metrics)
     dataset = loader.dataset
+    alone = len([*parts(dataset)]) == 1
     with _copied_pipelines(dataset):
         for part in parts(dataset):
             if hasattr(part, 'get_data_info'):
-                contents, findings = _inspect_part(part, use, ignored)
+                contents, findings = _inspect_part(part, use, ignored, alone)
                 report.contents += [(part, contents)] if contents else []
                 report.findings += findings
         if model is not None:
@@ -161,7 +162,7 @@ def _held(layer: Any) -> Mapping[str, Any]:
 
 
 def _inspect_part(
-    part: Any, use: str, ignored: Sequence[int]
+    part: Any, use: str, ignored: Sequence[int], alone: bool = True
 ) -> tuple[Contents | None, list[Fault | Note]]:
     """Check a data set without wrappers; the verdict is remembered while nothing changes."""
 
@@ -175,12 +176,14 @@ def _inspect_part(
             contents = read_contents(part, use, ignored)
             findings += _of_files(contents)
             for kind in kinds:
-                findings += kind.of_files(part, contents=contents, ignored=ignored, use=use)
+                findings += kind.of_files(
+                    part, contents=contents, ignored=ignored, use=use, alone=alone
+                )
         named = [(type(finding).__name__, str(finding)) for finding in findings]
         kept = not any(isinstance(finding, Fault) for finding in findings)
         return dict(contents=contents and vars(contents), findings=named), kept
 
-    result = remember(part, use, list(ignored), compute)
+    result = remember(part, use, [list(ignored), alone], compute)
     types = {'Fault': Fault, 'Note': Note}
     contents = result['contents'] and Contents.from_json(result['contents'])
     return contents, [types[kind](text) for kind, text in result['findings']]

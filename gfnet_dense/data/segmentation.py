@@ -5,10 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmengine import fileio
-
-from .contents import Contents
+from .contents import Contents, keep_random_state, loaders
 from .errors import Fault, Findings, Note, join_first
+from .files import absent_infos, can_load, has_own_steps, listed_infos, loads_annotations
 
 # Why a line of a list of files has no image: what tells it, and what to do.
 _LINES = (
@@ -26,26 +25,33 @@ def is_segmentation(part: Any) -> bool:
 
 def check_files(part: Any, use: str, **_: Any) -> Findings:
     """Find images and label maps that do not exist, and files that were left out."""
-    options = dict(backend_args=getattr(part, 'backend_args', None))
-    infos = [part.get_data_info(i) for i in range(len(part))]
-    images = [info['img_path'] for info in infos]
-    absent = [path for path in images if not fileio.exists(path, **options)]
-    if absent:
+    infos = listed_infos(part)
+    absent = absent_infos(part, infos, 'img_path')
+    if absent and not can_load(_loaders(part, absent[0], use)[0], absent[0]):
+        paths = [info['img_path'] for info in absent]
         yield Fault(
-            f'{len(absent)} of {len(infos)} images do not exist, first {join_first(absent)}: '
-            f'{_line_at_fault(part, absent[0]) or "restore them, or correct data_prefix"}'
+            f'{len(absent)} of {len(infos)} images do not exist, first {join_first(paths)}: '
+            f'{_line_at_fault(part, paths[0]) or "restore them, or correct data_prefix"}'
         )
         return
-    yield from _left_out(part, images)
-    maps = [info['seg_map_path'] for info in infos if info.get('seg_map_path') is not None]
-    missing = [path for path in maps if not fileio.exists(path, **options)]
+    yield from _left_out(part, [info['img_path'] for info in infos])
+    labelled = [info for info in infos if info.get('seg_map_path') is not None]
+    missing = absent_infos(part, infos, 'seg_map_path')
     if missing:
-        yield Fault(
-            f'{len(missing)} of {len(infos)} images have no annotation, first '
-            f'{join_first(missing)}: add the annotations, or remove the images'
-        )
+        # A step shows what it loads with a sample that has all its files.
+        whole = next((info for info in labelled if info not in missing), missing[0])
+        load = _loaders(part, whole, use)[1]
+        needed = use == 'train' or load is not None or loads_annotations(part)
+        if needed and not can_load(load, missing[0]):
+            yield Fault(
+                f'{len(missing)} of {len(infos)} images have no annotation, first '
+                f'{join_first(info["seg_map_path"] for info in missing)}: add the annotations, or '
+                'remove the images'
+            )
+    if has_own_steps(part):
+        return  # they may set gt_seg_map
     steps = getattr(getattr(part, 'pipeline', None), 'transforms', ())
-    if not maps and any(getattr(step, 'with_seg', False) for step in steps):
+    if not labelled and any(getattr(step, 'with_seg', False) for step in steps):
         yield Fault(
             f'the pipeline for {part.data_root} loads annotations, but data_prefix has no '
             'seg_map_path: set it, or remove LoadAnnotations from the pipeline'
@@ -58,11 +64,16 @@ def check_files(part: Any, use: str, **_: Any) -> Findings:
         )
 
 
+def _loaders(part: Any, info: Any, use: str) -> tuple[Any, Any, bool]:
+    with keep_random_state():
+        return loaders(part, info, use)
+
+
 def _line_at_fault(part: Any, path: str) -> str | None:
     """Say which line of the list of files names an image that does not exist."""
     if not hasattr(part, 'img_suffix') or not os.path.isfile(part.ann_file or ''):
         return None
-    lines = Path(part.ann_file).read_text(encoding='utf-8').splitlines()
+    lines = Path(part.ann_file).read_text(encoding='utf-8', errors='replace').splitlines()
     folder = part.data_prefix.get('img_path') or ''
     for number, line in enumerate(lines, 1):
         if os.path.join(folder, line.strip() + part.img_suffix) == path:
@@ -81,7 +92,7 @@ def _left_out(part: Any, images: Sequence[str]) -> Findings:
     folder, maps = (part.data_prefix.get(key) for key in ('img_path', 'seg_map_path'))
     listed = part.ann_file and not os.path.isdir(part.ann_file)
     if not folder or part.backend_args or listed or part._indices is not None:
-        return  # whoever lists files leaves others out on purpose
+        return  # a list of files leaves out others on purpose
     suffix = part.img_suffix
     stems = {path[: -len(suffix)] for path in images}
     others = [
@@ -120,7 +131,9 @@ def _left_out(part: Any, images: Sequence[str]) -> Findings:
             yield Note(f'{len(unused)} label maps in {maps} have no image: {join_first(unused)}')
 
 
-def check_labels(part: Any, contents: Contents, ignored: Sequence[int], use: str) -> Findings:
+def check_labels(
+    part: Any, contents: Contents, ignored: Sequence[int], use: str, alone: bool = True
+) -> Findings:
     """Find labels that belong to no class, and classes without labels.
 
     Args:
@@ -128,12 +141,15 @@ def check_labels(part: Any, contents: Contents, ignored: Sequence[int], use: str
         contents: What was read of it.
         ignored: Labels that the heads, or the metric, ignore.
         use: `'train'`, `'val'` or `'test'`.
+        alone: Whether there is no other data set of this use.
     """
     if not contents.pixels:
         return
     classes = part.metainfo.get('classes') or ()
     labels = {int(label): count for label, count in contents.pixels.items()}
-    beyond = sorted(label for label in labels if label >= len(classes) and label not in ignored)
+    beyond = sorted(
+        label for label in labels if not 0 <= label < len(classes) and label not in ignored
+    )
     if classes and beyond:
         example = contents.examples[str(beyond[0])]
         reduced = getattr(part, 'reduce_zero_label', False)
@@ -146,13 +162,19 @@ def check_labels(part: Any, contents: Contents, ignored: Sequence[int], use: str
         )
         return
     if classes:
-        yield from _training_on_nothing(part, contents, classes, ignored, use)
+        # Other parts, and images that `indices` leaves out, may have the other classes.
+        alone = alone and getattr(part, '_indices', None) is None
+        kind = Fault if use == 'train' and alone else Note
+        yield from _training_on_nothing(part, contents, classes, ignored, kind)
 
 
 def _training_on_nothing(
-    part: Any, contents: Contents, classes: Sequence[str], ignored: Sequence[int], use: str
+    part: Any,
+    contents: Contents,
+    classes: Sequence[str],
+    ignored: Sequence[int],
+    kind: type[Fault | Note],
 ) -> Iterator[Fault | Note]:
-    kind = Fault if use == 'train' else Note
     reduced = getattr(part, 'reduce_zero_label', False)
     found = [i for i in range(len(classes)) if contents.pixels[str(i)] and i not in ignored]
     unlabelled = sum(contents.pixels[str(label)] for label in ignored)

@@ -37,15 +37,18 @@ class LabelMaps(BaseMetric):
         self.out_dir, self.root = Path(out_dir), Path(root)
         self._images: dict[Path, str] = {}
 
+    def path(self, image: str) -> Path:
+        """Return the file that the label map of an image is written to."""
+        inside = Path(image).is_relative_to(self.root)
+        name = Path(image).relative_to(self.root) if inside else Path(Path(image).name)
+        return self.out_dir / name.with_suffix('.png')
+
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
         """Write the label maps of a batch."""
         for sample in data_samples:
-            image = Path(sample['img_path'])
-            inside = image.is_relative_to(self.root)
-            name = image.relative_to(self.root) if inside else Path(image.name)
-            path = self.out_dir / name.with_suffix('.png')
-            other = self._images.setdefault(path, str(image))
-            if other != str(image):
+            image, path = sample['img_path'], self.path(sample['img_path'])
+            other = self._images.setdefault(path, image)
+            if other != image:
                 raise DataError(
                     f'{other} and {image} would both be written to {path}: evaluate one of them '
                     'at a time, or write a .pkl file'

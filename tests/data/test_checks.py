@@ -1,22 +1,36 @@
 import re
+import shutil
+from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from mmengine import fileio
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from mmengine.dataset import ConcatDataset, pseudo_collate
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
+from mmengine.registry import TRANSFORMS, init_default_scope
 from mmengine.runner import Runner
 from mmseg.datasets import BaseSegDataset
+from mmseg.evaluation import IoUMetric
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
+from gfnet_dense.data.build import build_dataset
 from gfnet_dense.data.checks import check_folders, check_heads, find_batches
+from gfnet_dense.data.contents import Contents
 from gfnet_dense.data.errors import DataError, raise_first
+from gfnet_dense.data.evaluation import find_evaluation, number_names, wanted_numbers
+from gfnet_dense.data.files import absent_infos, listed_infos
 from gfnet_dense.data.report import inspect
+from gfnet_dense.data.segmentation import check_files, check_labels
 from gfnet_dense.demo import write_digits
 from gfnet_dense.durable.data_checks import CheckedDataset, checked
 from gfnet_dense.durable.resumable import resumable
 from gfnet_dense.openmmlab import find_config
+from gfnet_dense.openmmlab.label_maps import LabelMaps
 
 
 @pytest.fixture
@@ -166,3 +180,200 @@ def test_last_batches_of_resumable_loaders(digits, sampler, drop_last, faulty):
     loader = Runner.build_dataloader(resumable(cfg, seed=0))
     findings = [str(finding) for finding in find_batches(loader, Pooled(), 'train')]
     assert any('set drop_last=True' in finding for finding in findings) == faulty
+
+
+def faults_of(dataset, use='train', batch_size=1, **options):
+    loader = DataLoader(dataset, batch_size, collate_fn=pseudo_collate)
+    return inspect(use, loader, **options).faults
+
+
+def part(root, **changes):
+    init_default_scope('mmseg')
+    options = {**config(root).dataset, **changes}
+    options.pop('type')
+    return BaseSegDataset(**options)
+
+
+def test_a_part_may_hold_the_background_alone(digits, tmp_path):
+    shutil.copytree(digits, tmp_path / 'empty')
+    for path in (tmp_path / 'empty/annotations/training').iterdir():
+        Image.fromarray(np.ones((64, 64), np.uint8)).save(path)
+    alone = part(tmp_path / 'empty')
+    assert "belong to the class 'background'" in faults_of(alone)[0]
+    assert faults_of(ConcatDataset([part(digits), alone])) == []
+    assert faults_of(part(tmp_path / 'empty', indices=2)) == []
+
+
+@TRANSFORMS.register_module()
+class FromArchive:
+    """A transform of a user that finds images and labels elsewhere than in files."""
+
+    def __call__(self, results):
+        results['img'] = np.zeros((64, 64, 3), np.uint8)
+        results['img_shape'] = results['ori_shape'] = (64, 64)
+        results['gt_seg_map'] = np.arange(64 * 64).reshape(64, 64) % 11
+        results['seg_fields'].append('gt_seg_map')
+        return results
+
+
+def test_what_a_step_of_the_user_loads_need_not_be_a_file(digits):
+    own = [dict(type='FromArchive'), dict(type='PackSegInputs')]
+    unlabelled = part(digits, data_prefix=dict(img_path='images/training'), pipeline=own)
+    assert [*check_files(unlabelled, 'train')] == []
+    plain = [dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]
+    unlabelled = part(digits, data_prefix=dict(img_path='images/training'), pipeline=plain)
+    assert 'training needs annotations' in ' '.join(check_files(unlabelled, 'train'))
+    archived, standard = part(digits, pipeline=own), part(digits)
+    for path in digits.glob('*/training/*'):
+        path.unlink()
+    assert [*check_files(archived, 'train')] == []
+    assert '6 of 6 images do not exist' in ' '.join(check_files(standard, 'train'))
+
+
+def test_label_maps_that_no_step_loads_are_not_demanded(digits):
+    plain = [dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]
+    cfg = dict(config(digits).dataset, pipeline=plain)
+    dataset = part(digits, pipeline=plain)
+    shutil.rmtree(digits / 'annotations')
+    check_folders(cfg)
+    metric = IoUMetric(format_only=True, output_dir=str(digits))
+    assert faults_of(dataset, 'test', metrics=[metric]) == []
+    (fault,) = faults_of(dataset, 'test', metrics=[IoUMetric()])
+    assert 'does not load them' in fault
+    with pytest.raises(DataError, match='there is no folder'):
+        check_folders(config(digits).dataset)
+
+
+def test_metainfo_that_differs_between_parts():
+    dataset = SimpleNamespace(metainfo=[dict(classes='ab'), dict(classes='ab', palette=[])])
+    model = nn.Module()
+    model.decode_head = nn.Module()
+    model.decode_head.num_classes = 2
+    check_heads(model, dataset)
+    model.decode_head.num_classes = 3
+    with pytest.raises(DataError, match='num_classes=3, but there are 2'):
+        check_heads(model, dataset)
+
+
+def test_of_remote_files_a_sample_is_looked_for(monkeypatch):
+    looked = []
+    monkeypatch.setattr(fileio, 'exists', lambda path, **_: looked.append(path) or True)
+    dataset = [dict(img_path=f'{i}.png') for i in range(1000)]
+
+    class Remote(list):
+        get_data_info = list.__getitem__
+
+    remote = Remote(dataset)
+    remote.backend_args = dict(backend='petrel')
+    assert absent_infos(remote, listed_infos(remote), 'img_path') == []
+    assert len(looked) == 64
+    assert (looked[0], looked[-1]) == ('0.png', '999.png')
+
+
+def test_remote_folders_are_not_looked_for():
+    check_folders(dict(type='A', data_root='s3://bucket/ade', data_prefix=dict(img_path='x')))
+
+
+class Counted(list):
+    """A data set that counts how often it is asked."""
+
+    asked = 0
+
+    def get_data_info(self, i):
+        self.asked += 1
+        return dict(width=self[i], height=8)
+
+
+def test_few_samples_of_a_long_data_set_are_looked_at():
+    dataset = Counted([8] * 40_000)
+    assert [*find_batches(DataLoader(dataset, 4), None, 'train')] == []
+    assert 0 < dataset.asked <= 2000
+
+
+class Images(Counted):
+    def __getitem__(self, i):
+        return torch.zeros(super().__getitem__(i)) if self.works else {}['key']
+
+    def get_data_info(self, i):
+        return dict(width=list.__getitem__(self, i), height=8, img_path=str(i))
+
+    works = True
+
+
+def test_batches_of_another_sampler_are_not_guessed():
+    dataset = Images([8, 8, 9, 9])
+    (fault,) = find_batches(DataLoader(dataset, 4, shuffle=True), None, 'train')
+    assert 'cannot form a batch' in fault
+    assert 'bring them to one size' in fault
+    grouped = DataLoader(dataset, batch_sampler=[[0, 1], [2, 3]])
+    assert [*find_batches(grouped, None, 'train')] == []
+    dataset.works = False
+    (fault,) = find_batches(DataLoader(dataset, 4, shuffle=True), None, 'train')
+    assert 'KeyError' in fault
+    assert 'size' not in fault
+
+
+def test_augmentation_of_batches_is_not_run():
+    class Preprocessor(nn.Module):
+        batch_augments = None
+
+        def forward(self, data, training):
+            raise ValueError('called')
+
+    class Samples(Counted):
+        def __getitem__(self, i):
+            return dict(inputs=torch.zeros(3, 8, 8))
+
+        def get_data_info(self, i):
+            return dict(width=8, height=8)
+
+    model = nn.Module()
+    model.data_preprocessor = Preprocessor()
+    loader = DataLoader(Samples([8] * 4), 2)
+    assert len([*find_batches(loader, model, 'train')]) == 1
+    Preprocessor.batch_augments = [nn.Identity()]
+    assert [*find_batches(loader, model, 'train')] == []
+
+
+def test_numbers_of_own_metrics_are_not_known():
+    class Boundary(IoUMetric):
+        pass
+
+    assert number_names(IoUMetric()) == {'aAcc', 'mIoU', 'mAcc'}
+    assert number_names(Boundary(iou_metrics=['bIoU'])) is None
+
+
+def test_a_hook_of_the_user_may_monitor_anything():
+    class Watch(Hook):
+        monitor = 'grad_norm'
+
+    hooks = [Watch(), EarlyStoppingHook('mIoU'), CheckpointHook(save_best='mAcc')]
+    hooks[2].key_indicators = ['mAcc']  # as before a run
+    assert wanted_numbers(hooks) == ['mIoU', 'mAcc']
+
+
+def test_a_list_of_files_in_another_encoding(digits):
+    (digits / 'train.txt').write_bytes('caf\xe9\n'.encode('latin-1'))
+    cfg = dict(config(digits).dataset, ann_file='train.txt', type='mmseg.BaseSegDataset')
+    cfg['pipeline'] = []
+    with pytest.raises(DataError, match=r'train\.txt is not UTF-8'):
+        build_dataset(cfg)
+
+
+def test_labels_below_zero():
+    dataset = SimpleNamespace(metainfo=dict(classes=('a', 'b')), data_root='x')
+    contents = Contents(1, read=1, pixels=Counter({'0': 5, '1': 5, '-1': 2}))
+    contents.examples['-1'] = 'a.npy'
+    (fault,) = check_labels(dataset, contents, (255,), 'train')
+    assert fault.startswith('a.npy has labels -1, but')
+
+
+def test_label_maps_of_one_name_are_found_before_the_test(tmp_path):
+    images = [dict(img_path=f'/{folder}/a.png') for folder in ('x', 'y')]
+
+    class Samples(list):
+        get_data_info = list.__getitem__
+
+    (fault,) = find_evaluation([LabelMaps(tmp_path)], Samples(images), 'test')
+    assert '/x/a.png and /y/a.png would both be written' in fault
+    assert [*find_evaluation([LabelMaps(tmp_path)], Samples(images[:1]), 'test')] == []

@@ -3,11 +3,17 @@ import json
 import numpy as np
 import pytest
 from mmdet.datasets import CocoDataset
-from mmengine.dataset import ConcatDataset, RepeatDataset
+from mmengine.dataset import ConcatDataset, RepeatDataset, pseudo_collate
+from mmengine.registry import TRANSFORMS
 from PIL import Image
+from pycocotools import mask
+from torch.utils.data import DataLoader
 
-from gfnet_dense.data.coco import check_coco, check_part
-from gfnet_dense.data.errors import DataError, Note
+from gfnet_dense.data.build import build_dataset
+from gfnet_dense.data.coco import check_coco, check_file, check_objects, check_part, is_coco
+from gfnet_dense.data.contents import read_contents
+from gfnet_dense.data.errors import DataError, Fault, Note
+from gfnet_dense.data.report import inspect
 from gfnet_dense.demo import write_digits
 from gfnet_dense.durable.data_checks import CheckedDataset
 
@@ -247,3 +253,85 @@ def test_masks_that_the_pipeline_loads_must_be_there(build, content):
     check_coco(build(pipeline=[dict(type='mmdet.LoadAnnotations', with_bbox=True)]))
     with pytest.raises(DataError, match=r'1 objects .* no segmentation.*RetinaNet'):
         check_coco(build(pipeline=[dict(type='mmdet.LoadAnnotations', with_mask=True)]))
+
+
+def test_a_part_may_have_no_objects(build, content, tmp_path):
+    positives = build()
+    content['annotations'] = []
+    (tmp_path / 'annotations.json').rename(tmp_path / 'positives.json')
+    positives.ann_file = str(tmp_path / 'positives.json')
+    negatives = build(filter_cfg=dict(filter_empty_gt=False))
+    contents = read_contents(negatives)
+    (alone,) = check_objects(negatives, contents, 'train')
+    (beside_others,) = check_objects(negatives, contents, 'train', alone=False)
+    subset = build(filter_cfg=dict(filter_empty_gt=False), indices=2)
+    (of_subset,) = check_objects(subset, read_contents(subset), 'train')
+    assert [type(found) for found in (alone, beside_others, of_subset)] == [Fault, Note, Note]
+    loader = DataLoader(ConcatDataset([positives, negatives]), collate_fn=pseudo_collate)
+    assert inspect('train', loader).faults == []
+
+
+@TRANSFORMS.register_module()
+class FromBytes:
+    """A transform of a user that finds images elsewhere than in files."""
+
+    def __call__(self, results):
+        return dict(results, img=np.zeros((20, 40, 3), np.uint8))
+
+
+def test_images_that_a_step_of_the_user_loads_need_not_be_files(build, tmp_path):
+    dataset = build(pipeline=[dict(type='FromBytes')])
+    for path in tmp_path.glob('*.jpg'):
+        path.unlink()
+    check_coco(dataset)
+
+
+def test_data_sets_of_other_layouts_are_not_read_as_coco():
+    class LVISDataset:
+        cat2label, ann_file = {}, 'lvis.json'
+
+    class MyObjects(LVISDataset):
+        pass
+
+    class XMLDataset:
+        cat2label, ann_file = {}, 'train.txt'
+
+    class Panoptic:
+        cat2label, ann_file = {}, 'panoptic.json'
+
+    found = [is_coco(kind()) for kind in (LVISDataset, MyObjects, XMLDataset, Panoptic)]
+    assert found == [False, False, False, True]
+
+
+def test_a_faulty_file_inside_wrappers_is_named(build, content, tmp_path):
+    build()
+    del content['images'][0]['width']
+    (tmp_path / 'faulty.json').write_text(json.dumps(content))
+    inner = [
+        dict(
+            type='mmdet.CocoDataset', data_root=str(tmp_path), ann_file=file,
+            data_prefix=dict(img=''), metainfo=dict(classes=NAMES), pipeline=[],
+        )
+        for file in ('annotations.json', 'faulty.json')
+    ]  # fmt: skip
+    repeated = [dict(type='RepeatDataset', times=2, dataset=each) for each in inner]
+    with pytest.raises(DataError, match=r'1 of 3 images in .*faulty\.json have no width'):
+        build_dataset(dict(type='ConcatDataset', datasets=repeated))
+
+
+def test_areas_of_0_are_named(build, content):
+    for some in content['annotations']:
+        some['area'] = 0
+    with pytest.raises(DataError, match=r'all 3 annotations in .* have an area of 0'):
+        check_coco(build(filter_cfg=dict(filter_empty_gt=False)))
+
+
+def test_a_first_polygon_of_two_points_beside_a_whole_one(content):
+    polygons = [[2, 2, 9, 9], [1, 1, 9, 1, 9, 9, 1, 9]]
+    with pytest.raises(TypeError):
+        mask.frPyObjects(polygons, 20, 40)
+    content['annotations'][0]['segmentation'] = polygons
+    assert [*check_file(content, 'a.json', True, 'train')] == []
+    (fault,) = check_file(content, 'a.json', True, 'evaluator')
+    assert isinstance(fault, Fault)
+    assert 'first polygon' in fault

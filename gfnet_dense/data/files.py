@@ -1,0 +1,55 @@
+"""Which files of a data set exist, and which steps of its pipeline could load them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from mmengine import fileio
+
+from .contents import keep_random_state
+
+_REMOTE = 64  # files on another machine that are looked for
+_LIBRARIES = 'mmengine', 'mmcv', 'mmseg', 'mmdet', 'gfnet_dense'
+
+
+def listed_infos(part: Any) -> list[Any]:
+    """Return the samples whose files are looked for: all, or 64 of those on another machine."""
+    count = len(part)
+    if getattr(part, 'backend_args', None) or '://' in str(part.get_data_info(0).get('img_path')):
+        chosen = np.unique(np.linspace(0, count - 1, min(count, _REMOTE)).astype(int)).tolist()
+    else:
+        chosen = range(count)
+    return [part.get_data_info(i) for i in chosen]
+
+
+def absent_infos(part: Any, infos: Sequence[Any], key: str) -> list[Any]:
+    """Return the samples that name a file under a key, such as `img_path`, which is not there."""
+    options = dict(backend_args=getattr(part, 'backend_args', None))
+    named = [info for info in infos if info.get(key) is not None]
+    return [info for info in named if not fileio.exists(info[key], **options)]
+
+
+def can_load(load: Callable[[Any], Any] | None, info: Mapping[str, Any]) -> bool:
+    """Tell whether a loading step of a pipeline loads a sample, wherever it finds it."""
+    if load is None:
+        return False
+    with keep_random_state():
+        try:
+            load(info)
+        except Exception:  # of any library
+            return False
+    return True
+
+
+def has_own_steps(part: Any) -> bool:
+    """Tell whether a pipeline has steps of the user, which may load anything."""
+    return any(type(step).__module__.partition('.')[0] not in _LIBRARIES for step in _steps(part))
+
+
+def loads_annotations(part: Any) -> bool:
+    """Tell whether a pipeline has a step of the libraries that loads annotations."""
+    return any(getattr(s, 'with_seg', False) or 'Annotation' in repr(s) for s in _steps(part))
+
+
+def _steps(part: Any) -> Sequence[Any]:
+    return getattr(getattr(part, 'pipeline', None), 'transforms', None) or ()
