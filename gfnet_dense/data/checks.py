@@ -152,8 +152,8 @@ def find_batches(loader: DataLoader[Any], model: nn.Module | None, use: str) -> 
             # Samples of test-time augmentation hold a list of images.
             # Augmentation of batches may wait for other processes, which are not here.
             waits = get_world_size() > 1 or getattr(preprocessor, 'batch_augments', None)
-            skipped = preprocessor is None or (use == 'train' and waits)
-            if not skipped and isinstance(inputs, Tensor):
+            skipped = use == 'train' and waits
+            if preprocessor is not None and not skipped and isinstance(inputs, Tensor):
                 preprocessor(data, use == 'train')
         except DataError as e:
             yield Fault(str(e))

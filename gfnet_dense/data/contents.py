@@ -204,7 +204,7 @@ def _described(value: Any, depth: int = 0) -> Any:
     if isinstance(name := getattr(value, '__qualname__', None), str):  # of a class or function
         return value.__module__, name
     held = getattr(value, '__dict__', {})
-    if not held and type(value).__repr__ is not object.__repr__:
+    if not held and getattr(type(value), '__repr__', None) is not object.__repr__:
         return repr(value)
     return type(value).__module__, type(value).__qualname__, _described(held, depth + 1)
 

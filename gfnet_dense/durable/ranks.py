@@ -36,7 +36,7 @@ def on_main_process(function: Callable[[], Any]) -> None:
             error = [e]
         finally:
             if store is not None:
-                store.set(key, b'1')
+                store.set(key, '1')
     elif store is not None:
         store.wait([key], timedelta(days=1))
     broadcast_object_list(error)

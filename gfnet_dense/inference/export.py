@@ -397,9 +397,9 @@ class Comparison:
     labels: int = 0
     confusion: Array | int = 0  # (classes, classes): truth, prediction
 
-    def add(self, names: Sequence[str], expected: Sequence[Array], actual: Sequence[Array]) -> None:
+    def add(self, reference: Deployed, expected: Sequence[Array], actual: Sequence[Array]) -> None:
         """Take the outputs of another batch into account."""
-        for name, y, z in zip(names, expected, actual, strict=True):
+        for name, y, z in zip(reference.names, expected, actual, strict=True):
             if y.shape != z.shape or y.dtype != z.dtype:
                 raise ExportError(
                     f'{self.runtime} computes {name} {z.dtype} {z.shape}, PyTorch {y.dtype} '
@@ -410,8 +410,8 @@ class Comparison:
                 worst = np.abs(z - y).max(initial=self.differences.get(name, 0.0))
                 self.differences[name] = float(worst)
                 self.largest[name] = float(np.abs(y).max(initial=self.largest.get(name, 0.0)))
-        if (labels := _labels_of(names, expected)) is not None:
-            self.equal += int((labels == _labels_of(names, actual)).sum())
+        if (labels := _labels_of(reference, expected)) is not None:
+            self.equal += int(np.sum(labels == _labels_of(reference, actual)))
             self.labels += labels.size
 
     def difference(self, name: str) -> float:
@@ -513,7 +513,7 @@ def prove(
         for name, run in runs.items():
             outputs = run(images)
             expected = expected or outputs
-            comparisons[name].add(reference.names, expected, outputs)
+            comparisons[name].add(reference, expected, outputs)
             labels = _labels_of(reference, outputs)
             for i, sample in enumerate(part):
                 if sample.truth is not None and labels is not None:

@@ -77,7 +77,9 @@ class Inputs:
             else:
                 name = absolute.relative_to(absolute.anchor)
             # The name without its suffix is the first choice, then the whole name, then a number.
-            choices = (name.with_name(f'{name.name}-{i}') for i in itertools.count(2))
+            choices: Iterator[Path] = (
+                name.with_name(f'{name.name}-{i}') for i in itertools.count(2)
+            )
             choices = itertools.chain([name], choices)
             if absolute.suffix.lower() not in VIDEOS and _names(absolute.parent)[absolute.stem] < 2:
                 choices = itertools.chain([name.with_suffix('')], choices)
