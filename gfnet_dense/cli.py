@@ -448,24 +448,25 @@ def _new(parser: argparse.ArgumentParser) -> Run:
         '--ignore',
         nargs='+',
         default=(),
-        metavar='VALUE',
-        help='values of masks without a class, such as 0 or 224,224,192',
+        metavar='V',
+        help='mask values without a class: 0 or 224,224,192',
     )
-    parser.add_argument('--head', choices=HEADS, help='default: chosen from the annotations')
-    parser.add_argument('--arch', choices=ARCHS, default='h-s', help='size of the GFNet: h-s')
+    heads = f'{", ".join(HEADS)}; default: chosen from the annotations'
+    parser.add_argument('--head', choices=HEADS, metavar='HEAD', help=heads)
+    archs = f'GFNet of size {", ".join(ARCHS)}; default: h-s'
+    parser.add_argument('--arch', choices=ARCHS, metavar='ARCH', default='h-s', help=archs)
     parser.add_argument(
         '--weights',
         metavar='FILE|NAME',
-        help='GFNet to start from, or none; by default the official weights',
+        help='GFNet to start from, or none; default: official',
     )
     for option, text in (
         (
             '--crop',
-            'side of training crops in pixels; segmentors and detectors also resize images to '
-            'this shorter side',
+            'side of training crops; images are resized to this shorter side',
         ),
-        ('--batch', 'images of an iteration; by default what memory is estimated to hold'),
-        ('--iterations', 'length of training; by default 100 epochs, at most 80,000'),
+        ('--batch', 'images of an iteration; default: what memory should hold'),
+        ('--iterations', 'default: 100 epochs, at most 80,000 iterations'),
     ):
         parser.add_argument(option, type=_positive_int, metavar='N', help=text)
     parser.add_argument(
