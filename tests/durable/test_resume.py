@@ -110,8 +110,13 @@ def test_resuming_needs_a_checkpoint_of_training(tmp_path):
         train(toy_config(tmp_path / 'run'), resume=str(weights_only))
 
 
+def workers_except(others):
+    return [worker for worker in multiprocessing.active_children() if worker not in others]
+
+
 def test_the_death_of_a_data_loading_process_is_explained(tmp_path, then):
-    then(4, lambda: os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL))
+    others = multiprocessing.active_children()  # of loaders of other tests, about to end
+    then(4, lambda: os.kill(workers_except(others)[0].pid, signal.SIGKILL))
     with pytest.raises(DataError, match=r'DataLoader worker .*killed.*lower num_workers'):
         train(toy_config(tmp_path, workers=1))
     log = next(tmp_path.glob('*/*.log')).read_text()
@@ -125,7 +130,7 @@ def test_the_signal_of_a_launcher_reaches_data_loading_processes_too(tmp_path, t
     others = multiprocessing.active_children()
 
     def launcher():
-        workers.extend(w for w in multiprocessing.active_children() if w not in others)
+        workers.extend(workers_except(others))
         child = os.fork()
         if child == 0:  # another process than their parent
             try:
