@@ -261,7 +261,7 @@ def backbones(at: Setting) -> Iterator[Row]:
         yield Row(BACKBONES, '{} | {} | {} | eager'.format(*case), names, run)
     run = functools.partial(profile, at, *sides[0])
     yield Row(PROFILE, '{0}, {2} of {1}x{1}'.format(names[0], *sides[0]), tuple(SHARES), run)
-    for case, name in itertools.product(cases, names):
+    for case, name in itertools.product(cases, names[:1] if at.rehearse else names):
         run = functools.partial(time_backbones, at, *case, (name,), compiled=True)
         yield Row(BACKBONES, '{} | {} | {} | compiled'.format(*case), (name,), run)
 
