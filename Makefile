@@ -39,12 +39,12 @@ NOT_FAST := --ignore=tests/configs/test_coco_configs.py \
 unexport PYTHON
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-fast test-core coverage lint types install ops release-notes announce \
-  clean
+.PHONY: help demo test test-fast test-core coverage lint types gpu install ops release-notes \
+  announce clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo '  PYTHON=python3.12 chooses the Python, ARGS=... are arguments of the demo or of pytest.'
+	@echo '  PYTHON=python3.12 chooses the Python, ARGS=... are arguments of the demo, of pytest or the report.'
 
 demo: install  ## train and evaluate a small segmentor; needs no compiler and no GPU
 	$(PY) tools/demo.py $(ARGS)
@@ -67,6 +67,10 @@ lint: $(LINT)  ## check style and formatting
 
 types: $(TOOLS)  ## check types
 	$(PY) -m mypy
+
+gpu: install  ## check and measure everything on an NVIDIA GPU, about 12 minutes
+	-$(PY) tools/gpu_report.py --out build/gpu $(ARGS)
+	$(PY) tools/gpu_report.py --out build/gpu --render
 
 release-notes:  ## print a section of the changelog; VERSION=0.1.0
 	@awk -v heading='## [$(VERSION)]' \

@@ -1,0 +1,90 @@
+"""The report of a GPU, rehearsed on a CPU."""
+
+import importlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filter_oracle import ERRORS
+
+TOOLS = Path(__file__).resolve().parents[2] / 'tools'
+
+
+@pytest.fixture(scope='module')
+def tool():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(TOOLS)
+        yield importlib.import_module('gpu_report')
+
+
+def measured(tool, part: int, out: Path, seconds: float = 600) -> list[dict]:
+    assert tool.run_rows(part, tool.CPU, out, time.time() + seconds) == 0
+    return tool.read(out)
+
+
+def test_correct_backends_pass_and_one_that_needs_a_gpu_is_named(tool, tmp_path):
+    rows = measured(tool, 1, tmp_path)
+    cells = [pair for row in rows for pair in row['cells'].items()]
+    assert {backend for backend, _ in cells} == {'fused', 'dense', 'fft'}
+    for row in rows:
+        ((backend, cell),) = row['cells'].items()
+        dtype = next(dtype for dtype in ERRORS if str(dtype).split('.')[1] in row['label'])
+        if backend == 'fused':  # without the interpreter
+            assert 'NVIDIA GPU' in cell['failed']
+        else:
+            assert 0 < cell[''] <= ERRORS[dtype]
+
+
+def test_a_wrong_filter_fails_and_the_run_goes_on(tool, tmp_path, monkeypatch):
+    right = tool.global_filter
+    monkeypatch.setattr(tool, 'global_filter', lambda *inputs: 1.01 * right(*inputs))
+    planned = [row for row in tool.correctness(tool.CPU) if row.columns != ('fused',)]
+    failed = [
+        cell['failed']
+        for row in measured(tool, 1, tmp_path)
+        for backend, cell in row['cells'].items()
+        if backend != 'fused'
+    ]
+    assert len(failed) == len(planned)
+    assert all(text.startswith('AssertionError') for text in failed)
+
+
+def test_times_are_kept_continued_and_rendered(tool, tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, '_copy_rate', lambda device: 1e10)
+    assert measured(tool, 2, tmp_path, seconds=-1) == []  # out of time
+    measured(tool, 2, tmp_path)
+    rows = measured(tool, 3, tmp_path)
+    file = tmp_path / 'results.jsonl'
+    text = file.read_text()
+    assert [json.loads(line) for line in text.splitlines()] == rows
+    for row in rows:
+        for column, cell in row['cells'].items():
+            if column == 'fused':
+                assert 'failed' in cell
+            elif row['table'] == tool.PROFILE[0]:
+                assert 0 <= cell['%'] <= 100
+            else:
+                assert cell['ms'] > 0 and float(cell['x'].split()[0]) > 0
+    measured(tool, 3, tmp_path)
+    assert file.read_text() == text
+
+    page = tool.render(tool.CPU, rows)
+    ((line, *_),) = [[x for x in page.splitlines() if '3x2x2 | bfloat16 | forward |' in x]]
+    assert line.count('1.00 (1.00-1.00) x') == 1 and 'failed: KeyError' in line
+    filters, product = page.index(tool.FILTER[0]), page.index(tool.PRODUCT[0])
+    assert 'not measured' not in page[filters:product]
+    assert page[product:].count('not measured') == len([*tool.products(tool.CPU)])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize('part', [1, 2, 3, 4])
+def test_rehearses_on_a_cpu_with_the_interpreter(tool, tmp_path, part):
+    command = [sys.executable, TOOLS / 'gpu_report.py', '--rehearse', '--out', tmp_path]
+    options = ['--part', str(part), '--minutes', '14']
+    run = subprocess.run([*command, *options], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert len(tool.read(tmp_path)) == len([*tool.PARTS[part](tool.CPU)])

@@ -1,0 +1,602 @@
+"""Check and measure everything on an NVIDIA GPU: `python tools/gpu_report.py --out DIR`.
+
+    python tools/gpu_report.py --out DIR --part 2 --minutes 5
+    python tools/gpu_report.py --out DIR --render > tables.md
+
+Part 1 checks the backends of the filter against float64, part 2 times them, part 3 times backbones,
+part 4 trains segmentors through tools/train.py. The first three need torch, timm and Triton alone.
+It runs from a checkout, whose tests hold the oracle.
+
+Every row is appended to DIR/results.jsonl as soon as it is measured. A row that fails keeps its
+error, and the run goes on. Rows that DIR holds already are not measured again, so the same command
+continues a run that was cut off. --rehearse runs everything on a CPU, in tiny sizes.
+"""
+
+import argparse
+import contextlib
+import functools
+import importlib.metadata
+import itertools
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+
+import benchmark_filter as bench  # noqa: E402
+import filter_oracle as oracle  # noqa: E402
+from benchmark_model import inference, plain, training_step  # noqa: E402
+
+from gfnet_dense.benchmark import machine, measure, speedup  # noqa: E402
+from gfnet_dense.models import GFNetPyramid  # noqa: E402
+from gfnet_dense.spectral import global_filter, unsupported_reason  # noqa: E402
+
+Cell = dict[str, Any]  # figures by unit, or the text of an error under 'failed'
+Run = Callable[[], object]
+
+MINUTES = {1: 2.0, 2: 2.0, 3: 3.0, 4: 4.0}
+GRACE = 30.0  # seconds after the minutes of a part until it is ended
+BROKEN = 3  # exit status of a part whose CUDA context is lost
+
+COCO_SIZES = ['200x334x96', '100x168x192', '50x84x384']
+STAGES_224 = ['56x56x96', '28x28x192', '14x14x384', '7x7x768']
+ITERATIONS = 40  # of a training
+
+# The operators of a training step, by what they belong to; the first pattern that fits counts.
+SHARES = {
+    'filter': r'fft|gfnet_dense|aten::bmm',
+    'norms': r'norm',
+    'MLP': r'aten::(addmm|mm|gelu)',
+    'copies': r'aten::(copy_|clone|cat)',
+    'optimizer': r'foreach|adam',
+    'other': r'',
+}
+
+# Tables: the title, and what the lines are labelled with.
+CORRECT = ('Largest error, in units of the largest value of float64', 'H x W x C | dtype | mode')
+FILTER = ('The filter, batch 16', 'H x W x C | dtype | pass | launch')
+BACKBONES = ('Backbones, bfloat16 autocast', 'side | batch | pass | mode')
+PROFILE = ('Shares of a training step, bfloat16 autocast', 'backbone')
+PRODUCT = ('UperNet on generated images, through tools/train.py', 'run')
+
+
+class Row(NamedTuple):
+    """A measurement: the table, the line and the columns of its cells, and what fills them."""
+
+    table: tuple[str, str]
+    label: str
+    columns: tuple[str, ...]
+    measure: Callable[[], dict[str, Cell]]
+
+
+class Setting(NamedTuple):
+    """Where rows are measured, and how long."""
+
+    device: str
+    turns: int
+    seconds: float
+    compiler: str
+    rehearse: bool
+
+
+GPU = Setting('cuda', 7, 0.02, 'inductor', False)
+CPU = Setting('cpu', 2, 0.0, 'aot_eager', True)
+
+PASSES = {'training step': training_step, 'inference': inference}
+
+
+# Part 1: correct
+
+
+def correctness(at: Setting) -> Iterator[Row]:
+    """Check all backends for eager and replayed runs, then compiled ones for some sizes."""
+    # The interpreter cuts digits off where GPUs round to bfloat16.
+    dtypes = ['float16', 'float32'] if at.rehearse else ['bfloat16', 'float16', 'float32']
+    sizes = [*bench.GPU_SIZES, *bench.GPU_SWEEP, '13x9x40', '65x63x3']
+    some = ['64x64x192', '14x14x384', '100x168x96']
+    if at.rehearse:
+        sizes, some = ['3x2x2'], ['3x2x2']
+    for mode, few in (('eager', sizes), ('compiled', some)):
+        for dtype, size in itertools.product(dtypes, few):
+            for backend in ('fused', 'dense', 'fft')[dtype == 'float32' :]:
+                run = functools.partial(check, at, backend, dtype, size, mode)
+                yield Row(CORRECT, f'{size} | {dtype} | {mode}', (backend,), run)
+
+
+@functools.lru_cache(maxsize=1)
+def case_of(size: str, dtype: torch.dtype, device: str) -> tuple[oracle.Case, list[Tensor]]:
+    """Return inputs, and result and gradients of them in float64."""
+    torch.manual_seed(0)
+    height, width, channels = bench.parse_size(size)
+    case = oracle.random_case((height, width), dtype, 3, channels, device)
+    return case, oracle.expected(*case)
+
+
+def check(at: Setting, backend: str, dtype: str, size: str, mode: str) -> dict[str, Cell]:
+    """Return the largest error of a backend: result and both gradients, in outputs of NaN."""
+    case, truth = case_of(size, getattr(torch, dtype), at.device)
+    if reason := unsupported_reason(case.x, backend):
+        raise ValueError(f'{backend} does not take it: {reason}')
+
+    def function(x: Tensor, weight: Tensor) -> Tensor:
+        return global_filter(x, weight, backend)
+
+    if mode == 'compiled':
+        torch.compiler.reset()
+        function = torch.compile(function, fullgraph=True, backend=at.compiler)
+    run = functools.partial(oracle.result_and_gradients, function)
+    results = {'first': run(*case), 'second': run(*case)}
+    if not all(map(torch.equal, *results.values())):
+        raise AssertionError('a second run gives another result')
+    if mode == 'eager':
+        x, g = (t.detach().movedim(-1, 1).contiguous().movedim(1, -1) for t in (case.x, case.g))
+        weight = case.weight.detach().repeat_interleave(2, dim=1)[:, ::2]
+        results['non-contiguous'] = run(x, weight, g)
+        if at.device == 'cuda':
+            made = []
+            replay = bench.captured(lambda: made.append(run(*case)))
+            for tensor in made[-1]:
+                tensor.fill_(torch.nan)
+            replay()
+            results['CUDA graph'] = made[-1]
+    largest, allowed = 0.0, oracle.ERRORS[case.x.dtype]
+    for how, actual in results.items():
+        for what, a, e in zip(('result', 'dx', 'dweight'), actual, truth, strict=True):
+            error = ((a.double().cpu() - e).abs().max() / e.abs().max()).item()
+            if not error <= allowed:
+                raise AssertionError(f'{how} {what}: error {error:.1e}, allowed {allowed:.0e}')
+            largest = max(largest, error)
+    return {backend: {'': largest}}
+
+
+# Parts 2 and 3: times
+
+
+def in_turns(
+    makers: dict[str, Callable[[], Run]],
+    at: Setting,
+    figures: Callable[[float], Cell],
+    graph: bool = False,
+) -> dict[str, Cell]:
+    """Time what takes turns, relative to the first; what fails does not take part."""
+    runs, cells = {}, {}
+    for name, make in makers.items():
+        try:
+            run = make()
+            cells[name] = {} if at.rehearse else {'MB': bench.peak(run, at.device)}
+            run()
+            runs[name] = bench.captured(run) if graph else run
+        except Exception as error:
+            cells[name] = failure(error)
+    times = measure(runs, at.turns, at.seconds, at.device)
+    baseline = next(iter(makers))
+    for name in runs:
+        seconds = statistics.median(times[name])
+        ratio = {'x': speedup(times, name, baseline)} if baseline in runs else {}
+        cells[name] = {'ms': 1000 * seconds, **ratio, **figures(seconds), **cells[name]}
+    return cells
+
+
+def filters(at: Setting) -> Iterator[Row]:
+    """Time the backends of the filter: 16 bits first, the stages at 512 first."""
+    sizes = [*bench.GPU_SIZES, *STAGES_224, *COCO_SIZES]
+    launches = ['eager', 'CUDA graph']
+    if at.rehearse:
+        sizes, launches = ['3x2x2'], ['eager']
+    passes = ('forward', 'forward + backward')
+    for dtype, size, what, launch in itertools.product(
+        ('bfloat16', 'float32'), sizes, passes, launches
+    ):
+        names = ('baseline', 'fft', 'dense') + ('fused',) * (dtype == 'bfloat16')
+        run = functools.partial(time_filter, at, size, dtype, what, launch, names)
+        yield Row(FILTER, f'{size} | {dtype} | {what} | {launch}', names, run)
+
+
+_copy_rate = functools.cache(bench.copy_rate)
+
+
+def time_filter(
+    at: Setting, size: str, dtype: str, what: str, launch: str, names: tuple[str, ...]
+) -> dict[str, Cell]:
+    height, width, channels = bench.parse_size(size)
+    backward, batch = what != 'forward', 1 if at.rehearse else 16
+    x = torch.randn(batch, height, width, channels, device=at.device).to(getattr(torch, dtype))
+    weight = torch.randn(height, width // 2 + 1, channels, 2, device=at.device)
+    operators = bench.contenders(x)
+    makers = {name: lambda n=name: bench.task(operators[n], x, weight, backward) for name in names}
+    rate = _copy_rate(at.device)
+
+    def figures(seconds: float) -> Cell:
+        return {'% of a copy': 100 * bench.moved(x, weight, backward) / seconds / rate}
+
+    return in_turns(makers, at, figures, launch == 'CUDA graph')
+
+
+def networks(at: Setting, side: int) -> dict[str, Callable[[], nn.Module]]:
+    """Return constructors of backbones by name; the first is the baseline."""
+
+    def gfnet(arch: str | dict[str, Any]) -> Callable[[], nn.Module]:
+        return lambda: GFNetPyramid(arch, img_size=side, num_classes=0)
+
+    def other(name: str, **sized: int) -> Callable[[], nn.Module]:
+        return lambda: timm.create_model(name, num_classes=0, **sized)
+
+    if at.rehearse:
+        tiny = gfnet(dict(embed_dims=(4, 4, 8, 8), depths=(1, 1, 1, 1)))
+        return {'GFNet': tiny, 'GFNet, filter by its definition': lambda: plain(tiny())}
+    return {
+        'GFNet-H-S': gfnet('h-s'),
+        'GFNet-H-S, filter by its definition': lambda: plain(gfnet('h-s')()),
+        'ConvNeXt-T': other('convnext_tiny'),
+        'Swin-T': other('swin_tiny_patch4_window7_224', img_size=side),
+        'GFNet-H-Ti': gfnet('h-ti'),
+        'GFNet-H-B': gfnet('h-b'),
+        'PoolFormerV2-S24': other('poolformerv2_s24'),
+        'DeiT-S': other('deit_small_patch16_224', img_size=side),
+    }
+
+
+def backbones(at: Setting) -> Iterator[Row]:
+    """Time backbones: all in turns, then compiled ones, each in turns with the eager baseline."""
+    sides = ((32, 1),) if at.rehearse else ((512, 16), (224, 64))
+    names = tuple(networks(at, 0))
+    cases = [(side, batch, what) for side, batch in sides for what in PASSES]
+    for case in cases:
+        run = functools.partial(time_backbones, at, *case, names)
+        yield Row(BACKBONES, '{} | {} | {} | eager'.format(*case), names, run)
+    run = functools.partial(profile, at, *sides[0])
+    yield Row(PROFILE, '{0}, {2} of {1}x{1}'.format(names[0], *sides[0]), tuple(SHARES), run)
+    for case, name in itertools.product(cases, names[:1] if at.rehearse else names):
+        run = functools.partial(time_backbones, at, *case, (name,), compiled=True)
+        yield Row(BACKBONES, '{} | {} | {} | compiled'.format(*case), (name,), run)
+
+
+def time_backbones(
+    at: Setting, side: int, batch: int, what: str, names: tuple[str, ...], compiled: bool = False
+) -> dict[str, Cell]:
+    x = torch.randn(batch, 3, side, side, device=at.device)
+    made = networks(at, side)
+
+    def maker(name: str, compiled: bool = False) -> Callable[[], Run]:
+        def make() -> Run:
+            model = made[name]().to(at.device)
+            return PASSES[what](torch.compile(model, backend=at.compiler) if compiled else model, x)
+
+        return make
+
+    makers = {name: maker(name, compiled) for name in names}
+    if compiled:
+        torch.compiler.reset()
+        makers = {'eager baseline': maker(next(iter(made))), **makers}
+    with torch.autocast(at.device, torch.bfloat16):
+        return in_turns(makers, at, lambda seconds: {'images/s': batch / seconds})
+
+
+def profile(at: Setting, side: int, batch: int) -> dict[str, Cell]:
+    """Return the shares of a training step of the baseline that its kinds of operators take."""
+    x = torch.randn(batch, 3, side, side, device=at.device)
+    make, *_ = networks(at, side).values()
+    run = training_step(make().to(at.device), x)
+    with torch.autocast(at.device, torch.bfloat16):
+        run()
+        with torch.profiler.profile(acc_events=True) as profiler:
+            run()
+    kind = 'cpu' if at.rehearse else 'device'
+    totals = dict.fromkeys(SHARES, 0.0)
+    for event in profiler.key_averages():
+        if event.device_type == torch.autograd.DeviceType.CPU:  # operators, not their kernels
+            name = next(name for name, pattern in SHARES.items() if re.search(pattern, event.key))
+            totals[name] += getattr(event, f'self_{kind}_time_total')
+    return {name: {'%': 100 * t / sum(totals.values())} for name, t in totals.items()}
+
+
+# Part 4: the product
+
+
+def products(at: Setting) -> Iterator[Row]:
+    """Train UperNet under torchrun: every run is what a user types, with few iterations."""
+    small = dict(depths=(1, 1, 1, 1)) if at.rehearse else {}
+    convnext = dict(model_name='convnext_tiny', **small)
+    # Its 'getter' returns maps with channels first.
+    swin = dict(model_name='swin_tiny_patch4_window7_224', feature_cls='getter', **small)
+    swin['img_size'] = 64 if at.rehearse else 512
+    half = [] if at.rehearse else ['--amp=float16']  # which needs a GPU
+    bfloat = ['--amp=bfloat16']
+    for name, arguments, options in (
+        ('GFNet-H-S', bfloat, {}),
+        ('Swin-T', bfloat, dict(backbone=swin)),
+        ('ConvNeXt-T', bfloat, dict(backbone=convnext)),
+        ('GFNet-H-S, SIGTERM and --resume', bfloat, dict(interrupt=True)),
+        ('GFNet-H-S, no guard of steps', bfloat, dict(durable=dict(non_finite_guard=False))),
+        ('GFNet-H-S, no data checks', bfloat, dict(durable=dict(data_checks=False))),
+        ('GFNet-H-S', half, {}),
+        ('GFNet-H-S', [*bfloat, '--compile'], {}),
+    )[: -1 if at.rehearse else None]:  # to compile for a CPU takes minutes
+        run = functools.partial(train, at, arguments, **options)
+        yield Row(PRODUCT, ' '.join([name, *arguments]), ('training',), run)
+
+
+def train(
+    at: Setting,
+    arguments: list[str],
+    backbone: dict | None = None,
+    durable: dict | None = None,
+    interrupt: bool = False,
+) -> dict[str, Cell]:
+    """Train, evaluate at the end, and return what the log says about the second half."""
+    iterations, batch = (4, 2) if at.rehearse else (ITERATIONS, 16)
+    with tempfile.TemporaryDirectory() as folder:
+        config, work_dir = Path(folder, 'config.py'), Path(folder, 'work')
+        write_images(Path(folder), (64, 64) if at.rehearse else (683, 512))
+        make_config(at, Path(folder), iterations, batch, backbone, durable or {}).dump(config)
+        command = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
+        command += ['--nproc_per_node=1', str(ROOT / 'tools' / 'train.py'), str(config)]
+        command += ['--launcher=pytorch', '--work-dir', str(work_dir), *arguments]
+        start = time.perf_counter()
+        resumed = {}
+        if interrupt:
+            stop(command, work_dir)
+            resumed = {'iterations before SIGTERM': len(steps(work_dir))}
+            command.append('--resume')
+        ended = subprocess.run(command, capture_output=True, text=True)
+        if ended.returncode:
+            raise RuntimeError(reason(ended.stdout + ended.stderr))
+        log = steps(work_dir)
+        if [line['step'] for line in log] != list(range(1, iterations + 1)):
+            raise AssertionError(f'iterations are {[line["step"] for line in log]}')
+        if not (miou := re.findall(r'mIoU: (\d+\.\d+)', ended.stdout)):
+            raise AssertionError('no evaluation')
+        half = log[iterations // 2 :]
+        seconds = statistics.median(line['time'] for line in half)
+        figures = {
+            'ms': 1000 * seconds,
+            'images/s': batch / seconds,
+            'ms for data': 1000 * statistics.median(line['data_time'] for line in half),
+            'MB': max(line.get('memory', 0) for line in half),
+            's in all': time.perf_counter() - start,
+            'loss': half[-1]['loss'],
+            'mIoU': float(miou[-1]),
+        }
+        return {'training': figures | resumed}
+
+
+def stop(command: list[str], work_dir: Path) -> None:
+    """Start a training, interrupt it after some iterations and wait for its checkpoint."""
+    with tempfile.TemporaryFile('w+') as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        while process.poll() is None and not steps(work_dir):
+            time.sleep(0.1)
+        process.terminate()
+        process.wait()
+        output.seek(0)
+        if not (work_dir / 'interrupted.pth').exists():
+            raise AssertionError(f'no checkpoint after SIGTERM: {reason(output.read())}')
+
+
+def steps(work_dir: Path) -> list[dict]:
+    """Return the iterations of the log, of all attempts."""
+    files = sorted(work_dir.glob('*/vis_data/scalars.json'))
+    lines = [line for file in files for line in file.read_text().splitlines(keepends=True)]
+    found = [json.loads(line) for line in lines if line.endswith('\n')]
+    return [line for line in found if 'loss' in line]
+
+
+def reason(output: str) -> str:
+    """Return the last error that a command printed."""
+    lines = output.strip().splitlines() or ['no output']
+    return next((x for x in reversed(lines) if re.search(r'\w+Error: \S', x)), lines[-1])
+
+
+def write_images(root: Path, size: tuple[int, int]) -> None:
+    """Write images in the layout of ADE20K, of its median size, with ten of its labels."""
+    import numpy as np
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for split, number in (('training', 32), ('validation', 4)):
+        images, labels = (root / kind / split for kind in ('images', 'annotations'))
+        images.mkdir(parents=True)
+        labels.mkdir(parents=True)
+        for i in range(number):
+            image = Image.fromarray(random.integers(0, 256, (64, 64, 3), np.uint8))
+            image.resize(size, Image.Resampling.BICUBIC).save(images / f'{i}.jpg')
+            label = Image.fromarray(random.integers(1, 11, (8, 8), np.uint8))
+            label.resize(size, Image.Resampling.NEAREST).save(labels / f'{i}.png')
+
+
+def make_config(
+    at: Setting, data: Path, iterations: int, batch: int, backbone: dict | None, durable: dict
+) -> Any:
+    """Return a config of the project for these data, with few iterations."""
+    from mmengine.config import Config
+
+    name = 'upernet_gfnet_nano_digits' if at.rehearse else 'upernet_gfnet_h_s_ade20k'
+    config = Config.fromfile(ROOT / 'configs' / f'{name}.py')
+    workers = 0 if at.rehearse else min(12, os.cpu_count() or 1)
+    for use in ('train', 'val', 'test'):
+        loader = config[f'{use}_dataloader']
+        loader.dataset.data_root = str(data)
+        loader.update(num_workers=workers, persistent_workers=workers > 0)
+    config.train_dataloader.batch_size = batch
+    config.train_cfg.update(max_iters=iterations, val_interval=iterations)
+    config.default_hooks.logger.interval = 1
+    config.log_processor.window_size = 1
+    # Layer decay asks the backbone for its layers, which those of timm do not know.
+    config.optim_wrapper.pop('constructor', None)
+    config.optim_wrapper.pop('paramwise_cfg', None)
+    config.durable = durable
+    config.model.backbone.init_cfg = None
+    if backbone:
+        config.model.backbone = dict(
+            type='TIMMBackbone', pretrained=False, drop_path_rate=0.3, **backbone
+        )
+        config.model.decode_head.in_channels = [96, 192, 384, 768]
+        config.model.auxiliary_head.in_channels = 384
+    return config
+
+
+# Running and rendering
+
+
+PARTS = {1: correctness, 2: filters, 3: backbones, 4: products}
+
+
+def failure(error: Exception) -> Cell:
+    text = f'{type(error).__name__}: {error}'
+    return {'failed': textwrap.shorten(text, 300, placeholder=' ...')}
+
+
+def read(out: Path) -> list[dict]:
+    file = out / 'results.jsonl'
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def run_rows(part: int, at: Setting, out: Path, deadline: float) -> int:
+    """Measure the rows of a part until a deadline; return the exit status of the process."""
+    where = f'{"rehearsal on " * at.rehearse}{machine(at.device)}; timm {timm.__version__}'
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        where += f'; Triton {importlib.metadata.version("triton")}'
+    done = {(row['table'], row['label'], *row['cells']) for row in read(out)}
+    with (out / 'results.jsonl').open('a') as file:
+        for row in PARTS[part](at):
+            if (row.table[0], row.label, *row.columns) in done:
+                continue
+            if time.time() > deadline:
+                print(f'part {part}: out of time before {row.label}', flush=True)
+                return 0
+            try:
+                cells = row.measure()
+            except Exception as error:
+                cells = dict.fromkeys(row.columns, failure(error))
+            cells = {column: cells[column] for column in row.columns}
+            line = dict(part=part, table=row.table[0], label=row.label, cells=cells, where=where)
+            print(json.dumps(line), file=file, flush=True)
+            for column, cell in cells.items():
+                print(f'{row.label} | {column}: {format_cell(cell)}', flush=True)
+            if not at.rehearse:
+                try:
+                    torch.cuda.synchronize()
+                    torch.cuda.empty_cache()
+                except RuntimeError:
+                    return BROKEN
+    return 0
+
+
+def run_part(part: int, minutes: float, out: Path, rehearse: bool) -> None:
+    """Measure a part in a process of its own, again in a new one if its CUDA context is lost."""
+    deadline = time.time() + 60 * minutes
+    command = [sys.executable, __file__, '--part', str(part), '--out', str(out)]
+    command += ['--deadline', str(deadline), *['--rehearse'] * rehearse]
+    paths = [str(ROOT), os.environ.get('PYTHONPATH')]
+    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, paths))}
+    if rehearse:
+        environment['TRITON_INTERPRET'] = '1'
+    status = BROKEN
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        environment['TMPDIR'] = scratch
+        while status == BROKEN:
+            process = subprocess.Popen(command, env=environment, start_new_session=True)
+            try:
+                status = process.wait(deadline + GRACE - time.time())
+            except subprocess.TimeoutExpired:
+                status = 'ended, its time is over'
+            finally:
+                end(process)
+    print(f'part {part}: {status or "done"}', flush=True)
+
+
+def end(process: subprocess.Popen) -> None:
+    """End a process and all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its processes, too
+        for _ in range(100):
+            process.poll()
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def format_cell(cell: Cell) -> str:
+    """Return figures with their units, or an error."""
+    if 'failed' in cell:
+        return f'failed: {cell["failed"]}'.replace('|', '/')
+    figures = (
+        f'{v if isinstance(v, str) else format(v, ".3g")} {unit}' for unit, v in cell.items()
+    )
+    return ', '.join(figure.strip() for figure in figures)
+
+
+def render(at: Setting, rows: list[dict]) -> str:
+    """Return all tables in Markdown; a row that was not measured says so."""
+    cells = {
+        (row['table'], row['label'], column): format_cell(cell)
+        for row in rows
+        for column, cell in row['cells'].items()
+    }
+    text = ['; '.join(dict.fromkeys(row['where'] for row in rows)) or 'not measured']
+    planned = [row for part in PARTS.values() for row in part(at)]
+    for table in dict.fromkeys(row.table for row in planned):
+        lines = [row for row in planned if row.table == table]
+        columns = dict.fromkeys(column for row in lines for column in row.columns)
+        labels = {row.label: set() for row in lines}
+        for row in lines:
+            labels[row.label] |= set(row.columns)
+        heading = f'| {table[1]} | {" | ".join(columns)} |'
+        text += [f'\n### {table[0]}\n', heading, '|---' * (heading.count('|') - 1) + '|']
+        for label, asked in labels.items():
+            values = (
+                cells.get((table[0], label, column), 'not measured') if column in asked else ''
+                for column in columns
+            )
+            text.append(f'| {label} | {" | ".join(values)} |')
+    return '\n'.join(text)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='Check and measure everything on a GPU.')
+    parser.add_argument('--out', type=Path, required=True, metavar='DIR', help='for results.jsonl')
+    parser.add_argument('--part', type=int, choices=PARTS, help='by default all in this order')
+    parser.add_argument('--minutes', type=float, help='of each part; by default 2, 2, 3 and 4')
+    parser.add_argument('--rehearse', action='store_true', help='on a CPU, in tiny sizes')
+    parser.add_argument('--render', action='store_true', help='print the tables, measure nothing')
+    parser.add_argument('--deadline', type=float, help=argparse.SUPPRESS)  # of a part's process
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    at = CPU if args.rehearse else GPU
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.render:
+        print(render(at, read(args.out)))
+        return 0
+    if not args.rehearse and not torch.cuda.is_available():
+        print('There is no GPU here: --rehearse runs everything on a CPU.', file=sys.stderr)
+        return 1
+    if args.deadline:
+        # Part 1 fills what `empty` returns with NaN.
+        torch.use_deterministic_algorithms(args.part == 1, warn_only=True)
+        return run_rows(args.part, at, args.out, args.deadline)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for part in [args.part] if args.part else PARTS:
+        run_part(part, args.minutes or MINUTES[part], args.out, args.rehearse)
+    return int(any('failed' in cell for row in read(args.out) for cell in row['cells'].values()))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
