@@ -18,6 +18,8 @@ from mmengine.registry import DATA_SAMPLERS, DATASETS, HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner
 from torch.utils.data import BatchSampler, Dataset, Sampler
 
+from gfnet_dense.data.contents import keep_random_state
+
 from .interrupts import SAMPLES_OF_EPOCH
 from .wrapper import DatasetWrapper
 
@@ -213,15 +215,10 @@ def _progress(runner: Runner) -> int:
 @contextmanager
 def _random_numbers_of(*key: int) -> Iterator[None]:
     # Without data loading processes, the model draws from the same generators.
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    # Not torch.manual_seed: it initialises CUDA, which a forked process cannot do.
-    torch.default_generator.manual_seed(_seed_python_and_numpy(key))
-    try:
+    with keep_random_state():
+        # Not torch.manual_seed: it initialises CUDA, which a forked process cannot do.
+        torch.default_generator.manual_seed(_seed_python_and_numpy(key))
         yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
 
 
 def _seed_python_and_numpy(key: tuple[int, ...]) -> int:

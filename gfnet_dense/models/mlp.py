@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from gfnet_dense.spectral.tracing import is_capturing
 
-# From tools/benchmark_model.py and maps of 96 to 768 channels: with fewer rows matrix products slow
-# down, and smaller hidden maps stay in memory that is reused.
+# Measured on one processor with AVX-512, for batches of 1 to 8 and the four stages of GFNet-H-S at
+# 224: with fewer rows matrix products slow down, and smaller hidden maps gain nothing.
 _SLICE_ROWS = 1536
 _LARGE_HIDDEN_BYTES = 8 << 20
 
