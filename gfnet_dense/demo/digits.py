@@ -184,9 +184,16 @@ def write_digits(
         digit_height=_range('digit_height', digit_height, 8, image_size),
         seed=_integer('seed', seed, 0, 2**32 - 1),
     )
-    return _publish(
-        Path(root), _manifest(spec), _files(spec), lambda folder: _write_folder(folder, spec)
-    )
+    manifest = {
+        'format': 'gfnet_dense digits',
+        'version': FORMAT_VERSION,
+        **dataclasses.asdict(spec),
+    }
+    files = {'annotations/instances_*.json': len(SUBSETS)}
+    for subset in SUBSETS:
+        patterns = f'images/{subset}/*.jpg', f'annotations/{subset}/*.png'
+        files |= dict.fromkeys(patterns, spec.count(subset))
+    return _publish(Path(root), manifest, files, lambda folder: _write_folder(folder, spec))
 
 
 def write_digit_scans(root: str | os.PathLike[str]) -> Path:
@@ -305,10 +312,7 @@ def _draw_background(
 
 
 def _place_digit(
-    scan: np.ndarray,
-    occupied: np.ndarray,
-    heights: tuple[int, int],
-    rng: np.random.Generator,
+    scan: np.ndarray, occupied: np.ndarray, heights: tuple[int, int], rng: np.random.Generator
 ) -> np.ndarray:
     """Place a scan at random and return the opacity of its ink, (S, S) uint8.
 
@@ -352,12 +356,12 @@ def _enlarge(
 
 
 def _publish(
-    root: Path,
-    manifest: Mapping[str, Any],
-    files: Mapping[str, int],
-    write: Callable[[Path], None],
+    root: Path, manifest: Mapping[str, Any], files: Mapping[str, int], write: Callable[[Path], None]
 ) -> Path:
-    """Let `write` fill a temporary folder and rename it to `root`, unless the data are there."""
+    """Let `write` fill a temporary folder and rename it to `root`, unless the data are there.
+
+    `manifest` is what :data:`MANIFEST` holds, and `files` the number of files of each pattern.
+    """
     if _holds(root, manifest, files):
         return root
     target = root.resolve()  # a link is followed, not replaced
@@ -367,7 +371,7 @@ def _publish(
         complete = Path(scratch) / target.name
         complete.mkdir()
         write(complete)
-        _write_json(complete / MANIFEST, manifest)
+        (complete / MANIFEST).write_text(json.dumps(manifest), encoding='utf-8')
         try:
             complete.rename(target)
         except OSError:
@@ -402,31 +406,29 @@ def _write_folder(folder: Path, spec: DigitsSpec) -> None:
             Image.fromarray(scene.image).save(images / f'{name}.jpg', quality=95)
             Image.fromarray(scene.labels).save(annotations / f'{name}.png')
             _add_to_coco(coco, scene, f'{name}.jpg', index + 1)
-        _write_json(folder / 'annotations' / f'instances_{subset}.json', coco)
+        path = folder / 'annotations' / f'instances_{subset}.json'
+        path.write_text(json.dumps(coco), encoding='utf-8')
 
 
 def _add_to_coco(coco: dict[str, Any], scene: Scene, file_name: str, image_id: int) -> None:
     height, width = scene.owner.shape
-    coco['images'].append(
-        {'id': image_id, 'file_name': file_name, 'height': height, 'width': width}
-    )
+    coco['images'].append(dict(id=image_id, file_name=file_name, height=height, width=width))
     for number, digit in enumerate(scene.digits, start=1):
         mask = scene.owner == number
-        if not mask.any():  # later digits cover it completely
+        box = Image.fromarray(mask).getbbox()
+        if box is None:  # later digits cover it completely
             continue
-        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-        left, right, top, bottom = columns[0], columns[-1], rows[0], rows[-1]
-        coco['annotations'].append(
-            {
-                'id': len(coco['annotations']) + 1,
-                'image_id': image_id,
-                'category_id': digit + 1,
-                'bbox': [int(left), int(top), int(right - left + 1), int(bottom - top + 1)],
-                'area': int(np.count_nonzero(mask)),
-                'segmentation': {'size': [height, width], 'counts': _run_lengths(mask)},
-                'iscrowd': 0,
-            }
+        left, top, right, bottom = box
+        annotation = dict(
+            id=len(coco['annotations']) + 1,
+            image_id=image_id,
+            category_id=digit + 1,
+            bbox=[left, top, right - left, bottom - top],
+            area=int(np.count_nonzero(mask)),
+            segmentation=dict(size=[height, width], counts=_run_lengths(mask)),
+            iscrowd=0,
         )
+        coco['annotations'].append(annotation)
 
 
 def _run_lengths(mask: np.ndarray) -> list[int]:
@@ -434,16 +436,6 @@ def _run_lengths(mask: np.ndarray) -> list[int]:
     pixels = mask.ravel(order='F').astype(np.int8)
     changes = np.flatnonzero(np.diff(pixels, prepend=0))
     return np.diff([0, *changes, pixels.size]).tolist()
-
-
-def _manifest(spec: DigitsSpec) -> dict[str, Any]:
-    """Return the manifest as it reads back from JSON, with lists in place of tuples."""
-    content = {'format': 'gfnet_dense digits', 'version': FORMAT_VERSION}
-    return json.loads(json.dumps(content | dataclasses.asdict(spec)))
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content), encoding='utf-8')
 
 
 def _holds(root: Path, manifest: Mapping[str, Any], files: Mapping[str, int]) -> bool:
@@ -459,7 +451,7 @@ def _holds(root: Path, manifest: Mapping[str, Any], files: Mapping[str, int]) ->
         ) from error
     differences = [
         f'{key}={found.get(key)} instead of {value}'
-        for key, value in manifest.items()
+        for key, value in json.loads(json.dumps(manifest)).items()  # lists in place of tuples
         if found.get(key) != value
     ]
     if differences:
@@ -469,15 +461,6 @@ def _holds(root: Path, manifest: Mapping[str, Any], files: Mapping[str, int]) ->
         if met != count:
             raise FileExistsError(f'{root} has {met} files {pattern} instead of {count}; {remedy}')
     return True
-
-
-def _files(spec: DigitsSpec) -> dict[str, int]:
-    """Return the number of files of each pattern in a complete folder."""
-    files = {'annotations/instances_*.json': len(SUBSETS)}
-    for subset in SUBSETS:
-        for pattern in (f'images/{subset}/*.jpg', f'annotations/{subset}/*.png'):
-            files[pattern] = spec.count(subset)
-    return files
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:

@@ -47,9 +47,7 @@ def label_grid(
 
     lengths = [len(row) for row in rows]
     if set(lengths) != {len(titles)}:
-        raise ValueError(
-            f'each row needs {len(titles)} cells, one for each title, but got {lengths}'
-        )
+        raise ValueError(f'each row needs {len(titles)} cells, one per title, but got {lengths}')
     if len(palette) != len(classes):
         raise ValueError(
             f'palette needs {len(classes)} colours, one for each class, but got {len(palette)}'
