@@ -148,7 +148,7 @@ def write_digits(
     digit_height: tuple[int, int] = (26, 46),
     seed: int = 0,
 ) -> Path:
-    """Write the data set to `root`, unless it is there already.
+    """Write the data set to `root`, unless it is there already, and return `root`.
 
     The folder appears under its name only when it is complete. A folder that holds the data set
     with these parameters is left unchanged. A folder that holds anything else is an error and is
@@ -166,9 +166,6 @@ def write_digits(
         digits_per_image: The fewest and the most digits in a scene, 1 to 20.
         digit_height: Height of the lowest and the highest digit in pixels, 8 to `image_size`.
         seed: Seed of the random numbers, 0 to 2**32 - 1.
-
-    Returns:
-        `root`.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -197,14 +194,11 @@ def write_digits(
 
 
 def write_digit_scans(root: str | os.PathLike[str]) -> Path:
-    """Write the scans as images of ten classes to `root`, unless they are there already.
+    """Write the scans as images of ten classes to `root`, unless they are there; return `root`.
 
     There are 1,433 scans for training and 364 for validation, with the split of
     :func:`load_material`. Images are the scans, with values scaled to 0 to 255. `root` is handled
     as in :func:`write_digits`.
-
-    Returns:
-        `root`.
 
     Raises:
         FileExistsError: If `root` holds something else, or the scans with files missing.
@@ -220,14 +214,11 @@ def write_digit_scans(root: str | os.PathLike[str]) -> Path:
 
 
 def preview_digits(root: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
-    """Write a PNG of the first scenes in `root`, next to their labels.
+    """Write a PNG of the first scenes in `root`, next to their labels, and return its path.
 
     Args:
         root: A folder that :func:`write_digits` wrote.
         path: The PNG to write. Missing folders above it are created.
-
-    Returns:
-        `path`.
 
     Raises:
         OSError: If a file cannot be read or written.

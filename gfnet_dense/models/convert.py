@@ -20,16 +20,13 @@ from .gfnet import GFNetBase, network_of, official_network
 
 
 def convert_checkpoint(source: str | Path, target: str | Path, overwrite: bool = False) -> str:
-    """Write the GFNet of a checkpoint to a file of its own, after a forward pass with it.
+    """Write the GFNet of a checkpoint to a file of its own, after a forward pass; say what it is.
 
     Args:
         source: An official file or its name, or a checkpoint of this project: of a classifier, or
             of a segmentor or detector, whose backbone is taken.
         target: The file to write, as :func:`gfnet_dense.serialization.save_weights` does.
         overwrite: Replace a target that exists.
-
-    Returns:
-        What was converted, in a few words.
 
     Raises:
         FileExistsError: If the target exists and is not to be replaced.

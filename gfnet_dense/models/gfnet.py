@@ -483,11 +483,8 @@ class GFNetBase(nn.Module):
         """Return the layer of a parameter for layer decay, and the number of layers.
 
         Layer 0 is the stem; then every block is a layer, with the patch embedding before it; the
-        last layer is the norm, the head and anything that is not of this network.
-
-        Args:
-            param_name: Name of the parameter.
-            prefix: What the names of this network begin with, such as `'backbone.'`.
+        last layer is the norm, the head and anything that is not of this network. The names of this
+        network begin with `prefix`, such as `'backbone.'`.
         """
         stages: Any = self.blocks if self.hierarchical else [self.blocks]
         depths = [len(stage) for stage in stages]
@@ -527,12 +524,9 @@ class GFNetBase(nn.Module):
 
     @torch.no_grad()
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Store position embedding and filters for another image size, as timm's models do.
+        """Store position embedding and filters for an image size in pixels, int or (H, W).
 
         The outputs for images of that size stay the same: forward resizes in the same way.
-
-        Args:
-            img_size: Image size in pixels, int or (H, W).
         """
         grid = downsampled_grid(to_2tuple(img_size), self.arch.patch_size)
         embedding = resize_position_embedding(self.pos_embed, self.grid, grid)

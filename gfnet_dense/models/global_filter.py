@@ -124,13 +124,10 @@ class GlobalFilter(nn.Module):
         self._cache = None, {}
 
     def macs(self, shape: Sequence[int]) -> int:
-        """Count the multiply-accumulates of a forward as the authors do, whatever the backend.
+        """Count the multiply-accumulates for a map of `shape` `(B, H, W, C)` as the authors do.
 
         A transform of N cells counts `N * C * ceil(log2(N))` (issues 3, 12 and 15 of the official
-        repository) and there are two; a complex product counts 4.
-
-        Args:
-            shape: The shape `(B, H, W, C)` of the map.
+        repository) and there are two; a complex product counts 4, whatever the backend.
         """
         batch, height, width, channels = shape
         cells = height * width
