@@ -9,7 +9,7 @@ import re
 import socket
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,7 +39,8 @@ def load_file(path: str | Path, *, mmap: bool = False) -> Any:
         OSError: If it cannot be opened.
         CheckpointError: If it is no such file or holds anything else, which is not executed.
     """
-    with Path(path).open('rb') as file, plain_types():
+    types: list[Any] = [(value, name) for name, value in PLAIN_TYPES.items()]
+    with Path(path).open('rb') as file, torch.serialization.safe_globals(types):
         try:
             if file.peek(9)[8:9] == b'{':  # the length of a header, and the header, in JSON
                 return safetensors.torch.load(file.read())
@@ -106,10 +107,8 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
 def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
     """Write weights to a file of their own, and see that they are read back the same.
 
-    Args:
-        state: The weights.
-        path: A `.safetensors` file if its name ends so, otherwise a file of `torch.save` that
-            holds them under `state_dict`, where mmengine and timm look for them.
+    The file is of safetensors if its name ends in `.safetensors`, otherwise of `torch.save` with
+    the weights under `state_dict`, where mmengine and timm look for them.
 
     Raises:
         OSError: If it cannot be written; what was there before stays.
@@ -135,13 +134,6 @@ def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
             raise OSError(errno.EIO, 'other weights than written are read back', str(path))
 
 
-def plain_types() -> AbstractContextManager[None]:
-    """Allow `torch.load(weights_only=True)` the types of :data:`PLAIN_TYPES`, and nothing else."""
-    types: list[Any] = [(value, name) for name, value in PLAIN_TYPES.items()]
-    context: AbstractContextManager[None] = torch.serialization.safe_globals(types)
-    return context
-
-
 class _HistoryBuffer:
     """Stands for mmengine's logs where mmengine is not installed; they are read and not used."""
 
@@ -156,11 +148,8 @@ def _history_method(owner: object, name: str) -> Any:
     return getattr(owner, name)
 
 
-def _full_name(value: Any) -> str:
-    return f'{value.__module__}.{value.__qualname__}'
-
-
 HISTORY = 'mmengine.logging.history_buffer.HistoryBuffer'
+_NUMBERS = [type(np.dtype(code)) for code in '?bhilqBHILQefd']
 _multiarray: Any = np._core.multiarray  # type: ignore[attr-defined]
 
 # Types and functions that a file may hold beside what torch allows by itself, by their name in
@@ -177,5 +166,5 @@ PLAIN_TYPES: dict[str, Any] = {
     # as numpy 1 named them
     'numpy.core.multiarray._reconstruct': _multiarray._reconstruct,
     'numpy.core.multiarray.scalar': _multiarray.scalar,
-    **{_full_name(kind): kind for kind in (type(np.dtype(code)) for code in '?bhilqBHILQefd')},
+    **{f'numpy.dtypes.{kind.__name__}': kind for kind in _NUMBERS},
 }

@@ -148,7 +148,7 @@ def write_digits(
     digit_height: tuple[int, int] = (26, 46),
     seed: int = 0,
 ) -> Path:
-    """Write the data set to `root`, unless it is there already.
+    """Write the data set to `root`, unless it is there already, and return `root`.
 
     The folder appears under its name only when it is complete. A folder that holds the data set
     with these parameters is left unchanged. A folder that holds anything else is an error and is
@@ -167,9 +167,6 @@ def write_digits(
         digit_height: Height of the lowest and the highest digit in pixels, 8 to `image_size`.
         seed: Seed of the random numbers, 0 to 2**32 - 1.
 
-    Returns:
-        `root`.
-
     Raises:
         ValueError: If an argument is out of its range.
         FileExistsError: If `root` holds something else, or the data set with other parameters
@@ -184,20 +181,24 @@ def write_digits(
         digit_height=_range('digit_height', digit_height, 8, image_size),
         seed=_integer('seed', seed, 0, 2**32 - 1),
     )
-    return _publish(
-        Path(root), _manifest(spec), _files(spec), lambda folder: _write_folder(folder, spec)
-    )
+    manifest = {
+        'format': 'gfnet_dense digits',
+        'version': FORMAT_VERSION,
+        **dataclasses.asdict(spec),
+    }
+    files = {'annotations/instances_*.json': len(SUBSETS)}
+    for subset in SUBSETS:
+        patterns = f'images/{subset}/*.jpg', f'annotations/{subset}/*.png'
+        files |= dict.fromkeys(patterns, spec.count(subset))
+    return _publish(Path(root), manifest, files, lambda folder: _write_folder(folder, spec))
 
 
 def write_digit_scans(root: str | os.PathLike[str]) -> Path:
-    """Write the scans as images of ten classes to `root`, unless they are there already.
+    """Write the scans as images of ten classes to `root`, unless they are there; return `root`.
 
     There are 1,433 scans for training and 364 for validation, with the split of
     :func:`load_material`. Images are the scans, with values scaled to 0 to 255. `root` is handled
     as in :func:`write_digits`.
-
-    Returns:
-        `root`.
 
     Raises:
         FileExistsError: If `root` holds something else, or the scans with files missing.
@@ -213,14 +214,11 @@ def write_digit_scans(root: str | os.PathLike[str]) -> Path:
 
 
 def preview_digits(root: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
-    """Write a PNG of the first scenes in `root`, next to their labels.
+    """Write a PNG of the first scenes in `root`, next to their labels, and return its path.
 
     Args:
         root: A folder that :func:`write_digits` wrote.
         path: The PNG to write. Missing folders above it are created.
-
-    Returns:
-        `path`.
 
     Raises:
         OSError: If a file cannot be read or written.
@@ -305,10 +303,7 @@ def _draw_background(
 
 
 def _place_digit(
-    scan: np.ndarray,
-    occupied: np.ndarray,
-    heights: tuple[int, int],
-    rng: np.random.Generator,
+    scan: np.ndarray, occupied: np.ndarray, heights: tuple[int, int], rng: np.random.Generator
 ) -> np.ndarray:
     """Place a scan at random and return the opacity of its ink, (S, S) uint8.
 
@@ -352,12 +347,12 @@ def _enlarge(
 
 
 def _publish(
-    root: Path,
-    manifest: Mapping[str, Any],
-    files: Mapping[str, int],
-    write: Callable[[Path], None],
+    root: Path, manifest: Mapping[str, Any], files: Mapping[str, int], write: Callable[[Path], None]
 ) -> Path:
-    """Let `write` fill a temporary folder and rename it to `root`, unless the data are there."""
+    """Let `write` fill a temporary folder and rename it to `root`, unless the data are there.
+
+    `manifest` is what :data:`MANIFEST` holds, and `files` the number of files of each pattern.
+    """
     if _holds(root, manifest, files):
         return root
     target = root.resolve()  # a link is followed, not replaced
@@ -367,7 +362,7 @@ def _publish(
         complete = Path(scratch) / target.name
         complete.mkdir()
         write(complete)
-        _write_json(complete / MANIFEST, manifest)
+        (complete / MANIFEST).write_text(json.dumps(manifest), encoding='utf-8')
         try:
             complete.rename(target)
         except OSError:
@@ -402,31 +397,29 @@ def _write_folder(folder: Path, spec: DigitsSpec) -> None:
             Image.fromarray(scene.image).save(images / f'{name}.jpg', quality=95)
             Image.fromarray(scene.labels).save(annotations / f'{name}.png')
             _add_to_coco(coco, scene, f'{name}.jpg', index + 1)
-        _write_json(folder / 'annotations' / f'instances_{subset}.json', coco)
+        path = folder / 'annotations' / f'instances_{subset}.json'
+        path.write_text(json.dumps(coco), encoding='utf-8')
 
 
 def _add_to_coco(coco: dict[str, Any], scene: Scene, file_name: str, image_id: int) -> None:
     height, width = scene.owner.shape
-    coco['images'].append(
-        {'id': image_id, 'file_name': file_name, 'height': height, 'width': width}
-    )
+    coco['images'].append(dict(id=image_id, file_name=file_name, height=height, width=width))
     for number, digit in enumerate(scene.digits, start=1):
         mask = scene.owner == number
-        if not mask.any():  # later digits cover it completely
+        box = Image.fromarray(mask).getbbox()
+        if box is None:  # later digits cover it completely
             continue
-        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-        left, right, top, bottom = columns[0], columns[-1], rows[0], rows[-1]
-        coco['annotations'].append(
-            {
-                'id': len(coco['annotations']) + 1,
-                'image_id': image_id,
-                'category_id': digit + 1,
-                'bbox': [int(left), int(top), int(right - left + 1), int(bottom - top + 1)],
-                'area': int(np.count_nonzero(mask)),
-                'segmentation': {'size': [height, width], 'counts': _run_lengths(mask)},
-                'iscrowd': 0,
-            }
+        left, top, right, bottom = box
+        annotation = dict(
+            id=len(coco['annotations']) + 1,
+            image_id=image_id,
+            category_id=digit + 1,
+            bbox=[left, top, right - left, bottom - top],
+            area=int(np.count_nonzero(mask)),
+            segmentation=dict(size=[height, width], counts=_run_lengths(mask)),
+            iscrowd=0,
         )
+        coco['annotations'].append(annotation)
 
 
 def _run_lengths(mask: np.ndarray) -> list[int]:
@@ -434,16 +427,6 @@ def _run_lengths(mask: np.ndarray) -> list[int]:
     pixels = mask.ravel(order='F').astype(np.int8)
     changes = np.flatnonzero(np.diff(pixels, prepend=0))
     return np.diff([0, *changes, pixels.size]).tolist()
-
-
-def _manifest(spec: DigitsSpec) -> dict[str, Any]:
-    """Return the manifest as it reads back from JSON, with lists in place of tuples."""
-    content = {'format': 'gfnet_dense digits', 'version': FORMAT_VERSION}
-    return json.loads(json.dumps(content | dataclasses.asdict(spec)))
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content), encoding='utf-8')
 
 
 def _holds(root: Path, manifest: Mapping[str, Any], files: Mapping[str, int]) -> bool:
@@ -459,7 +442,7 @@ def _holds(root: Path, manifest: Mapping[str, Any], files: Mapping[str, int]) ->
         ) from error
     differences = [
         f'{key}={found.get(key)} instead of {value}'
-        for key, value in manifest.items()
+        for key, value in json.loads(json.dumps(manifest)).items()  # lists in place of tuples
         if found.get(key) != value
     ]
     if differences:
@@ -469,15 +452,6 @@ def _holds(root: Path, manifest: Mapping[str, Any], files: Mapping[str, int]) ->
         if met != count:
             raise FileExistsError(f'{root} has {met} files {pattern} instead of {count}; {remedy}')
     return True
-
-
-def _files(spec: DigitsSpec) -> dict[str, int]:
-    """Return the number of files of each pattern in a complete folder."""
-    files = {'annotations/instances_*.json': len(SUBSETS)}
-    for subset in SUBSETS:
-        for pattern in (f'images/{subset}/*.jpg', f'annotations/{subset}/*.png'):
-            files[pattern] = spec.count(subset)
-    return files
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:

@@ -21,7 +21,7 @@ def label_grid(
     classes: Sequence[str],
     palette: Sequence[Sequence[int]],
 ) -> Path:
-    """Write a PNG of images and label maps side by side, with a legend of their classes.
+    """Write a PNG of images and label maps with a legend of their classes, and return its path.
 
     Args:
         rows: Rows with one cell for each title. A cell of shape (H, W, 3), uint8, is an RGB image.
@@ -31,9 +31,6 @@ def label_grid(
         titles: Titles of the columns.
         classes: Names of the classes.
         palette: RGB colours of the classes, 0 to 255.
-
-    Returns:
-        `path`.
 
     Raises:
         ValueError: If there are no rows, a row has another length than `titles`, or `palette` has
@@ -47,9 +44,7 @@ def label_grid(
 
     lengths = [len(row) for row in rows]
     if set(lengths) != {len(titles)}:
-        raise ValueError(
-            f'each row needs {len(titles)} cells, one for each title, but got {lengths}'
-        )
+        raise ValueError(f'each row needs {len(titles)} cells, one per title, but got {lengths}')
     if len(palette) != len(classes):
         raise ValueError(
             f'palette needs {len(classes)} colours, one for each class, but got {len(palette)}'

@@ -22,13 +22,10 @@ _RESUMABLE = re.compile(rf'(?:iter|epoch)_\d+\.pth|{INTERRUPTED}')
 
 
 def latest_checkpoint(work_dir: str | Path) -> Path | None:
-    """Return the checkpoint that a run continues from, None if there is none.
+    """Return the checkpoint that the run in a folder continues from, None if there is none.
 
     This is the last one that the run saved. If that one is missing or unreadable, it is the one
     with the most iterations among the others. The log names files that cannot be read.
-
-    Args:
-        work_dir: Folder of the run.
     """
     note = Path(work_dir) / LAST
     files = [path for path in note.parent.glob('*.pth') if _RESUMABLE.fullmatch(path.name)]

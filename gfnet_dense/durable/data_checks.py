@@ -77,8 +77,7 @@ def checked(dataloader: Mapping[str, Any]) -> dict[str, Any]:
 class CheckedDataset(DatasetWrapper):
     """A data set with at least one sample, whose errors name the file they are about.
 
-    Args:
-        dataset: A data set or its config.
+    `dataset` is a data set or its config.
 
     Raises:
         DataError: If the data set cannot be built from its annotation file or is empty, or later if

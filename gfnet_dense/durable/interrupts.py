@@ -125,10 +125,7 @@ def init_worker(init: Callable[[int], None] | None, worker: int) -> None:
     """Make a data loading process ignore SIGTERM, unless its parent sends it.
 
     Launchers send the signal to all processes of a run, but the run still finishes its iteration.
-
-    Args:
-        init: Another function to call in the process.
-        worker: Number of the process.
+    `init` is another function to call with the number of the process.
     """
     if init is not None:
         init(worker)

@@ -93,13 +93,13 @@ class NonFiniteLossHook(Hook):
                 self._in_a_row = 0
             return
         self._in_a_row += 1
-        start = 0
-        for statistic in self._statistics:
-            end = start + statistic.numel()
-            statistic.copy_(self._copy[start:end].view_as(statistic))
-            start = end
+        if self._statistics:
+            copies = self._copy.split([statistic.numel() for statistic in self._statistics])
+            for statistic, values in zip(self._statistics, copies, strict=True):
+                statistic.copy_(values.view_as(statistic))
         files = _files(data_batch)
-        what = f'loss {loss} at iteration {runner.iter + 1}, learning rate {_lr(runner):g}'
+        rate = max(group['lr'] for group in runner.optim_wrapper.optimizer.param_groups)
+        what = f'loss {loss} at iteration {runner.iter + 1}, learning rate {rate:g}'
         if self._in_a_row < self.patience:
             runner.logger.warning(f'{what}: step skipped; files: {files}')
             return
@@ -130,10 +130,6 @@ def _skips_by_flag(optimizer: Optimizer) -> bool:
     # Not the fused SGD: a skipped first step leaves its momentum uninitialised.
     groups = optimizer.param_groups
     return isinstance(optimizer, Adam | AdamW) and all(group.get('fused') for group in groups)
-
-
-def _lr(runner: Runner) -> float:
-    return max(group['lr'] for group in runner.optim_wrapper.optimizer.param_groups)
 
 
 def _files(data_batch: Any) -> str:

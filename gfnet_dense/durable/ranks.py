@@ -5,12 +5,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from mmengine.dist import (
-    all_reduce_params,
-    broadcast_object_list,
-    is_distributed,
-    is_main_process,
-)
+from mmengine.dist import all_reduce_params, broadcast_object_list, is_distributed, is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner

@@ -7,7 +7,6 @@ crops of the same images. Here all random numbers follow from the seed and the p
 
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -27,8 +26,7 @@ from .wrapper import DatasetWrapper
 class Sample(int):
     """Index of a sample in its data set, which also knows its place in the run.
 
-    Attributes:
-        place: Epoch, and number within the epoch, counted over all processes.
+    The place is the epoch, and the number within the epoch, counted over all processes.
     """
 
     place: tuple[int, int]
@@ -77,7 +75,6 @@ class ResumableBatchSampler(Sampler[list[Sample]]):
             self._batches = DATA_SAMPLERS.build(
                 dict(batch_sampler), default_args=dict(sampler=sampler, batch_size=batch_size)
             )
-
         self.drop_last: bool = getattr(self._batches, 'drop_last', False)
 
     def __len__(self) -> int:
@@ -104,9 +101,7 @@ class ResumableBatchSampler(Sampler[list[Sample]]):
 class SeededDataset(DatasetWrapper):
     """A data set that draws the random numbers of a :class:`Sample` from its place in the run.
 
-    Args:
-        dataset: A data set or its config.
-        seed: Seed of the run.
+    `dataset` is a data set or its config, `seed` the seed of the run.
     """
 
     seed: int
@@ -121,17 +116,16 @@ class SeededDataset(DatasetWrapper):
         """Return a sample as the wrapped data set does."""
         if not isinstance(index, Sample):
             return self.dataset[index]
-        with _random_numbers_of(self.seed, *index.place):
+        # Without data loading processes, the model draws from the same generators.
+        with keep_random_state():
+            # Not torch.manual_seed: it initialises CUDA, which a forked process cannot do.
+            seed = _seed_python_and_numpy((self.seed, *index.place))
+            torch.default_generator.manual_seed(seed)
             return self.dataset[int(index)]
 
 
 def resumable(dataloader: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Return the config of a dataloader with :class:`ResumableBatchSampler` over a seeded data set.
-
-    Args:
-        dataloader: Config of a dataloader for training.
-        seed: Seed of the run.
-    """
+    """Return a training dataloader's config with seeded data and a resumable batch sampler."""
     cfg = dict(dataloader)
     cfg['dataset'] = dict(type='SeededDataset', dataset=cfg['dataset'], seed=seed)
     cfg['batch_sampler'] = dict(
@@ -210,15 +204,6 @@ def _progress(runner: Runner) -> int:
     """Return the number of complete iterations or epochs, whichever the run counts."""
     by_iteration = isinstance(runner.train_loop, IterBasedTrainLoop)
     return int(runner.iter if by_iteration else runner.epoch)
-
-
-@contextmanager
-def _random_numbers_of(*key: int) -> Iterator[None]:
-    # Without data loading processes, the model draws from the same generators.
-    with keep_random_state():
-        # Not torch.manual_seed: it initialises CUDA, which a forked process cannot do.
-        torch.default_generator.manual_seed(_seed_python_and_numpy(key))
-        yield
 
 
 def _seed_python_and_numpy(key: tuple[int, ...]) -> int:

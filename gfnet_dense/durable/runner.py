@@ -217,8 +217,7 @@ class DurableRunner(Runner):
 
     @property
     def _several_on_cpu(self) -> bool:
-        on_cpu = not torch.cuda.is_available()
-        return self.switches.cpu_processes and self.distributed and on_cpu
+        return self.switches.cpu_processes and self.distributed and not torch.cuda.is_available()
 
     def build_train_loop(self, loop: BaseLoop | dict[str, Any]) -> BaseLoop:
         """Build the loop as mmengine does, over data that can be resumed."""

@@ -42,22 +42,14 @@ class RunSummaryHook(Hook):
 
 
 def show_on_console(logger: logging.Logger, *, overview: bool) -> None:
-    """Show only short messages of a logger on the console, or all of them again.
-
-    Args:
-        logger: A logger of mmengine. Its file gets all messages.
-        overview: Whether to leave out messages of many lines that are no warnings.
-    """
+    """Keep long messages that are no warnings off the console (`overview`), or show them again."""
     for handler in logger.handlers:
         if not isinstance(handler, logging.FileHandler):
             (handler.addFilter if overview else handler.removeFilter)(_is_short)
 
 
 def _is_short(record: logging.LogRecord) -> bool:
-    return record.levelno > logging.INFO or record.getMessage().count('\n') < _MANY_LINES
-
-
-_MANY_LINES = 10
+    return record.levelno > logging.INFO or record.getMessage().count('\n') < 10
 
 
 def accumulated_batches(optim_wrapper: OptimWrapper) -> int:

@@ -40,9 +40,7 @@ def make_work_dir(work_dir: str | Path) -> None:
 def lock_work_dir(work_dir: str | Path, resumed: str | Path | None = None) -> Iterator[None]:
     """Keep other processes from locking a work directory within the block.
 
-    Args:
-        work_dir: The folder.
-        resumed: The checkpoint that the run continues from, if any.
+    `resumed` is the checkpoint that the run continues from, if any.
 
     Raises:
         WorkDirError: If the folder cannot be written to, another process has locked it, or it holds

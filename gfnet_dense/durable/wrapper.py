@@ -6,11 +6,7 @@ from torch.utils.data import Dataset
 
 
 class DatasetWrapper(Dataset[Any]):
-    """A data set with the length and the attributes of another one; subclasses load samples.
-
-    Args:
-        dataset: The wrapped data set.
-    """
+    """A data set with the length and the attributes of another one; subclasses load samples."""
 
     dataset: Any
 

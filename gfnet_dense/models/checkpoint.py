@@ -5,6 +5,7 @@ the norms of the outputs and the channels of the images may differ from the file
 must be there and be used. What the parameters of a network are called is asked of the network.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,8 +32,7 @@ def find_weights(name: str | Path, official_network: Callable[[str], 'GFNetBase'
     Args:
         name: A path, or a name of :data:`gfnet_dense.models.hub.OFFICIAL_WEIGHTS`, whose file is
             downloaded on first use.
-        official_network: Returns the network of official weights by name; a download has to match
-            it.
+        official_network: Makes the network of a name, which a download has to match.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -82,26 +82,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def find_state_dict(content: object, path: str | Path) -> dict[str, Tensor]:
-    """Return the weights in the content of a checkpoint file, as :func:`read_state_dict` does.
-
-    Args:
-        content: What :func:`gfnet_dense.serialization.load_file` returned.
-        path: The file, for the error message.
-
-    Raises:
-        CheckpointError: If there is no state dict.
-    """
-    for key in ('model', 'state_dict'):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if (
-        not isinstance(content, Mapping)
-        or not content
-        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
-    ):
+    """Return the weights in what :func:`load_file` has read, as :func:`read_state_dict` does."""
+    state = content if isinstance(content, Mapping) else {}
+    held = [state[key] for key in ('model', 'state_dict') if isinstance(state.get(key), Mapping)]
+    state = held[0] if held else state
+    if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise CheckpointError(f'{path} holds no state dict, neither itself nor under model')
-    return plain_keys(content)
+    return plain_keys(state)
 
 
 def adapt_state_dict(
@@ -150,8 +137,7 @@ def adapt_state_dict(
     for key, value in adapted.items():
         if value.shape != own[key].shape:
             raise CheckpointError(
-                f'holds {key} of shape {tuple(value.shape)}, '
-                f'but the model has {tuple(own[key].shape)}'
+                f'holds {key} of shape {tuple(value.shape)}, the model has {tuple(own[key].shape)}'
             )
     if unused:
         notes.append(f'not used by this network: {", ".join(unused)}')
@@ -160,10 +146,6 @@ def adapt_state_dict(
 
 def match_state_dict(state: Mapping[str, Tensor], model: 'GFNetBase') -> dict[str, Tensor]:
     """Return the weights of a network that equals `model`, outputs and grids included.
-
-    Args:
-        state: As for :func:`adapt_state_dict`.
-        model: The network that the weights should belong to.
 
     Raises:
         CheckpointError: If anything is missing, left over, or of another shape.
@@ -185,10 +167,7 @@ def backbone_weights(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 def _is_output(key: str) -> bool:
     """Tell whether a parameter belongs to a head or a norm of an output, which may differ."""
-    module, _, parameter = key.rpartition('.')
-    return parameter in ('weight', 'bias') and (
-        module == 'head' or (module.rstrip('0123456789') == 'norm')
-    )
+    return re.fullmatch(r'(head|norm\d*)\.(weight|bias)', key) is not None
 
 
 def _resize(state: dict[str, Tensor], model: 'GFNetBase') -> list[str]:

@@ -20,16 +20,13 @@ from .gfnet import GFNetBase, network_of, official_network
 
 
 def convert_checkpoint(source: str | Path, target: str | Path, overwrite: bool = False) -> str:
-    """Write the GFNet of a checkpoint to a file of its own, after a forward pass with it.
+    """Write the GFNet of a checkpoint to a file of its own, after a forward pass; say what it is.
 
     Args:
         source: An official file or its name, or a checkpoint of this project: of a classifier, or
             of a segmentor or detector, whose backbone is taken.
         target: The file to write, as :func:`gfnet_dense.serialization.save_weights` does.
         overwrite: Replace a target that exists.
-
-    Returns:
-        What was converted, in a few words.
 
     Raises:
         FileExistsError: If the target exists and is not to be replaced.
@@ -44,38 +41,38 @@ def convert_checkpoint(source: str | Path, target: str | Path, overwrite: bool =
     with prefix_errors(source):
         model = network_of(state)
         norms = _intermediate_norms(state, model)
-        rest = {key: value for key, value in state.items() if key.partition('.')[0] not in norms}
+        names = {f'norm{level}' for level in norms}
+        rest = {key: value for key, value in state.items() if key.partition('.')[0] not in names}
         model.load_state_dict(match_state_dict(rest, model))
         _check_forward(model, norms)
     save_weights(state, target)
     height, width = model.grid
-    levels = sorted(int(name.removeprefix('norm')) for name in norms)
-    levels.append(len(model.blocks) - 1)
-    outputs = f'{model.num_classes} classes' if model.num_classes else f'maps {tuple(levels)}'
+    levels = *norms, len(model.blocks) - 1
+    outputs = f'{model.num_classes} classes' if model.num_classes else f'maps {levels}'
     return f'{type(model).__name__} {model.size}, grid {height}x{width}, {outputs}'
 
 
-def _intermediate_norms(state: Mapping[str, Tensor], model: GFNetBase) -> dict[str, nn.Module]:
-    """Return the norms of a backbone's outputs before the last one, by name: `norm0`, `norm1`..."""
-    norms: dict[str, nn.Module] = {}
+def _intermediate_norms(state: Mapping[str, Tensor], model: GFNetBase) -> dict[int, nn.Module]:
+    """Return the norms of a backbone's outputs before the last one, by level."""
+    norms: dict[int, nn.Module] = {}
     for level, info in enumerate(model.feature_info[:-1]):
         name = f'norm{level}'
         own = {k: state[f'{name}.{k}'] for k in ('weight', 'bias') if f'{name}.{k}' in state}
         if own:
-            norms[name] = LayerNorm(info['num_chs'])
+            norms[level] = LayerNorm(info['num_chs'])
             try:
-                norms[name].load_state_dict(own)
+                norms[level].load_state_dict(own)
             except RuntimeError as e:
                 raise CheckpointError(f'{name} does not fit: {" ".join(str(e).split())}') from None
     return norms
 
 
 @torch.no_grad()
-def _check_forward(model: GFNetBase, norms: Mapping[str, nn.Module]) -> None:
+def _check_forward(model: GFNetBase, norms: Mapping[int, nn.Module]) -> None:
     image_size = [side * model.arch.patch_size for side in model.grid]
     noise = torch.rand(1, model.in_chans, *image_size, generator=torch.Generator().manual_seed(0))
     features, maps = model.eval().forward_intermediates(noise, output_fmt='NHWC')
     outputs = [model.forward_head(features)]
-    outputs += [norm(maps[int(name.removeprefix('norm'))]) for name, norm in norms.items()]
+    outputs += [norm(maps[level]) for level, norm in norms.items()]
     if not all(output.isfinite().all() for output in outputs):
         raise CheckpointError('computes values that are not finite')

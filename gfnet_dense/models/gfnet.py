@@ -16,7 +16,9 @@ import dataclasses
 import itertools
 import logging
 import math
+import re
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -201,9 +203,7 @@ def init_linear(module: nn.Module) -> None:
 @torch.fx.wrap
 def _check_images(x: Tensor, in_chans: int, network: str) -> None:
     if x.ndim != 4 or x.shape[1] != in_chans or 0 in x.shape[2:]:
-        raise ValueError(
-            f'{network} takes images of shape (B, {in_chans}, H, W), but got {tuple(x.shape)}'
-        )
+        raise ValueError(f'{network} takes images (B, {in_chans}, H, W), but got {tuple(x.shape)}')
 
 
 @torch.fx.wrap
@@ -329,10 +329,8 @@ class GFNetBase(nn.Module):
 
     def _forward_block(self, block: nn.Module, x: Tensor) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
-            y: Tensor = checkpoint(block, x, use_reentrant=False)
-        else:
-            y = block(x)
-        return y
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
 
     def _to_maps(self, images: Tensor) -> Tensor:
         """Check images `(B, C, H, W)` and return them as maps `(B, H, W, C)`."""
@@ -352,8 +350,7 @@ class GFNetBase(nn.Module):
         x = self._to_maps(x)
         for level in range(len(self.blocks)):
             x = self._forward_level(x, level)
-        y: Tensor = self.norm(x)
-        return y
+        return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify a map of :meth:`forward_features`, or only pool it (`pre_logits`)."""
@@ -405,10 +402,7 @@ class GFNetBase(nn.Module):
         return self.norm(y) if y.shape[-1] == self.num_features else y
 
     def prune_intermediate_layers(
-        self,
-        indices: int | list[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove what the maps of :meth:`forward_intermediates` do not need.
 
@@ -489,11 +483,8 @@ class GFNetBase(nn.Module):
         """Return the layer of a parameter for layer decay, and the number of layers.
 
         Layer 0 is the stem; then every block is a layer, with the patch embedding before it; the
-        last layer is the norm, the head and anything that is not of this network.
-
-        Args:
-            param_name: Name of the parameter.
-            prefix: What the names of this network begin with, such as `'backbone.'`.
+        last layer is the norm, the head and anything that is not of this network. The names of this
+        network begin with `prefix`, such as `'backbone.'`.
         """
         stages: Any = self.blocks if self.hierarchical else [self.blocks]
         depths = [len(stage) for stage in stages]
@@ -513,22 +504,16 @@ class GFNetBase(nn.Module):
         Raises:
             CheckpointError: If these are no weights of a GFNet.
         """
-        dims: dict[int, int] = {}
-        depths: dict[int, int] = {}
+        dims: dict[int, list[int]] = defaultdict(list)  # of the blocks of each stage
         hierarchical = False
         for key, value in state.items():
-            first, *rest = key.split('.')
-            if first == 'blocks' and rest[-2:] == ['norm1', 'weight']:
-                numbers = rest[:-2]  # of stage and block, or of the block alone
-                if len(numbers) in (1, 2) and all(number.isdecimal() for number in numbers):
-                    hierarchical |= len(numbers) == 2
-                    stage = int(numbers[0]) if len(numbers) == 2 else 0
-                    dims[stage] = value.numel()
-                    depths[stage] = depths.get(stage, 0) + 1
-        if not depths:
+            if match := re.fullmatch(r'blocks\.(?:(\d+)\.)?\d+\.norm1\.weight', key):
+                hierarchical |= match[1] is not None
+                dims[int(match[1] or 0)].append(value.numel())
+        if not dims:
             raise CheckpointError('holds no weights of a GFNet, which has keys like blocks.0.…')
-        stages = sorted(depths)
-        return Size(tuple(dims[i] for i in stages), tuple(depths[i] for i in stages), hierarchical)
+        stages = [dims[stage] for stage in sorted(dims)]
+        return Size(tuple(stage[-1] for stage in stages), tuple(map(len, stages)), hierarchical)
 
     def stage_grids(self, grid: Grid) -> list[Grid]:
         """Return the grid of each stage for maps whose first grid is `grid`."""
@@ -539,12 +524,9 @@ class GFNetBase(nn.Module):
 
     @torch.no_grad()
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Store position embedding and filters for another image size, as timm's models do.
+        """Store position embedding and filters for an image size in pixels, int or (H, W).
 
         The outputs for images of that size stay the same: forward resizes in the same way.
-
-        Args:
-            img_size: Image size in pixels, int or (H, W).
         """
         grid = downsampled_grid(to_2tuple(img_size), self.arch.patch_size)
         embedding = resize_position_embedding(self.pos_embed, self.grid, grid)
@@ -757,7 +739,7 @@ def _create(
             f'cache_dir={str(cache_dir)!r} does not apply to official weights: they are in the '
             'checkpoints folder of torch.hub, which the environment variable TORCH_HOME moves'
         )
-    model: nn.Module = build_model_with_cfg(
+    return build_model_with_cfg(
         network,
         name,
         pretrained,
@@ -767,21 +749,23 @@ def _create(
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
         **{'arch': size, **kwargs},
     )
-    return model
 
 
-def _cfg(weights: str, top1: float, top5: float, **kwargs: Any) -> dict[str, Any]:
+def _cfg(weights: str, top1: float, top5: float) -> dict[str, Any]:
     tsinghua, google = OFFICIAL_WEIGHTS[weights]
+    hierarchical = weights.startswith('gfnet-h')
     return dict(
         file=weights,  # a name that load_pretrained downloads
         url=f'https://cloud.tsinghua.edu.cn/f/{tsinghua}/?dl=1',
         custom_load=True,
         num_classes=1000,
         input_size=(3, 224, 224),
+        pool_size=(7, 7) if hierarchical else (14, 14),
         interpolation='bicubic',
         crop_pct=0.875,  # 224 of 256
         mean=IMAGENET_DEFAULT_MEAN,
         std=IMAGENET_DEFAULT_STD,
+        first_conv='patch_embed.0.proj' if hierarchical else 'patch_embed.proj',
         classifier='head',
         license='mit',
         origin_url='https://github.com/raoyongming/GFNet',
@@ -791,62 +775,35 @@ def _cfg(weights: str, top1: float, top5: float, **kwargs: Any) -> dict[str, Any
             f'ImageNet-1K top-1 {top1}%, top-5 {top5}%, as reported by the authors',
             f'also at https://drive.google.com/file/d/{google}',
         ),
-        **kwargs,
     )
 
 
-_ISOTROPIC = dict(pool_size=(14, 14), first_conv='patch_embed.proj')
-_HIERARCHICAL = dict(pool_size=(7, 7), first_conv='patch_embed.0.proj')
 default_cfgs = generate_default_cfgs(
     {
-        'gfnet_ti.in1k': _cfg('gfnet-ti', 74.6, 92.2, **_ISOTROPIC),
-        'gfnet_xs.in1k': _cfg('gfnet-xs', 78.6, 94.2, **_ISOTROPIC),
-        'gfnet_s.in1k': _cfg('gfnet-s', 80.0, 94.9, **_ISOTROPIC),
-        'gfnet_b.in1k': _cfg('gfnet-b', 80.7, 95.1, **_ISOTROPIC),
-        'gfnet_h_ti.in1k': _cfg('gfnet-h-ti', 80.1, 95.1, **_HIERARCHICAL),
-        'gfnet_h_s.in1k': _cfg('gfnet-h-s', 81.5, 95.6, **_HIERARCHICAL),
-        'gfnet_h_b.in1k': _cfg('gfnet-h-b', 82.9, 96.2, **_HIERARCHICAL),
+        'gfnet_ti.in1k': _cfg('gfnet-ti', 74.6, 92.2),
+        'gfnet_xs.in1k': _cfg('gfnet-xs', 78.6, 94.2),
+        'gfnet_s.in1k': _cfg('gfnet-s', 80.0, 94.9),
+        'gfnet_b.in1k': _cfg('gfnet-b', 80.7, 95.1),
+        'gfnet_h_ti.in1k': _cfg('gfnet-h-ti', 80.1, 95.1),
+        'gfnet_h_s.in1k': _cfg('gfnet-h-s', 81.5, 95.6),
+        'gfnet_h_b.in1k': _cfg('gfnet-h-b', 82.9, 96.2),
     }
 )
 
 
-@register_model
-def gfnet_ti(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """GFNet-Ti; `kwargs` are those of :class:`GFNetBase` and of timm."""
-    return _create(GFNet, 'ti', pretrained, **kwargs)
+def _entry_point(network: type[GFNetBase], size: str) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create(network, size, pretrained, **kwargs)
+
+    create.__name__ = create.__qualname__ = f'gfnet_{size.replace("-", "_")}'
+    create.__doc__ = f'GFNet of size {size}; `kwargs` are those of :class:`GFNetBase` and of timm.'
+    return register_model(create)
 
 
-@register_model
-def gfnet_xs(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """GFNet-XS; `kwargs` are those of :class:`GFNetBase` and of timm."""
-    return _create(GFNet, 'xs', pretrained, **kwargs)
-
-
-@register_model
-def gfnet_s(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """GFNet-S; `kwargs` are those of :class:`GFNetBase` and of timm."""
-    return _create(GFNet, 's', pretrained, **kwargs)
-
-
-@register_model
-def gfnet_b(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """GFNet-B; `kwargs` are those of :class:`GFNetBase` and of timm."""
-    return _create(GFNet, 'b', pretrained, **kwargs)
-
-
-@register_model
-def gfnet_h_ti(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """GFNet-H-Ti; `kwargs` are those of :class:`GFNetBase` and of timm."""
-    return _create(GFNetPyramid, 'h-ti', pretrained, **kwargs)
-
-
-@register_model
-def gfnet_h_s(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """GFNet-H-S; `kwargs` are those of :class:`GFNetBase` and of timm."""
-    return _create(GFNetPyramid, 'h-s', pretrained, **kwargs)
-
-
-@register_model
-def gfnet_h_b(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """GFNet-H-B; `kwargs` are those of :class:`GFNetBase` and of timm."""
-    return _create(GFNetPyramid, 'h-b', pretrained, **kwargs)
+gfnet_ti = _entry_point(GFNet, 'ti')
+gfnet_xs = _entry_point(GFNet, 'xs')
+gfnet_s = _entry_point(GFNet, 's')
+gfnet_b = _entry_point(GFNet, 'b')
+gfnet_h_ti = _entry_point(GFNetPyramid, 'h-ti')
+gfnet_h_s = _entry_point(GFNetPyramid, 'h-s')
+gfnet_h_b = _entry_point(GFNetPyramid, 'h-b')

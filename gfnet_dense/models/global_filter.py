@@ -44,11 +44,7 @@ class GlobalFilter(nn.Module):
     _cache: _Cache
 
     def __init__(
-        self,
-        dim: int,
-        grid: tuple[int, int],
-        resize: str = 'bilinear',
-        backend: str = 'auto',
+        self, dim: int, grid: tuple[int, int], resize: str = 'bilinear', backend: str = 'auto'
     ) -> None:
         super().__init__()
         if dim < 1 or min(grid) < 1:
@@ -80,15 +76,15 @@ class GlobalFilter(nn.Module):
 
     def spectrum(self, size: tuple[int, int]) -> Tensor:
         """Return the spectrum for maps of `size` `(H, W)`, of shape `(H, W // 2 + 1, C, 2)`."""
-        height, width = size
-        grid = int(height), int(width)
+        grid = int(size[0]), int(size[1])
         weight = self.complex_weight
         if grid == self.grid:
             return weight
         learning = torch.is_grad_enabled() and weight.requires_grad
         # A graph that is being captured can neither compare values nor hold cached tensors;
         # transforms of torch.func replace the parameter by tensors of their own.
-        ordinary = isinstance(weight, nn.Parameter) and not _is_in_cuda_graph(weight)
+        in_cuda_graph = weight.is_cuda and torch.cuda.is_current_stream_capturing()
+        ordinary = isinstance(weight, nn.Parameter) and not in_cuda_graph
         if self.training or learning or is_capturing() or not ordinary:
             return resize_spectrum(weight, self.grid, grid, self.resize)
         return self._cached_spectrum(grid)
@@ -128,13 +124,10 @@ class GlobalFilter(nn.Module):
         self._cache = None, {}
 
     def macs(self, shape: Sequence[int]) -> int:
-        """Count the multiply-accumulates of a forward as the authors do, whatever the backend.
+        """Count the multiply-accumulates for a map of `shape` `(B, H, W, C)` as the authors do.
 
         A transform of N cells counts `N * C * ceil(log2(N))` (issues 3, 12 and 15 of the official
-        repository) and there are two; a complex product counts 4.
-
-        Args:
-            shape: The shape `(B, H, W, C)` of the map.
+        repository) and there are two; a complex product counts 4, whatever the backend.
         """
         batch, height, width, channels = shape
         cells = height * width
@@ -158,7 +151,3 @@ class GlobalFilter(nn.Module):
     def extra_repr(self) -> str:
         """Say what the layer is made for."""
         return f'{self.dim}, grid={self.grid}, resize={self.resize}, backend={self.backend}'
-
-
-def _is_in_cuda_graph(weight: Tensor) -> bool:
-    return weight.is_cuda and torch.cuda.is_current_stream_capturing()

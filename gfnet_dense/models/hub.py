@@ -43,7 +43,6 @@ TIMEOUT = 30.0  # seconds without a byte
 SLOWEST = 10_000  # bytes per second on average; below, a server counts as stalled
 _CHUNK = 1 << 18
 
-
 _logger = logging.getLogger(__name__)
 
 
@@ -58,10 +57,7 @@ class _AddressError(Exception):
 def fetch(name: str, check: Callable[[Path], None]) -> Path:
     """Return the path of official weights, downloaded on first use.
 
-    Args:
-        name: A name of :data:`OFFICIAL_WEIGHTS`.
-        check: Called with the path of a downloaded file before it is kept; raises a
-            :class:`CheckpointError` if it is not what the name says.
+    `check` raises a :class:`CheckpointError` if a downloaded file is not what the name says.
 
     Raises:
         DownloadError: If no address gives the file; says what went wrong at each, and where to

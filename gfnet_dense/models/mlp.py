@@ -44,12 +44,9 @@ def apply_to_cells(
 ) -> Tensor:
     """Apply a function that treats each cell alone, slice by slice where that is faster.
 
-    Args:
-        block: The module that owns the function. In training, with gradients or with hooks on one
-            of its parts it gets whole maps.
-        function: Takes as many tensors `(..., C)` as there are maps and returns one.
-        expansion: How many times as large the largest map is that the function makes.
-        maps: Maps `(B, H, W, C)`.
+    The function takes as many tensors `(..., C)` as there are maps `(B, H, W, C)` and returns one.
+    The largest map that it makes is `expansion` times as large. In training, with gradients or with
+    hooks on parts of `block`, which owns the function, it gets whole maps.
     """
     x = maps[0]
     if (

@@ -41,12 +41,9 @@ class ClassificationPreprocessor(ImgDataPreprocessor):
     ) -> None:
         super().__init__(**kwargs)
         self.num_classes = num_classes
-        self.mixup = None
-        if mixup is not None:
-            self.mixup = Mixup(**mixup, num_classes=num_classes, label_smoothing=label_smoothing)
-        self.random_erasing = None
-        if random_erasing is not None:
-            self.random_erasing = RandomErasing(**random_erasing)
+        targets = dict(num_classes=num_classes, label_smoothing=label_smoothing)
+        self.mixup = None if mixup is None else Mixup(**mixup, **targets)
+        self.random_erasing = None if random_erasing is None else RandomErasing(**random_erasing)
 
     def forward(self, data: dict[str, Any], training: bool = False) -> dict[str, Any]:
         """Process a batch.
@@ -118,9 +115,7 @@ class ImageClassifier(BaseModel):
     ) -> None:
         network = MODELS.build(backbone)
         if not getattr(network, 'num_classes', 0):
-            raise ValueError(
-                f'a classifier needs a backbone with num_classes, but got {dict(backbone)}'
-            )
+            raise ValueError(f'the backbone needs num_classes, but got {dict(backbone)}')
         told = dict(num_classes=network.num_classes, label_smoothing=label_smoothing)
         super().__init__(MODELS.build(data_preprocessor, default_args=told), init_cfg)
         self.backbone = network

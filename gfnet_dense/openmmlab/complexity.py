@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,8 @@ class Complexity:
                 within[kind] += n if part in (p, 'total') else 0
             figures = [*(within[kind] for kind in kinds), within.total()]
             parameters = self.parameters.total() if part == 'total' else self.parameters[part]
-            rows.append(
-                [part, *(f'{n / scale:.3f}' if n else '' for n in figures), f'{parameters:,}']
-            )
+            counts = [f'{n / scale:.3f}' if n else '' for n in figures]
+            rows.append([part, *counts, f'{parameters:,}'])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             '  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
@@ -118,7 +118,7 @@ def count_macs(model: nn.Module, shape: tuple[int, int], name: str = 'model') ->
         model: A classifier, segmentor or detector, or any module that takes a batch of images.
             It is not changed.
         shape: Height and width of the image in pixels.
-        name: What to call it.
+        name: What to call the model.
     """
     if len(shape) != 2 or min(shape) < 1:
         raise ValueError(f'shape must be a positive (H, W), but got {tuple(shape)}')
@@ -139,16 +139,13 @@ def _count_by_module(model: nn.Module, images: Tensor) -> Counter[str]:
     """Count the MACs of each module without those of the modules in it."""
     macs: Counter[str] = Counter()
 
-    def stand_in(name: str, module: Any) -> None:
-        def forward(x: Tensor) -> Tensor:
-            macs[name] += module.macs(x.shape)
-            return torch.empty_like(x)
-
-        module.forward = forward
+    def stand_in(name: str, module: Any, x: Tensor) -> Tensor:
+        macs[name] += module.macs(x.shape)
+        return torch.empty_like(x)
 
     for name, module in model.named_modules():
         if hasattr(module, 'macs'):
-            stand_in(name, module)
+            module.forward = partial(stand_in, name, module)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         _Forward(model)(images)
     prefix = f'{_Forward.__name__}.model'

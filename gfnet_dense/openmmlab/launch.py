@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from gfnet_dense.durable.checkpoints import latest_checkpoint
 from gfnet_dense.durable.runner import DurableRunner
+from gfnet_dense.durable.summary import unwrapped
 from gfnet_dense.serialization import CheckpointError, load_file
 
 from .mixed_precision import use_mixed_precision
@@ -31,7 +31,7 @@ def train(
     launcher: str = 'none',
     cfg_options: Mapping[str, Any] | None = None,
 ) -> Runner:
-    """Train the model of a config.
+    """Train the model of a config and return the runner.
 
     Args:
         config: A config, its path, or the name of one of this project's.
@@ -46,9 +46,6 @@ def train(
         seed: Seed of all random numbers.
         launcher: How the processes were started: none, pytorch, slurm or mpi.
         cfg_options: Values to change in the config, by dotted key.
-
-    Returns:
-        The runner after training.
 
     Raises:
         FileNotFoundError: If there is no such config, or nothing to resume from.
@@ -72,13 +69,11 @@ def train(
         cfg.auto_scale_lr.enable = True
     if cfg.get('resume') and not resume:  # as OpenMMLab's own tools have it
         resume = cfg.load_from or 'auto'
-    if resume == 'auto' and not Path(cfg.work_dir).exists():  # before it is made
-        raise _nothing_to_resume(cfg.work_dir)
     if resume:
         _resume(cfg, resume)
     runner = _build(cfg)
     if compiled:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model: Any = unwrapped(runner.model)
         if not hasattr(model, 'backbone'):
             raise ValueError(f'{type(model).__name__} has no backbone to compile: omit --compile')
         model.backbone.compile()  # in place, so that names in checkpoints stay
@@ -90,7 +85,7 @@ def _resume(cfg: Config, checkpoint: str) -> None:
     if checkpoint == 'auto':
         found = latest_checkpoint(cfg.work_dir)
         if found is None:
-            raise _nothing_to_resume(cfg.work_dir)
+            raise FileNotFoundError(f'nothing to resume in {cfg.work_dir}: omit --resume')
         checkpoint = str(found)
     content = load_file(checkpoint, mmap=True)
     if not isinstance(content, Mapping) or not {'meta', 'optimizer'} <= set(content):
@@ -104,10 +99,6 @@ def _resume(cfg: Config, checkpoint: str) -> None:
         cfg.model.backbone.init_cfg = None
 
 
-def _nothing_to_resume(work_dir: str) -> FileNotFoundError:
-    return FileNotFoundError(f'nothing to resume in {work_dir}: omit --resume to start anew')
-
-
 def evaluate(
     config: str | Path | Config,
     checkpoint: str | Path,
@@ -119,7 +110,7 @@ def evaluate(
     launcher: str = 'none',
     cfg_options: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-    """Evaluate a checkpoint on the test data of a config.
+    """Evaluate a checkpoint on the test data of a config and return the metrics.
 
     Args:
         config: As for :func:`train`.
@@ -131,9 +122,6 @@ def evaluate(
         tta: Average predictions over the `tta_pipeline` of the config.
         launcher: As for :func:`train`.
         cfg_options: As for :func:`train`.
-
-    Returns:
-        The metrics.
 
     Raises:
         FileNotFoundError: If there is no such config or checkpoint.
@@ -178,8 +166,7 @@ def evaluate(
 def find_config(name: str | Path) -> Path:
     """Return the path of a config.
 
-    Args:
-        name: A path, or the name of one of this project's configs, with or without `.py`.
+    `name` is a path, or the name of one of this project's configs, with or without `.py`.
 
     Raises:
         FileNotFoundError: If there is none.

@@ -45,23 +45,19 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         # An empty dict would make mmengine put all parameters in one group.
         self.paramwise_cfg = {'decay_rate': 1.0, 'num_layers': None, **self.paramwise_cfg}
         if self.base_lr is None or self.base_wd is None:
-            raise ValueError(
-                f'the optimizer needs lr and weight_decay, but is {self.optimizer_cfg}'
-            )
-        if not 0 < self.paramwise_cfg['decay_rate'] <= 1:
-            raise ValueError(
-                f'decay_rate must be within (0, 1], but got {self.paramwise_cfg["decay_rate"]}'
-            )
+            raise ValueError(f'the optimizer needs lr and weight_decay, got {self.optimizer_cfg}')
+        rate = self.paramwise_cfg['decay_rate']
+        if not 0 < rate <= 1:
+            raise ValueError(f'decay_rate must be within (0, 1], but got {rate}')
 
     def add_params(self, params: list[dict[str, Any]], module: nn.Module, **kwargs: Any) -> None:
         """Append the parameter groups of `module` to `params`."""
-        named = dict(module.named_parameters())
         layers = layer_ids(module, self.paramwise_cfg['num_layers'])
         top = max(layers.values())
         no_weight_decay: Any = getattr(module.backbone, 'no_weight_decay', set)
         spared = {f'backbone.{name}' for name in no_weight_decay()}
         groups: dict[tuple[float, bool], dict[str, Any]] = {}
-        for name, param in named.items():
+        for name, param in module.named_parameters():
             if not param.requires_grad:
                 continue
             lr = self.base_lr * self.paramwise_cfg['decay_rate'] ** (top - layers[name])
@@ -79,17 +75,11 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
 
 def layer_ids(model: nn.Module, num_layers: int | None = None) -> dict[str, int]:
-    """Number the layers of a segmentor, detector or classifier.
-
-    Args:
-        model: A model whose `backbone` has `get_layer_depth`, as GFNet has.
-        num_layers: Number of layers that the blocks are divided into; None for one each.
-
-    Returns:
-        The layer of each parameter, see :class:`LayerDecayOptimWrapperConstructor`.
+    """Return the layer of each parameter, see :class:`LayerDecayOptimWrapperConstructor`.
 
     Raises:
-        ValueError: If there is no such backbone, or it has fewer blocks than `num_layers`.
+        ValueError: If the model's `backbone` has no `get_layer_depth`, or fewer blocks than
+            `num_layers`.
     """
     backbone: Any = getattr(model, 'backbone', None)
     if not hasattr(backbone, 'get_layer_depth'):

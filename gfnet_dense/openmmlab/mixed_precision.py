@@ -27,11 +27,7 @@ class CPUBFloat16OptimWrapper(OptimWrapper):
 
 
 def use_mixed_precision(cfg: Config, dtype: str) -> None:
-    """Let a config train in mixed precision.
-
-    Args:
-        cfg: The config; its optimizer wrapper changes.
-        dtype: `'float16'`, for GPUs, or `'bfloat16'`.
+    """Change the optimizer wrapper of a config for training in `'float16'` or `'bfloat16'`.
 
     Raises:
         ValueError: If there is no GPU and the dtype is float16.

@@ -26,12 +26,7 @@ __all__ = [
     'unsupported_reason',
 ]
 
-_BACKENDS: dict[str, Backend] = {
-    'native': native,
-    'fft': fft,
-    'dense': dense,
-    'fused': triton,
-}
+_BACKENDS: dict[str, Backend] = {'native': native, 'fft': fft, 'dense': dense, 'fused': triton}
 BACKENDS = ('auto', *_BACKENDS)
 
 register_derivatives(native, f'{native.NAMESPACE}::filter', f'{native.NAMESPACE}::correlate')
@@ -83,13 +78,9 @@ def global_filter(x: Tensor, weight: Tensor, backend: str = 'auto') -> Tensor:
         ValueError: If the shapes or devices do not fit, or the backend is unknown.
     """
     if not x.is_floating_point() or not weight.is_floating_point():
-        raise TypeError(
-            f'x and weight must be real floating tensors, but got {x.dtype} and {weight.dtype}'
-        )
+        raise TypeError(f'x and weight must be real floats, not {x.dtype} and {weight.dtype}')
     if x.ndim != 4 or 0 in x.shape[1:]:
-        raise ValueError(
-            f'x must be a non-empty map of shape (B, H, W, C), but got {tuple(x.shape)}'
-        )
+        raise ValueError(f'x must be a non-empty map (B, H, W, C), but got {tuple(x.shape)}')
     _, height, width, channels = x.shape
     expected = (height, width // 2 + 1, channels, 2)
     if weight.shape != expected:

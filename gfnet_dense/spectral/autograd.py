@@ -12,7 +12,6 @@ spectrum counts twice (m = 2) unless it is its own mirror image: column 0 and, f
 count once. The spectra of real maps are Hermitian there, and so is the gradient.
 """
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -152,15 +151,13 @@ class _Correlate(Function):
 
 def _filter(x: Tensor, weight: Tensor, conjugate: bool, backend: Backend) -> Tensor:
     if _needs_derivatives(x, weight):
-        run: Callable[..., Tensor] = _Filter.apply
-        return run(x, weight, conjugate, backend)
+        return _Filter.apply(x, weight, conjugate, backend)
     return backend.filter(x, weight, conjugate)
 
 
 def _correlate(g: Tensor, x: Tensor, backend: Backend) -> Tensor:
     if _needs_derivatives(g, x):
-        run: Callable[..., Tensor] = _Correlate.apply
-        return run(g, x, backend)
+        return _Correlate.apply(g, x, backend)
     return backend.correlate(g, x)
 
 

@@ -60,8 +60,7 @@ def adjoint(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """See :class:`gfnet_dense.spectral.autograd.Backend`."""
     with _full_precision(x.device):
         spectrum = _spectrum(g)
-        gx = _map(_multiply(spectrum, weight, True), x)
-        return gx, _gradient(spectrum, _spectrum(x), x)
+        return _map(_multiply(spectrum, weight, True), x), _gradient(spectrum, _spectrum(x), x)
 
 
 def _spectrum(x: Tensor) -> Tensor:

@@ -29,8 +29,7 @@ def correlate(g: Tensor, x: Tensor) -> Tensor:
 def adjoint(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """See :class:`gfnet_dense.spectral.autograd.Backend`."""
     spectrum = _spectrum(g)
-    gx = _map(spectrum * _kernel(weight, x, True), x)
-    return gx, _gradient(spectrum, _spectrum(x), x)
+    return _map(spectrum * _kernel(weight, x, True), x), _gradient(spectrum, _spectrum(x), x)
 
 
 def _unit(x: Tensor) -> int:

@@ -24,12 +24,9 @@ def reference_filter(x: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         x: Map of shape `(B, H, W, C)`, B > 0. It is computed in float32, or in float64 if it is
-            float64, and returned in its own dtype.
+            float64, and returned in its own shape and dtype.
         weight: Spectrum of shape `(H, W // 2 + 1, C, 2)`, real and imaginary part; float32 or
             float64.
-
-    Returns:
-        The filtered map, of the shape and dtype of `x`.
     """
     spectrum = torch.fft.rfft2(x.to(compute_dtype(x)), dim=(1, 2), norm='ortho')
     spectrum = spectrum * torch.view_as_complex(weight.contiguous())

@@ -16,7 +16,7 @@ Grid = tuple[int, int]
 
 
 def hermitian_part(weight: Tensor, width: int) -> Tensor:
-    """Return the part of a half spectrum that acts on real maps.
+    """Return the part of a half spectrum that acts on real maps, in the shape of `weight`.
 
     The columns of frequency zero and, for even widths, of the Nyquist frequency hold both entries
     of each conjugate pair. An inverse real FFT uses only their Hermitian part. FFT libraries differ
@@ -25,9 +25,6 @@ def hermitian_part(weight: Tensor, width: int) -> Tensor:
     Args:
         weight: Spectrum of shape `(h, width // 2 + 1, C, 2)`.
         width: Width of the map in cells. The half spectrum alone does not determine it.
-
-    Returns:
-        Spectrum of the shape of `weight`.
     """
     first, rest = _symmetric(weight[:, :1]), weight[:, 1:]
     if width % 2:

@@ -9,7 +9,7 @@ _is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compil
 
 def is_capturing() -> bool:
     """Tell whether torch records a graph: compiled, exported or traced."""
-    return torch.compiler.is_compiling() or _is_tracing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def is_transformed() -> bool:
@@ -23,12 +23,8 @@ def operator_unsupported_reason() -> str | None:
 
     A backend made of custom operators asks this before anything else.
     """
-    if _is_tracing() or (torch.compiler.is_compiling() and _is_exporting()):
+    if torch.jit.is_tracing() or (torch.compiler.is_compiling() and _is_exporting()):
         return "exported graphs hold torch's own operators only"
     if torch.compiler.is_compiling() and is_transformed():
         return 'compiled graphs do not support custom operators under transforms of torch.func'
     return None
-
-
-def _is_tracing() -> bool:
-    return torch.jit.is_tracing()

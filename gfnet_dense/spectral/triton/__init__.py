@@ -113,50 +113,28 @@ def _filter_planes(x: Tensor, weight: Tensor, y: Tensor, sign: float) -> None:
     from .kernels import filter_planes
 
     batch, height, width, channels = x.shape
+    half_h, half_w = _half(height), _half(width)
+    tiles = dict(HALF_H=half_h, HALF_W=half_w, SLOTS_H=min(half_h, 16), SLOTS_W=min(half_w, 16))
+    bases = _basis(height, x.device), _basis(width, x.device)
     filter_planes[lambda meta: (_ceil(channels, meta['CHANNELS']), batch)](
-        x,
-        weight,
-        y,
-        _basis(height, x.device),
-        _basis(width, x.device),
-        height,
-        width,
-        channels,
-        sign,
-        HALF_H=_half(height),
-        HALF_W=_half(width),
-        SLOTS_H=min(_half(height), 16),
-        SLOTS_W=min(_half(width), 16),
+        x, weight, y, *bases, height, width, channels, sign, **tiles
     )
 
 
 def _correlate_planes(g: Tensor, x: Tensor) -> Tensor:
     from .kernels import correlate_planes
 
-    batch, height, width, channels = x.shape
+    _, height, width, channels = x.shape
     half_h, half_w = _half(height), _half(width)
     area, slots = half_h * half_w, min(half_w, 16)
     # Two maps of 64 x 64 cells and 8 channels take 102 KB.
     block = 16 if area < 256 else 8 if area < 1024 or _shared_memory(x.device) >= 2**17 else 4
     grid = _ceil(channels, block), _ceil(_ceil(width, 2), slots)
     sums = _allocate_sums(x, grid)
+    tiles = dict(HALF_H=half_h, HALF_W=half_w, SLOTS_H=half_h, SLOTS_W=slots, CHANNELS=block)
+    bases = _basis(height, x.device), _basis(width, x.device)
     correlate_planes[(*grid, len(sums))](
-        g,
-        x,
-        sums,
-        _basis(height, x.device),
-        _basis(width, x.device),
-        batch,
-        height,
-        width,
-        channels,
-        HALF_H=half_h,
-        HALF_W=half_w,
-        SLOTS_H=half_h,
-        SLOTS_W=slots,
-        CHANNELS=block,
-        num_warps=8,
-        num_stages=1,
+        g, x, sums, *bases, *x.shape, **tiles, num_warps=8, num_stages=1
     )
     return sums.sum(0)
 
@@ -189,25 +167,9 @@ def _correlate_larger(g: Tensor, x: Tensor) -> Tensor:
         blocks = _ceil(_ceil(height, 2), slots) * _ceil(x_z.shape[2], columns)
         grid = x_exponents.shape[2], blocks
         sums = _allocate_sums(some_x, grid)
-        correlate_columns[(*grid, len(sums))](
-            g_z,
-            g_exponents,
-            x_z,
-            x_exponents,
-            sums,
-            _basis(height, x.device),
-            len(some_x),
-            height,
-            width,
-            channels,
-            HALF_H=half,
-            SLOTS_H=slots,
-            SLOTS_W=columns,
-            ROWS=_ROWS,
-            CHANNELS=_CHANNELS,
-            num_warps=8,
-            num_stages=1,
-        )
+        tensors = g_z, g_exponents, x_z, x_exponents, sums, _basis(height, x.device)
+        tiles = dict(HALF_H=half, SLOTS_H=slots, SLOTS_W=columns, **_block())
+        correlate_columns[(*grid, len(sums))](*tensors, *some_x.shape, **tiles, num_warps=8)
         total += sums.sum(0)
     return total
 
@@ -220,21 +182,8 @@ def _transform_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     z = x.new_empty((images, 2, (width + 1) // 2, height, channels), dtype=torch.float16)
     rows, blocks = _ceil(height, _ROWS), _ceil(channels, _CHANNELS)
     exponents = x.new_empty((images, rows, blocks), dtype=torch.int32)
-    transform_rows[(blocks, images, rows)](
-        x,
-        z,
-        exponents,
-        _basis(width, x.device),
-        height,
-        width,
-        channels,
-        HALF_W=_half(width),
-        SLOTS_W=min(_half(width), 32),
-        ROWS=_ROWS,
-        CHANNELS=_CHANNELS,
-        num_warps=4 if _half(width) <= 64 else 8,
-        num_stages=1,
-    )
+    tensors = x, z, exponents, _basis(width, x.device)
+    transform_rows[(blocks, images, rows)](*tensors, height, width, channels, **_row_tiles(width))
     return z, exponents
 
 
@@ -247,23 +196,11 @@ def _filter_columns(
     images, _, slots, height, channels = z.shape
     half, columns, blocks = _half(height), _columns(height), exponents.shape[2]
     y_exponents = exponents.new_empty(images, _ceil(slots, columns), blocks)
+    tensors = z, exponents, weight, y_exponents, _basis(height, z.device)
+    slots_h = min(half, 32 if half <= 128 else 16)
+    tiles = dict(HALF_H=half, SLOTS_H=slots_h, SLOTS_W=columns, **_block())
     filter_columns[(blocks, images, y_exponents.shape[1])](
-        z,
-        exponents,
-        weight,
-        y_exponents,
-        _basis(height, z.device),
-        height,
-        width,
-        channels,
-        sign,
-        HALF_H=half,
-        SLOTS_H=min(half, 32 if half <= 128 else 16),
-        SLOTS_W=columns,
-        ROWS=_ROWS,
-        CHANNELS=_CHANNELS,
-        num_warps=8,
-        num_stages=1,
+        *tensors, height, width, channels, sign, **tiles, num_warps=8
     )
     return y_exponents
 
@@ -273,23 +210,21 @@ def _restore_rows(z: Tensor, exponents: Tensor, y: Tensor) -> None:
     from .kernels import restore_rows
 
     images, height, width, channels = y.shape
-    half = _half(width)
+    tensors = z, exponents, y, _basis(width, y.device)
     restore_rows[(exponents.shape[2], images, _ceil(height, _ROWS))](
-        z,
-        exponents,
-        y,
-        _basis(width, y.device),
-        height,
-        width,
-        channels,
-        HALF_W=half,
-        SLOTS_W=min(half, 32),
-        COLUMNS=_columns(height),
-        ROWS=_ROWS,
-        CHANNELS=_CHANNELS,
-        num_warps=4 if half <= 64 else 8,
-        num_stages=1,
+        *tensors, height, width, channels, COLUMNS=_columns(height), **_row_tiles(width)
     )
+
+
+def _block() -> dict[str, int]:
+    """Return the block of a program of larger maps; software pipelining is off."""
+    return dict(ROWS=_ROWS, CHANNELS=_CHANNELS, num_stages=1)
+
+
+def _row_tiles(width: int) -> dict[str, int]:
+    half = _half(width)
+    warps = 4 if half <= 64 else 8
+    return dict(HALF_W=half, SLOTS_W=min(half, 32), num_warps=warps, **_block())
 
 
 def _chunks(x: Tensor) -> tuple[Tensor, ...]:

@@ -23,8 +23,8 @@ kinds is frequency k. Frequency 0 has no sine, so slot 0 of the sines holds the 
 an even axis, and zeros for an odd one: nothing is stored or computed twice. The origin is at the
 centre, which turns the phase of every frequency; the way back turns it back.
 
-Four coefficients at slot (u, v) are two complex values of the spectrum, `first` and `second`, whose
-real and imaginary parts are signed sums of them, the rows of a matrix:
+Four coefficients at slot (u, v) make two complex values of the spectrum, `first` and `second`. Real
+and imaginary parts are signed sums of the coefficients:
 
                  first                        second
     u, v > 0     (u, v)                       (-u, v)
@@ -35,40 +35,28 @@ real and imaginary parts are signed sums of them, the rows of a matrix:
 In the corner u = v = 0 all four values are real. They stand in the real and imaginary parts.
 """
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..resize import hermitian_part
 
-# Columns are cc, cs, sc, ss; rows are the real and imaginary part of `first` and of `second`.
-_VALUES = torch.tensor(
-    [
-        [[1, 0, 0, -1], [0, -1, -1, 0], [1, 0, 0, 1], [0, 1, -1, 0]],  # u, v > 0
-        [[1, 0, 0, 0], [0, 0, -1, 0], [0, 0, 0, 1], [0, 1, 0, 0]],  # u = 0 < v
-        [[1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 1, 0], [0, 0, 0, -1]],  # v = 0
-    ]
-).double()
+Coefficients = tuple[Tensor, Tensor]  # of the cosines and of the sines
 
 
 def basis(size: int, device: torch.device | str = 'cpu') -> Tensor:
     """Return cosines and sines of slot x cell of an axis, `(2, n, n)` with n = ceil(size / 2)."""
     slot = torch.arange((size + 1) // 2, device=device)
-    nyquist = size // 2 if size % 2 == 0 else 0
-    frequency = torch.stack([slot, torch.where(slot == 0, nyquist, slot)])
+    frequency = torch.stack([slot, torch.where(slot == 0, 0 if size % 2 else size // 2, slot)])
     # Twice the distance from the centre; the remainder, exact in integers, keeps angles small.
-    angle = (frequency[..., None] * (2 * slot - size + 1)).remainder(2 * size)
-    cosines, sines = angle.double() * (math.pi / size)
-    return torch.stack([cosines.cos(), sines.sin()])
+    angle = (frequency[..., None] * (2 * slot - size + 1) % (2 * size)).double() * (torch.pi / size)
+    return torch.stack([angle[0].cos(), angle[1].sin()])
 
 
-def transform(x: Tensor) -> tuple[Tensor, Tensor]:
+def transform(x: Tensor) -> Coefficients:
     """Return cosine and sine coefficients `(..., ceil(n / 2))` of an axis `(..., n)`."""
     size = x.shape[-1]
     half = x[..., : (size + 1) // 2]
-    mirrored = F.pad(x.flip(-1)[..., : size // 2], (0, size % 2))
+    mirrored = torch.nn.functional.pad(x.flip(-1)[..., : size // 2], (0, size % 2))
     cosines, sines = basis(size)
     return (half + mirrored) @ cosines.T, (half - mirrored) @ sines.T
 
@@ -80,35 +68,33 @@ def restore(cosine: Tensor, sine: Tensor, size: int) -> Tensor:
     return torch.cat([even + odd, (even - odd)[..., : size // 2].flip(-1)], dim=-1)
 
 
-def filter_columns(
-    cosine: Tensor, sine: Tensor, weight: Tensor, width: int
-) -> tuple[Tensor, Tensor]:
+def filter_columns(cosine: Tensor, sine: Tensor, weight: Tensor, width: int) -> Coefficients:
     """Filter the coefficients along W `(B, C, H, ceil(W / 2))` of a map with its spectrum."""
     height = cosine.shape[2]
-    parts = torch.stack([*transform(cosine.mT), *transform(sine.mT)], dim=-1)  # (B, C, v, u, 4)
-    u, v = torch.arange(parts.shape[3]), torch.arange(parts.shape[2])[:, None]
-    matrix = _VALUES[torch.where(v == 0, 2, torch.where(u == 0, 1, 0))]
-    values = (parts[..., None, :] @ matrix.mT).unflatten(-1, (2, 2)).squeeze(-3)
-    values = torch.view_as_complex(values)
+    u, v = torch.arange((height + 1) // 2), torch.arange((width + 1) // 2)[:, None]
 
+    def to_values(cosine: Tensor, sine: Tensor) -> Tensor:  # (B, C, v, u, 2)
+        (cc, cs), (sc, ss) = transform(cosine.mT), transform(sine.mT)
+        c, s = torch.complex(cc, -cs), torch.complex(sc, -ss)
+        first = torch.where(u == 0, torch.complex(cc, -sc), c - 1j * s)
+        second = torch.where(u == 0, torch.complex(ss, cs), c.conj() - 1j * s.conj())
+        return torch.stack([torch.where(v == 0, c, first), torch.where(v == 0, s, second)], -1)
+
+    # The way back is the transpose, which autograd finds.
+    values, transpose = torch.func.vjp(to_values, cosine, sine)  # type: ignore[misc]
     spectrum = torch.view_as_complex(hermitian_part(weight, width).contiguous()).permute(2, 0, 1)
     second_u = torch.where(v == 0, u, torch.where(u == 0, height // 2, height - u))
     second_v = torch.where(v == 0, width // 2, v)
     kernel = torch.stack([spectrum[:, u, v], spectrum[:, second_u, second_v]], dim=-1)
-    # In the corner the imaginary part is the real value of another frequency.
+    # In the corner the imaginary part is the real value of another frequency. Outside of it a value
+    # stands for its conjugate too.
     nyquist = spectrum[:, height // 2, torch.stack([v, second_v], dim=-1)]
     apart = torch.complex(kernel.real * values.real, nyquist.real * values.imag)
-    corner = (u + v == 0)[..., None]
-    values = torch.view_as_real(torch.where(corner, apart, kernel * values)).flatten(-2)
-
-    # Outside the corner a value stands for its conjugate too.
-    values = values * (2 - corner.double()) / (height * width)
-    cc, cs, sc, ss = (values[..., None, :] @ matrix).squeeze(-2).unbind(-1)
-    return restore(cc, cs, height).mT, restore(sc, ss, height).mT
+    values = torch.where((u + v == 0)[..., None], apart, 2 * kernel * values)
+    return transpose(values / (height * width))
 
 
 def folded_filter(x: Tensor, weight: Tensor) -> Tensor:
     """Filter a float64 map `(B, H, W, C)` on the CPU with a spectrum `(H, W // 2 + 1, C, 2)`."""
-    cosine, sine = transform(x.permute(0, 3, 1, 2))
-    cosine, sine = filter_columns(cosine, sine, weight, x.shape[2])
-    return restore(cosine, sine, x.shape[2]).permute(0, 2, 3, 1)
+    columns = filter_columns(*transform(x.permute(0, 3, 1, 2)), weight, x.shape[2])
+    return restore(*columns, x.shape[2]).permute(0, 2, 3, 1)

@@ -12,9 +12,10 @@ two, which is exact, so that the largest value lies between 2**6 and 2**7. So su
 not overflow, and values a million times smaller keep their precision. Each block has an exponent of
 its own: the true value is `stored * 2**exponent`.
 
-`shape` is `(H, W, C)` everywhere and `c` are the channels of a block. Constants in capitals are
-powers of two. `HALF_H` and `HALF_W` are the sizes of tiles that hold half an axis, `SLOTS_H` and
-`SLOTS_W` of those that hold some of its slots.
+`shape` is `(H, W, C)` everywhere and `c` are the channels of a block. Arguments in capitals are
+constants, which only kernels have to declare as `tl.constexpr`; sizes are powers of two. `HALF_H`
+and `HALF_W` are the sizes of tiles that hold half an axis, `SLOTS_H` and `SLOTS_W` of those that
+hold some of its slots.
 """
 
 import triton
@@ -46,7 +47,7 @@ def _align(x, exponent, largest):
 
 
 @triton.jit
-def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _zeros(ROWS, COLUMNS):
     zeros = tl.zeros((ROWS, COLUMNS), tl.float32)
     return zeros, zeros, zeros, zeros
 
@@ -72,7 +73,7 @@ def _find_shift(parts):
 
 
 @triton.jit
-def _half_axis(size, HALF: tl.constexpr, MIRRORED: tl.constexpr):
+def _half_axis(size, HALF, MIRRORED):
     """Return the cells of one half of an axis, from its border inwards, and a mask of them.
 
     The middle cell of an odd axis belongs to the first half alone.
@@ -91,13 +92,17 @@ def _places(i, in_i, stride_i, j, in_j, stride_j, c, channels):
 
 
 @triton.jit
-def _quarter(
-    shape, c, HALF_H: tl.constexpr, HALF_W: tl.constexpr, BOTTOM: tl.constexpr, RIGHT: tl.constexpr
-):
-    """Return the places `(w, h, c)` of a quarter of a map."""
-    h, in_h = _half_axis(shape[0], HALF_H, BOTTOM)
+def _half_rows(h, in_h, c, shape, HALF_W, RIGHT):
+    """Return the places `(w, h, c)` of one half of some rows of a map."""
     w, in_w = _half_axis(shape[1], HALF_W, RIGHT)
     return _places(w, in_w, shape[2], h, in_h, shape[1] * shape[2], c, shape[2])
+
+
+@triton.jit
+def _quarter(shape, c, HALF_H, HALF_W, BOTTOM, RIGHT):
+    """Return the places `(w, h, c)` of a quarter of a map."""
+    h, in_h = _half_axis(shape[0], HALF_H, BOTTOM)
+    return _half_rows(h, in_h, c, shape, HALF_W, RIGHT)
 
 
 @triton.jit
@@ -107,7 +112,7 @@ def _load(ptr, places):
 
 
 @triton.jit
-def _store(ptr, places, x, CHANNELS: tl.constexpr):
+def _store(ptr, places, x, CHANNELS):
     """Store a tile `((i c), j)` at the places of `(j, i, c)`."""
     offsets, mask = places
     x = tl.reshape(x.to(ptr.dtype.element_ty), (x.shape[0] // CHANNELS, CHANNELS, x.shape[1]))
@@ -127,7 +132,7 @@ def _operand_parts(parts):
 
 
 @triton.jit
-def _transpose(x, CHANNELS: tl.constexpr):
+def _transpose(x, CHANNELS):
     """Round a tile `((i c), j)` to a factor `((j c), i)`."""
     x = tl.reshape(x.to(tl.float16), (x.shape[0] // CHANNELS, CHANNELS, x.shape[1]))
     x = tl.permute(x, (2, 1, 0))
@@ -135,22 +140,13 @@ def _transpose(x, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _transpose_parts(parts, CHANNELS: tl.constexpr):
+def _transpose_parts(parts, CHANNELS):
     first, second = _transpose(parts[0], CHANNELS), _transpose(parts[1], CHANNELS)
     return first, second, _transpose(parts[2], CHANNELS), _transpose(parts[3], CHANNELS)
 
 
 @triton.jit
-def _transform(
-    first,
-    second,
-    sums,
-    basis_ptr,
-    slot,
-    HALF: tl.constexpr,
-    SLOTS: tl.constexpr,
-    INVERSE: tl.constexpr,
-):
+def _transform(first, second, sums, basis_ptr, slot, HALF, SLOTS, INVERSE):
     """Add cosine and sine coefficients `(rows, SLOTS)` of even and odd part `(rows, HALF)` to sums.
 
     The coefficients start at `slot`. The inverse adds to the two parts what these coefficients
@@ -161,19 +157,15 @@ def _transform(
     OUTER: tl.constexpr = HALF if INVERSE else SLOTS
     if HALF >= 16:
         inner, outer = tl.arange(0, INNER)[:, None], tl.arange(0, OUTER)[None, :]
-        if INVERSE:
-            entries = basis_ptr + (slot + inner) * HALF + outer
-        else:
-            entries = basis_ptr + (slot + outer) * HALF + inner
+        row, cell = (inner, outer) if INVERSE else (outer, inner)
+        entries = basis_ptr + (slot + row) * HALF + cell
         cosines, sines = tl.load(entries), tl.load(entries + HALF * HALF)
         return tl.dot(first, cosines, sums[0]), tl.dot(second, sines, sums[1])
     # Tensor cores sum 16 products or more. So both parts are interleaved, and the matrix has zeros
     # where they would mix.
     inner, outer = tl.arange(0, 2 * INNER)[:, None], tl.arange(0, 2 * OUTER)[None, :]
-    if INVERSE:
-        entries = basis_ptr + inner // 2 * HALF + outer // 2
-    else:
-        entries = basis_ptr + outer // 2 * HALF + inner // 2
+    row, cell = (inner, outer) if INVERSE else (outer, inner)
+    entries = basis_ptr + row // 2 * HALF + cell // 2
     alike = inner % 2 == outer % 2
     matrix = tl.load(entries + inner % 2 * HALF * HALF, mask=alike, other=0.0)
     both = tl.dot(tl.interleave(first, second), matrix)
@@ -182,9 +174,7 @@ def _transform(
 
 
 @triton.jit
-def _transform_width(
-    parts, sums, basis_ptr, slot, HALF_W: tl.constexpr, SLOTS_W: tl.constexpr, INVERSE: tl.constexpr
-):
+def _transform_width(parts, sums, basis_ptr, slot, HALF_W, SLOTS_W, INVERSE):
     """Transform the parts along W, the first letter, and add the results to `sums`."""
     one, two = (sums[0], sums[2]), (sums[1], sums[3])
     first, third = _transform(parts[0], parts[2], one, basis_ptr, slot, HALF_W, SLOTS_W, INVERSE)
@@ -193,9 +183,7 @@ def _transform_width(
 
 
 @triton.jit
-def _transform_height(
-    parts, sums, basis_ptr, slot, HALF_H: tl.constexpr, SLOTS_H: tl.constexpr, INVERSE: tl.constexpr
-):
+def _transform_height(parts, sums, basis_ptr, slot, HALF_H, SLOTS_H, INVERSE):
     """Transform the parts along H, the second letter, and add the results to `sums`."""
     one, two = (sums[0], sums[1]), (sums[2], sums[3])
     first, second = _transform(parts[0], parts[1], one, basis_ptr, slot, HALF_H, SLOTS_H, INVERSE)
@@ -204,7 +192,7 @@ def _transform_height(
 
 
 @triton.jit
-def _load_plane(ptr, shape, c, HALF_H: tl.constexpr, HALF_W: tl.constexpr):
+def _load_plane(ptr, shape, c, HALF_H, HALF_W):
     """Return the parts of a map as factors `((h c), w)`, and their exponent."""
     quarters = (
         _load(ptr, _quarter(shape, c, HALF_H, HALF_W, False, False)),
@@ -286,14 +274,14 @@ def _hermitian_grad(re, im, inner_u):
 
 
 @triton.jit
-def _slots(first, size, SLOTS: tl.constexpr):
+def _slots(first, size, SLOTS):
     """Return some slots of an axis, their mask, and `inner`: 0 for slot 0 and 1 for all others."""
     slot = first + tl.arange(0, SLOTS)
     return slot, slot < (size + 1) // 2, tl.where(slot == 0, 0.0, 1.0)
 
 
 @triton.jit
-def _repeat_channels(x, CHANNELS: tl.constexpr):
+def _repeat_channels(x, CHANNELS):
     """Repeat one value for each slot v as rows `((v c), 1)`."""
     x = tl.broadcast_to(x[:, None], (x.shape[0], CHANNELS))
     return tl.reshape(x, (x.shape[0] * CHANNELS, 1))
@@ -306,15 +294,15 @@ def _mirror(u, height):
 
 
 @triton.jit
-def _frequency_places(u, in_u, v, in_v, first_c, shape, CHANNELS: tl.constexpr):
-    """Return the places `(u, v, (c 2))` of a spectrum `(H, W // 2 + 1, C, 2)`."""
-    c, column = 2 * first_c + tl.arange(0, 2 * CHANNELS), 2 * shape[2]
+def _frequency_places(u, in_u, v, in_v, shape, CHANNELS):
+    """Return the places `(u, v, (c 2))` of a program in a spectrum `(H, W // 2 + 1, C, 2)`."""
+    c, column = 2 * CHANNELS * tl.program_id(0) + tl.arange(0, 2 * CHANNELS), 2 * shape[2]
     row = (shape[1] // 2 + 1) * column
     return _places(u, in_u, row, v, in_v, column, c, column)
 
 
 @triton.jit
-def _load_complex(ptr, places, CHANNELS: tl.constexpr):
+def _load_complex(ptr, places, CHANNELS):
     """Load real and imaginary part as tiles `((v c), u)`."""
     x = _load(ptr, places)
     x = tl.reshape(x, (x.shape[0], x.shape[1], CHANNELS, 2))
@@ -323,7 +311,7 @@ def _load_complex(ptr, places, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _store_complex(ptr, places, real, imag, CHANNELS: tl.constexpr):
+def _store_complex(ptr, places, real, imag, CHANNELS):
     """Store what :func:`_load_complex` loads."""
     x = tl.join(real, imag)
     x = tl.reshape(x, (x.shape[0] // CHANNELS, CHANNELS, x.shape[1], 2))
@@ -333,18 +321,18 @@ def _store_complex(ptr, places, real, imag, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _load_weight(ptr, u, in_u, v, in_v, first_c, shape, sign, CHANNELS: tl.constexpr):
+def _load_weight(ptr, u, in_u, v, in_v, shape, sign, CHANNELS):
     """Return a spectrum at u and -u, its conjugate if `sign` is -1."""
-    places = _frequency_places(u, in_u, v, in_v, first_c, shape, CHANNELS)
+    places = _frequency_places(u, in_u, v, in_v, shape, CHANNELS)
     re, im = _load_complex(ptr, places, CHANNELS)
     u = _mirror(u, shape[0])
-    places = _frequency_places(u, in_u, v, in_v, first_c, shape, CHANNELS)
+    places = _frequency_places(u, in_u, v, in_v, shape, CHANNELS)
     re_2, im_2 = _load_complex(ptr, places, CHANNELS)
     return re, sign * im, re_2, sign * im_2
 
 
 @triton.jit
-def _repeat_slots(x, SLOTS: tl.constexpr):
+def _repeat_slots(x, SLOTS):
     """Repeat `(c, u)` for each slot v as `((v c), u)`."""
     x = tl.broadcast_to(x[None, :, :], (SLOTS, x.shape[0], x.shape[1]))
     return tl.reshape(x, (SLOTS * x.shape[1], x.shape[2]))
@@ -352,17 +340,7 @@ def _repeat_slots(x, SLOTS: tl.constexpr):
 
 @triton.jit
 def _filter_height(
-    parts,
-    weight_ptr,
-    basis_ptr,
-    shape,
-    sign,
-    first_v,
-    first_c,
-    HALF_H: tl.constexpr,
-    SLOTS_H: tl.constexpr,
-    SLOTS_W: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    parts, weight_ptr, basis_ptr, shape, sign, first_v, HALF_H, SLOTS_H, SLOTS_W, CHANNELS
 ):
     """Transform `((v c), h)` along H, multiply by the spectrum over 2**_MARGIN, transform back.
 
@@ -383,13 +361,13 @@ def _filter_height(
         # Outside the corner a value stands for its conjugate, too.
         norm = tl.where(corner, 1.0, 2.0) / (shape[0] * shape[1] << _MARGIN)
         x = _frequencies(_multiply(x, norm), inner_u, inner_v)
-        k = _load_weight(weight_ptr, u, in_u, v, in_v, first_c, shape, sign, CHANNELS)
+        k = _load_weight(weight_ptr, u, in_u, v, in_v, shape, sign, CHANNELS)
         re, im = _hermitian(k, inner_u)
         re, im = tl.where(inner_v == 0, re, k[0]), tl.where(inner_v == 0, im, k[1])
         re, im = _multiply_complex(x[0], x[1], re, im, corner)
         column = tl.full((1,), 0, tl.int32)
         nyquist, is_there = column + shape[1] // 2, column + first_v == 0
-        n = _load_weight(weight_ptr, u, in_u, nyquist, is_there, first_c, shape, sign, CHANNELS)
+        n = _load_weight(weight_ptr, u, in_u, nyquist, is_there, shape, sign, CHANNELS)
         n_re, n_im = _hermitian(n, inner_u)
         re_2 = tl.where(inner_v == 0, _repeat_slots(n_re, SLOTS_W), k[2])
         im_2 = tl.where(inner_v == 0, _repeat_slots(n_im, SLOTS_W), k[3])
@@ -450,8 +428,7 @@ def filter_planes(
 ):
     """Filter maps that fit on the chip. The grid is `(blocks of channels, images)`."""
     shape = height, width, channels
-    first_c = tl.program_id(0) * CHANNELS
-    c = first_c + tl.arange(0, CHANNELS)
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     image = tl.program_id(1).to(tl.int64) * (height * width * channels)
     x_ptr, y_ptr = x_ptr + image, y_ptr + image
     x, x_exponent = _load_plane(x_ptr, shape, c, HALF_H, HALF_W)
@@ -460,18 +437,9 @@ def filter_planes(
     for first_v in tl.static_range(0, HALF_W, SLOTS_W):
         zeros = _zeros(HALF_H * CHANNELS, SLOTS_W)
         some = _transform_width(x, zeros, basis_w_ptr, first_v, HALF_W, SLOTS_W, False)
+        some = _transpose_parts(some, CHANNELS)
         y, exponent = _filter_height(
-            _transpose_parts(some, CHANNELS),
-            weight_ptr,
-            basis_h_ptr,
-            shape,
-            sign,
-            first_v,
-            first_c,
-            HALF_H,
-            SLOTS_H,
-            SLOTS_W,
-            CHANNELS,
+            some, weight_ptr, basis_h_ptr, shape, sign, first_v, HALF_H, SLOTS_H, SLOTS_W, CHANNELS
         )
         common = tl.maximum(common, exponent - _find_shift(y))
         filtered += (_transpose_parts(_multiply(y, _power_of_two(exponent - common)), CHANNELS),)
@@ -505,11 +473,20 @@ def _exponent_ptrs(ptr, image, block, blocks):
 
 
 @triton.jit
-def _strides(shape):
-    """Return the strides of `z`: of images, from cosines to sines, and of columns."""
+def _coefficients_of(z_ptr, image, shape):
+    """Return pointers to the cosines and to the sines of an image, and the stride of columns."""
     column = shape[0] * shape[2]
     sines = (shape[1] + 1) // 2 * column
-    return 2 * sines, sines, column
+    z_ptr += tl.cast(image, tl.int64) * (2 * sines)
+    return z_ptr, z_ptr + sines, column
+
+
+@triton.jit
+def _half_columns(first_v, c, shape, HALF_H, SLOTS_W, BOTTOM):
+    """Return the places `(h, v, c)` of one half of some columns of `z`."""
+    h, in_h = _half_axis(shape[0], HALF_H, BOTTOM)
+    v, column = first_v + tl.arange(0, SLOTS_W), shape[0] * shape[2]
+    return _places(h, in_h, shape[2], v, v < (shape[1] + 1) // 2, column, c, shape[2])
 
 
 @triton.jit(do_not_specialize=['height', 'width'])
@@ -531,19 +508,16 @@ def transform_rows(
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     image, block = tl.program_id(1), tl.program_id(2)
     h = block * ROWS + tl.arange(0, ROWS)
-    in_h, row = h < height, width * channels
-    x_ptr += image.to(tl.int64) * (height * row)
-    w, in_w = _half_axis(width, HALF_W, False)
-    left = _load(x_ptr, _places(w, in_w, channels, h, in_h, row, c, channels))
-    w, in_w = _half_axis(width, HALF_W, True)
-    right = _load(x_ptr, _places(w, in_w, channels, h, in_h, row, c, channels))
+    in_h = h < height
+    x_ptr += image.to(tl.int64) * (height * width * channels)
+    left = _load(x_ptr, _half_rows(h, in_h, c, shape, HALF_W, False))
+    right = _load(x_ptr, _half_rows(h, in_h, c, shape, HALF_W, True))
     shift = _find_shift((left, left, right, right)) - 1  # for sums of two
     left, right = left * _power_of_two(shift), right * _power_of_two(shift)
     even, odd = _operand(left + right), _operand(left - right)
     tl.store(_exponent_ptrs(exponents_ptr, image, block, tl.num_programs(2)), -shift)
 
-    stride, sines, column = _strides(shape)
-    z_ptr += image.to(tl.int64) * stride
+    cosines_ptr, sines_ptr, column = _coefficients_of(z_ptr, image, shape)
     zeros = tl.zeros((ROWS * CHANNELS, SLOTS_W), tl.float32)
     slots = (width + 1) // 2
     for slot in range(0, slots, SLOTS_W):
@@ -552,22 +526,12 @@ def transform_rows(
         cosine, sine = _transform(
             even, odd, (zeros, zeros), basis_w_ptr, slot, HALF_W, SLOTS_W, False
         )
-        _store(z_ptr, places, cosine, CHANNELS)
-        _store(z_ptr + sines, places, sine, CHANNELS)
+        _store(cosines_ptr, places, cosine, CHANNELS)
+        _store(sines_ptr, places, sine, CHANNELS)
 
 
 @triton.jit
-def _load_columns(
-    z_ptr,
-    exponents_ptr,
-    image,
-    first_v,
-    c,
-    shape,
-    HALF_H: tl.constexpr,
-    SLOTS_W: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+def _load_columns(z_ptr, exponents_ptr, image, first_v, c, shape, HALF_H, SLOTS_W, ROWS):
     """Return the parts along H of transformed rows as factors `((v c), h)`, and their exponent."""
     top, in_top = _half_axis(shape[0], HALF_H, False)
     bottom, in_bottom = _half_axis(shape[0], HALF_H, True)
@@ -579,16 +543,13 @@ def _load_columns(
     exponent = tl.maximum(tl.max(of_top), tl.max(of_bottom))
     of_top, of_bottom = of_top[:, None, None], of_bottom[:, None, None]
 
-    stride, sines, column = _strides(shape)
-    z_ptr += tl.cast(image, tl.int64) * stride
-    v = first_v + tl.arange(0, SLOTS_W)
-    in_v = v < (shape[1] + 1) // 2
-    places = _places(top, in_top, shape[2], v, in_v, column, c, shape[2])
-    c_top = _align(_load(z_ptr, places), of_top, exponent)
-    s_top = _align(_load(z_ptr + sines, places), of_top, exponent)
-    places = _places(bottom, in_bottom, shape[2], v, in_v, column, c, shape[2])
-    c_bottom = _align(_load(z_ptr, places), of_bottom, exponent)
-    s_bottom = _align(_load(z_ptr + sines, places), of_bottom, exponent)
+    cosines_ptr, sines_ptr, _ = _coefficients_of(z_ptr, image, shape)
+    places = _half_columns(first_v, c, shape, HALF_H, SLOTS_W, False)
+    c_top = _align(_load(cosines_ptr, places), of_top, exponent)
+    s_top = _align(_load(sines_ptr, places), of_top, exponent)
+    places = _half_columns(first_v, c, shape, HALF_H, SLOTS_W, True)
+    c_bottom = _align(_load(cosines_ptr, places), of_bottom, exponent)
+    s_bottom = _align(_load(sines_ptr, places), of_bottom, exponent)
     parts = c_top + c_bottom, c_top - c_bottom, s_top + s_bottom, s_top - s_bottom
     shift = _find_shift(parts)
     return _operand_parts(_multiply(parts, _power_of_two(shift))), exponent - shift
@@ -613,43 +574,27 @@ def filter_columns(
 ):
     """Filter `SLOTS_W` columns of `z` in place."""
     shape = height, width, channels
-    first_c = tl.program_id(0) * CHANNELS
-    c = first_c + tl.arange(0, CHANNELS)
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     image, block = tl.program_id(1), tl.program_id(2)
     first_v = block * SLOTS_W
     x, exponent = _load_columns(
         z_ptr, exponents_ptr, image, first_v, c, shape, HALF_H, SLOTS_W, ROWS
     )
     y, own = _filter_height(
-        x,
-        weight_ptr,
-        basis_h_ptr,
-        shape,
-        sign,
-        first_v,
-        first_c,
-        HALF_H,
-        SLOTS_H,
-        SLOTS_W,
-        CHANNELS,
+        x, weight_ptr, basis_h_ptr, shape, sign, first_v, HALF_H, SLOTS_H, SLOTS_W, CHANNELS
     )
     shift = _find_shift(y)
     pointer = _exponent_ptrs(y_exponents_ptr, image, block, tl.num_programs(2))
     tl.store(pointer, exponent + own - shift)
     ce, co, se, so = _multiply(y, _power_of_two(shift))
 
-    stride, sines, column = _strides(shape)
-    z_ptr += image.to(tl.int64) * stride
-    v = first_v + tl.arange(0, SLOTS_W)
-    in_v = v < (width + 1) // 2
-    h, in_h = _half_axis(height, HALF_H, False)
-    places = _places(h, in_h, channels, v, in_v, column, c, channels)
-    _store(z_ptr, places, ce + co, CHANNELS)
-    _store(z_ptr + sines, places, se + so, CHANNELS)
-    h, in_h = _half_axis(height, HALF_H, True)
-    places = _places(h, in_h, channels, v, in_v, column, c, channels)
-    _store(z_ptr, places, ce - co, CHANNELS)
-    _store(z_ptr + sines, places, se - so, CHANNELS)
+    cosines_ptr, sines_ptr, _ = _coefficients_of(z_ptr, image, shape)
+    places = _half_columns(first_v, c, shape, HALF_H, SLOTS_W, False)
+    _store(cosines_ptr, places, ce + co, CHANNELS)
+    _store(sines_ptr, places, se + so, CHANNELS)
+    places = _half_columns(first_v, c, shape, HALF_H, SLOTS_W, True)
+    _store(cosines_ptr, places, ce - co, CHANNELS)
+    _store(sines_ptr, places, se - so, CHANNELS)
 
 
 @triton.jit(do_not_specialize=['height', 'width'])
@@ -672,15 +617,14 @@ def restore_rows(
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     image = tl.program_id(1)
     h = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    in_h, row = h < height, width * channels
+    in_h = h < height
     slots = (width + 1) // 2
     blocks = tl.cdiv(slots, COLUMNS)
     every = tl.arange(0, HALF_W)
     exponents = _exponent_ptrs(exponents_ptr, image, every // COLUMNS, blocks)
     exponent = tl.max(tl.load(exponents, mask=every < slots, other=_ABSENT))
 
-    stride, sines, column = _strides(shape)
-    z_ptr += image.to(tl.int64) * stride
+    cosines_ptr, sines_ptr, column = _coefficients_of(z_ptr, image, shape)
     zeros = tl.zeros((ROWS * CHANNELS, HALF_W), tl.float32)
     even, odd = zeros, zeros
     for slot in range(0, slots, SLOTS_W):
@@ -688,17 +632,15 @@ def restore_rows(
         of_v = _exponent_ptrs(exponents_ptr, image, v // COLUMNS, blocks)
         of_v = tl.load(of_v, mask=v < slots, other=_ABSENT)[:, None, None]
         places = _places(v, v < slots, column, h, in_h, channels, c, channels)
-        cosine = _operand(_align(_load(z_ptr, places), of_v, exponent))
-        sine = _operand(_align(_load(z_ptr + sines, places), of_v, exponent))
+        cosine = _operand(_align(_load(cosines_ptr, places), of_v, exponent))
+        sine = _operand(_align(_load(sines_ptr, places), of_v, exponent))
         even, odd = _transform(cosine, sine, (even, odd), basis_w_ptr, slot, HALF_W, SLOTS_W, True)
 
-    y_ptr += image.to(tl.int64) * (height * row)
-    w, in_w = _half_axis(width, HALF_W, False)
-    places = _places(w, in_w, channels, h, in_h, row, c, channels)
-    _store(y_ptr, places, _scale(even + odd, exponent), CHANNELS)
-    w, in_w = _half_axis(width, HALF_W, True)
-    places = _places(w, in_w, channels, h, in_h, row, c, channels)
-    _store(y_ptr, places, _scale(even - odd, exponent), CHANNELS)
+    y_ptr += image.to(tl.int64) * (height * width * channels)
+    left = _half_rows(h, in_h, c, shape, HALF_W, False)
+    _store(y_ptr, left, _scale(even + odd, exponent), CHANNELS)
+    right = _half_rows(h, in_h, c, shape, HALF_W, True)
+    _store(y_ptr, right, _scale(even - odd, exponent), CHANNELS)
 
 
 # The gradient of the spectrum is a sum over images. Each program sums a share of the images one by
@@ -715,10 +657,13 @@ def _image_range(batch):
 
 
 @triton.jit
-def _first_slots(height, SLOTS_H: tl.constexpr, SLOTS_W: tl.constexpr):
-    """Return the first slots of a program along H and W."""
-    blocks = tl.cdiv((height + 1) // 2, SLOTS_H)
-    return tl.program_id(1) % blocks * SLOTS_H, tl.program_id(1) // blocks * SLOTS_W
+def _program_slots(shape, SLOTS_H, SLOTS_W, CHANNELS):
+    """Return the first slots of a program along H and W, and `inner` of all of them."""
+    blocks = tl.cdiv((shape[0] + 1) // 2, SLOTS_H)
+    first_u, first_v = tl.program_id(1) % blocks * SLOTS_H, tl.program_id(1) // blocks * SLOTS_W
+    _, _, inner_u = _slots(first_u, shape[0], SLOTS_H)
+    _, _, inner_v = _slots(first_v, shape[1], SLOTS_W)
+    return first_u, first_v, inner_u[None, :], _repeat_channels(inner_v, CHANNELS)
 
 
 @triton.jit
@@ -734,41 +679,31 @@ def _correlate(x, g, exponent, inner_u, inner_v):
 
 
 @triton.jit
-def _store_grad(ptr, value, u, in_u, v, in_v, first_c, shape, CHANNELS: tl.constexpr):
+def _store_grad(ptr, value, u, in_u, v, in_v, shape, CHANNELS):
     """Store a gradient where :func:`_load_weight` loads; Nyquist only if the size is even."""
-    places = _frequency_places(u, in_u, v, in_v, first_c, shape, CHANNELS)
+    places = _frequency_places(u, in_u, v, in_v, shape, CHANNELS)
     _store_complex(ptr, places, value[0], value[1], CHANNELS)
     in_u = in_u & ((u > 0) | (shape[0] % 2 == 0))
     u = _mirror(u, shape[0])
-    places = _frequency_places(u, in_u, v, in_v, first_c, shape, CHANNELS)
+    places = _frequency_places(u, in_u, v, in_v, shape, CHANNELS)
     _store_complex(ptr, places, value[2], value[3], CHANNELS)
 
 
 @triton.jit
-def _store_grads(
-    ptr,
-    sums,
-    first_u,
-    first_v,
-    first_c,
-    shape,
-    SLOTS_H: tl.constexpr,
-    SLOTS_W: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
+def _store_grads(ptr, sums, shape, SLOTS_H, SLOTS_W, CHANNELS):
     """Store the sums of a program in its own spectrum `(H, W // 2 + 1, C, 2)`."""
     height, width, channels = shape
     ptr += tl.program_id(2).to(tl.int64) * (height * (width // 2 + 1) * channels * 2)
-    u, in_u, inner_u = _slots(first_u, height, SLOTS_H)
-    v, in_v, inner_v = _slots(first_v, width, SLOTS_W)
-    inner_u, inner_v = inner_u[None, :], _repeat_channels(inner_v, CHANNELS)
+    first_u, first_v, inner_u, inner_v = _program_slots(shape, SLOTS_H, SLOTS_W, CHANNELS)
+    u, in_u, _ = _slots(first_u, height, SLOTS_H)
+    v, in_v, _ = _slots(first_v, width, SLOTS_W)
     sums = _multiply(sums, tl.where(inner_u + inner_v == 0, 1.0, 2.0) / (height * width))
     zero = _hermitian_grad(sums[0], sums[1], inner_u)
     value = _add(_multiply(sums, inner_v), _multiply(zero, 1.0 - inner_v))
-    _store_grad(ptr, value, u, in_u, v, in_v, first_c, shape, CHANNELS)
+    _store_grad(ptr, value, u, in_u, v, in_v, shape, CHANNELS)
     value = _hermitian_grad(sums[2], sums[3], inner_u)
     nyquist, is_zero = tl.full((SLOTS_W,), 0, tl.int32) + width // 2, (v == 0) & (width % 2 == 0)
-    _store_grad(ptr, value, u, in_u, nyquist, is_zero, first_c, shape, CHANNELS)
+    _store_grad(ptr, value, u, in_u, nyquist, is_zero, shape, CHANNELS)
 
 
 @triton.jit(do_not_specialize=['batch', 'height', 'width'])
@@ -790,12 +725,8 @@ def correlate_planes(
 ):
     """Sum the gradient of the spectrum over maps that fit on the chip."""
     shape = height, width, channels
-    first_c = tl.program_id(0) * CHANNELS
-    c = first_c + tl.arange(0, CHANNELS)
-    first_u, first_v = _first_slots(height, SLOTS_H, SLOTS_W)
-    _, _, inner_u = _slots(first_u, height, SLOTS_H)
-    _, _, inner_v = _slots(first_v, width, SLOTS_W)
-    inner_u, inner_v = inner_u[None, :], _repeat_channels(inner_v, CHANNELS)
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    first_u, first_v, inner_u, inner_v = _program_slots(shape, SLOTS_H, SLOTS_W, CHANNELS)
     sums = _zeros(SLOTS_W * CHANNELS, SLOTS_H)
     first, last = _image_range(batch)
     for image in range(first, last):
@@ -810,9 +741,8 @@ def correlate_planes(
         zeros = _zeros(SLOTS_W * CHANNELS, SLOTS_H)
         x = _transform_height(x, zeros, basis_h_ptr, first_u, HALF_H, SLOTS_H, False)
         g = _transform_height(g, zeros, basis_h_ptr, first_u, HALF_H, SLOTS_H, False)
-        more = _correlate(x, g, x_exponent + g_exponent, inner_u, inner_v)
-        sums = _add(sums, more)
-    _store_grads(grad_ptr, sums, first_u, first_v, first_c, shape, SLOTS_H, SLOTS_W, CHANNELS)
+        sums = _add(sums, _correlate(x, g, x_exponent + g_exponent, inner_u, inner_v))
+    _store_grads(grad_ptr, sums, shape, SLOTS_H, SLOTS_W, CHANNELS)
 
 
 @triton.jit(do_not_specialize=['batch', 'height', 'width'])
@@ -835,12 +765,8 @@ def correlate_columns(
 ):
     """Sum the gradient of the spectrum over maps whose rows are transformed."""
     shape = height, width, channels
-    first_c = tl.program_id(0) * CHANNELS
-    c = first_c + tl.arange(0, CHANNELS)
-    first_u, first_v = _first_slots(height, SLOTS_H, SLOTS_W)
-    _, _, inner_u = _slots(first_u, height, SLOTS_H)
-    _, _, inner_v = _slots(first_v, width, SLOTS_W)
-    inner_u, inner_v = inner_u[None, :], _repeat_channels(inner_v, CHANNELS)
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    first_u, first_v, inner_u, inner_v = _program_slots(shape, SLOTS_H, SLOTS_W, CHANNELS)
     sums = _zeros(SLOTS_W * CHANNELS, SLOTS_H)
     first, last = _image_range(batch)
     for image in range(first, last):
@@ -853,6 +779,5 @@ def correlate_columns(
             g_ptr, g_exponents_ptr, image, first_v, c, shape, HALF_H, SLOTS_W, ROWS
         )
         g = _transform_height(g, zeros, basis_h_ptr, first_u, HALF_H, SLOTS_H, False)
-        more = _correlate(x, g, x_exponent + g_exponent, inner_u, inner_v)
-        sums = _add(sums, more)
-    _store_grads(grad_ptr, sums, first_u, first_v, first_c, shape, SLOTS_H, SLOTS_W, CHANNELS)
+        sums = _add(sums, _correlate(x, g, x_exponent + g_exponent, inner_u, inner_v))
+    _store_grads(grad_ptr, sums, shape, SLOTS_H, SLOTS_W, CHANNELS)
