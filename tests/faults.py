@@ -2,8 +2,8 @@
 
 A fault is a function of the folder of a small data set: it spoils files there and returns changes
 to the config. What has to happen stands beside it: an error before the first iteration, a note in
-the report, or nothing, because the data are right or are handled right. `python tests/faults.py`
-writes the table of docs/faulty_data.md.
+the report, or nothing, because the data are right or are handled right; and what prediction from
+its images has to say. `python tests/faults.py` writes the tables of docs/faulty_data.md.
 """
 
 import json
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import safetensors.torch
+import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, TRANSFORMS
@@ -33,6 +35,7 @@ class Fault(NamedTuple):
         outcome: `ERROR`, `NOTE` or `RIGHT`.
         says: A part of the error or of the note.
         use: The data that it is found in, `'train'`, `'val'` or `'test'`.
+        predicts: A part of the error of prediction about an image; empty if all are predicted.
     """
 
     task: str
@@ -40,6 +43,7 @@ class Fault(NamedTuple):
     outcome: str
     says: str
     use: str
+    predicts: str
 
     @property
     def title(self) -> str:
@@ -50,10 +54,12 @@ class Fault(NamedTuple):
 FAULTS: dict[str, Fault] = {}
 
 
-def fault(task: str, outcome: str, says: str = '', use: str = 'train') -> Callable[..., Any]:
+def fault(
+    task: str, outcome: str, says: str = '', use: str = 'train', predicts: str = ''
+) -> Callable[..., Any]:
     def register(make: Callable[[Path], dict[str, Any] | None]) -> Callable[..., Any]:
         assert make.__name__ not in FAULTS
-        FAULTS[make.__name__] = Fault(task, make, outcome, says, use)
+        FAULTS[make.__name__] = Fault(task, make, outcome, says, use, predicts)
         return make
 
     return register
@@ -220,20 +226,20 @@ def both(**changes: Any) -> dict[str, Any]:
 # Segmentation: images
 
 
-@fault('segmentation', ERROR, 'cannot be read')
+@fault('segmentation', ERROR, 'cannot be read', predicts='cannot be read')
 def truncated_image(root: Path) -> None:
     """An image is cut off."""
     path = images(root)[3]
     path.write_bytes(path.read_bytes()[:-100])
 
 
-@fault('segmentation', ERROR, 'cannot be read')
+@fault('segmentation', ERROR, 'cannot be read', predicts='cannot be read')
 def empty_image(root: Path) -> None:
     """An image has no bytes."""
     images(root)[3].write_bytes(b'')
 
 
-@fault('segmentation', ERROR, 'cannot be read', 'val')
+@fault('segmentation', ERROR, 'cannot be read', 'val', predicts='cannot be read')
 def page_as_image(root: Path) -> None:
     """An image of the validation data is an HTML page."""
     images(root, 'validation')[1].write_text('<html>not found</html>')
@@ -265,7 +271,7 @@ def grey_12_bits(root: Path) -> dict[str, Any]:
     return to_suffix(root, '.png', lambda i: Image.fromarray(np.asarray(grey16(i)) >> 4))
 
 
-@fault('segmentation', ERROR, 'convert the images to 8 or 16 bits')
+@fault('segmentation', ERROR, 'convert the images to 8 or 16 bits', predicts='of 32 bits')
 def float_image(root: Path) -> dict[str, Any]:
     """Images of floating point numbers."""
     return to_suffix(root, '.tif', lambda image: image.convert('L').convert('F'))
@@ -566,7 +572,12 @@ def list_with_missing_image(root: Path) -> dict[str, Any]:
 @fault('segmentation', ERROR, "classes are the text 'water'")
 def classes_as_text(root: Path) -> dict[str, Any]:
     """The classes are a text."""
-    return {'train_dataloader.dataset.metainfo': dict(classes='water')}
+    uses = ('train', 'val', 'test')
+    return {
+        **{f'{use}_dataloader.dataset.metainfo': dict(classes='water') for use in uses},
+        'model.decode_head.num_classes': 5,
+        'model.auxiliary_head.num_classes': 5,
+    }
 
 
 @fault('segmentation', ERROR, 'num_classes=150')
@@ -684,7 +695,7 @@ def missing_coco_image(root: Path) -> None:
     images(root)[5].unlink()
 
 
-@fault('detection', ERROR, 'cannot be read')
+@fault('detection', ERROR, 'cannot be read', predicts='cannot be read')
 def truncated_coco_image(root: Path) -> None:
     """An image is cut off."""
     truncated_image(root)
@@ -1024,13 +1035,13 @@ def scans(root: Path, split: str = 'train') -> list[Path]:
     return sorted((root / 'scans' / split).glob('*/*'))
 
 
-@fault('classification', ERROR, 'cannot be read')
+@fault('classification', ERROR, 'cannot be read', predicts='cannot be read')
 def truncated_scan(root: Path) -> None:
     """An image is cut off."""
     scans(root)[3].write_bytes(scans(root)[3].read_bytes()[:50])
 
 
-@fault('classification', ERROR, 'cannot be read')
+@fault('classification', ERROR, 'cannot be read', predicts='cannot be read')
 def empty_scan(root: Path) -> None:
     """An image has no bytes."""
     scans(root)[3].write_bytes(b'')
@@ -1043,7 +1054,7 @@ def scans_of_16_bits(root: Path) -> None:
         redraw(path, grey16)
 
 
-@fault('classification', ERROR, 'convert the images to 8 or 16 bits')
+@fault('classification', ERROR, 'convert the images to 8 or 16 bits', predicts='of 32 bits')
 def float_scan(root: Path) -> None:
     """An image has floating point numbers."""
     with Image.open(scans(root)[3]) as image:
@@ -1097,20 +1108,154 @@ def single_class(root: Path) -> dict[str, Any]:
     }
 
 
+# Checkpoints
+
+State = dict[str, torch.Tensor]
+
+
+class FaultyCheckpoint(NamedTuple):
+    """A checkpoint that is not what `torch.save` wrote of a whole model.
+
+    Attributes:
+        make: Writes it, from the weights of the segmentor of :func:`make_config`.
+        start: A part of the error when training starts from it (`load_from`); empty if it does.
+        use: The same for a test, a resumed run and prediction.
+    """
+
+    make: Callable[[Path, State], None]
+    start: str
+    use: str
+
+
+CHECKPOINTS: dict[str, FaultyCheckpoint] = {}
+
+
+def checkpoint(start: str = '', use: str = '') -> Callable[..., Any]:
+    def register(make: Callable[[Path, State], None]) -> Callable[..., Any]:
+        CHECKPOINTS[make.__name__] = FaultyCheckpoint(make, start, use)
+        return make
+
+    return register
+
+
+_BROKEN = 'is not a checkpoint, or only a part of one'
+
+
+@checkpoint(_BROKEN, _BROKEN)
+def no_bytes(path: Path, state: State) -> None:
+    """The file has no bytes."""
+    path.write_bytes(b'')
+
+
+@checkpoint(_BROKEN, _BROKEN)
+def page_as_checkpoint(path: Path, state: State) -> None:
+    """The file is an HTML page."""
+    path.write_text('<html>your download has expired</html>')
+
+
+@checkpoint(_BROKEN, _BROKEN)
+def truncated_checkpoint(path: Path, state: State) -> None:
+    """The file is cut off."""
+    torch.save(dict(state_dict=state), path)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+@checkpoint('is not safe to read', 'is not safe to read')
+def checkpoint_with_code(path: Path, state: State) -> None:
+    """The file holds an object that would be executed."""
+    torch.save(dict(state_dict=state, hook=Path.home), path)
+
+
+@checkpoint('not finite', 'not finite')
+def weights_with_nan(path: Path, state: State) -> None:
+    """A weight is NaN."""
+    state['backbone.patch_embed.0.proj.bias'][1] = float('nan')
+    torch.save(dict(state_dict=state), path)
+
+
+@checkpoint('in other shapes', 'backbone.')
+def backbone_of_another_size(path: Path, state: State) -> None:
+    """The backbone has another size."""
+    torch.save(dict(state_dict={k: v.expand(3, *v.shape) for k, v in state.items()}), path)
+
+
+@checkpoint('', 'decode_head.conv_seg')
+def head_of_another_size(path: Path, state: State) -> None:
+    """The head has another number of classes."""
+    torch.save({k: v[:7] if 'conv_seg' in k else v for k, v in state.items()}, path)
+
+
+@checkpoint('', 'decode_head.')
+def backbone_alone(path: Path, state: State) -> None:
+    """There are the weights of the backbone alone."""
+    torch.save({k: v for k, v in state.items() if k.startswith('backbone.')}, path)
+
+
+@checkpoint()
+def bare_weights(path: Path, state: State) -> None:
+    """The weights stand alone, without `state_dict`."""
+    torch.save(state, path)
+
+
+@checkpoint()
+def weights_under_model(path: Path, state: State) -> None:
+    """The weights stand under `model`, as in official files."""
+    torch.save(dict(model=state), path)
+
+
+@checkpoint()
+def prefix_of_parallel_training(path: Path, state: State) -> None:
+    """Names begin with `module.`, as DistributedDataParallel saves them."""
+    torch.save(dict(state_dict={f'module.{k}': v for k, v in state.items()}), path)
+
+
+@checkpoint()
+def prefix_of_compilation(path: Path, state: State) -> None:
+    """Names have `_orig_mod.`, as torch.compile saves them."""
+    names = {k: k.replace('backbone.', 'backbone._orig_mod.', 1) for k in state}
+    torch.save(dict(state_dict={names[k]: v for k, v in state.items()}), path)
+
+
+@checkpoint()
+def half_precision(path: Path, state: State) -> None:
+    """The weights are float16."""
+    torch.save(dict(state_dict={k: v.half() if v.is_floating_point() else v
+                                for k, v in state.items()}), path)  # fmt: skip
+
+
+@checkpoint()
+def safetensors_file(path: Path, state: State) -> None:
+    """The file is one of safetensors, whatever its name."""
+    safetensors.torch.save_file(state, path)
+
+
+def checkpoint_table() -> str:
+    """Return the table of checkpoints of docs/faulty_data.md."""
+    says = lambda text: f'error: `{text}`' if text else 'works'  # noqa: E731
+    lines = ['| checkpoint | `load_from` of a training | test, prediction |', '|---|---|---|']
+    for some in CHECKPOINTS.values():
+        title = (some.make.__doc__ or '').rstrip('.')
+        lines.append(f'| {title} | {says(some.start)} | {says(some.use)} |')
+    return '\n'.join(lines)
+
+
 def table() -> str:
-    """Return the table of docs/faulty_data.md."""
+    """Return the table of data of docs/faulty_data.md."""
     happens = {ERROR: 'error', NOTE: 'note', RIGHT: 'works'}
     lines = []
     for task in NAMES:
-        lines += [f'### {task.capitalize()}', '', '| input | data | what happens | it says |']
-        lines += ['|---|---|---|---|']
+        lines += [f'### {task.capitalize()}', '']
+        lines += ['| input | data | what happens | it says | prediction |', '|---|---|---|---|---|']
         for some in FAULTS.values():
             if some.task == task:
                 says = f'`{some.says}`' if some.says else ''
-                lines.append(f'| {some.title} | {some.use} | {happens[some.outcome]} | {says} |')
+                predicts = f'error: `{some.predicts}`' if some.predicts else 'works'
+                cells = some.title, some.use, happens[some.outcome], says, predicts
+                lines.append(f'| {" | ".join(cells)} |')
         lines.append('')
     return '\n'.join(lines)
 
 
 if __name__ == '__main__':
     print(table())
+    print(checkpoint_table())

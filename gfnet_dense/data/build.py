@@ -9,7 +9,7 @@ from typing import Any
 from mmengine.registry import DATASETS
 
 from .coco import check_coco_file
-from .errors import DataError
+from .errors import DataError, not_permitted
 
 
 def build_dataset(dataset: Any) -> Any:
@@ -35,6 +35,8 @@ def build_dataset(dataset: Any) -> Any:
             return dataset
     except DataError:
         raise
+    except PermissionError as e:
+        raise DataError(not_permitted(e.filename)) from e
     except (KeyError, ValueError, TypeError, AttributeError, AssertionError) as e:
         inner = [*_inner(cfg)]
         for each in inner:

@@ -17,6 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from .contents import keep_random_state
 from .errors import DataError, Fault, Findings, raise_first
+from .files import is_empty
 
 _PROBED = 4  # samples that are brought through the pipeline into one batch
 _LOOKED_AT = 2000  # samples among which images of different sizes are looked for
@@ -55,15 +56,15 @@ def check_folders(dataset: Mapping[str, Any]) -> None:
         prefixes.pop('seg_map_path', None)  # `LoadAnnotations` would load them
     for prefix in prefixes.values():
         folder = root / (prefix or '')
-        if not folder.is_dir():
-            raise DataError(f'{dataset.get("type")}: there is no folder {folder}: {remedy}')
         try:
-            empty = next(folder.iterdir(), None) is None
-        except PermissionError:
-            raise DataError(f'{dataset.get("type")}: {folder} may not be read') from None
+            empty = is_empty(folder)
+        except OSError:
+            raise DataError(
+                f'{dataset.get("type")}: there is no folder {folder}: {remedy}'
+            ) from None
         if empty:
             raise DataError(f'{dataset.get("type")}: the folder {folder} is empty: {remedy}')
-    if isinstance(ann_file, str) and ann_file and not (root / ann_file).exists():
+    if isinstance(ann_file, str) and ann_file and not os.path.exists(root / ann_file):
         raise DataError(f'{dataset.get("type")}: there is no file {root / ann_file}: {remedy}')
 
 

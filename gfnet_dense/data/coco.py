@@ -12,7 +12,7 @@ from typing import Any
 from mmengine import fileio
 
 from .contents import Contents, keep_random_state, loaders, parts
-from .errors import Fault, Findings, Note, join_first, raise_first
+from .errors import Fault, Findings, Note, join_first, not_permitted, raise_first
 from .files import absent_infos, can_load, listed_infos
 
 # What mmdet reads of every image, category and annotation.
@@ -82,12 +82,14 @@ def read_file(file: str, backend_args: Any = None) -> Any:
     """Read an annotation file.
 
     Raises:
-        DataError: If it is not JSON.
+        DataError: If it is not JSON, or may not be read.
     """
     try:
         return fileio.load(file, backend_args=backend_args)
     except ValueError as e:
         raise_first([Fault(f'{file} is not JSON: {e}: get it again, or write it again')])
+    except PermissionError:
+        raise_first([Fault(not_permitted(file))])
 
 
 def check_part(part: Any, use: str, **_: Any) -> Findings:

@@ -28,6 +28,8 @@ from tqdm import tqdm
 
 from gfnet_dense.serialization import write_whole
 
+from .errors import DataError, not_permitted
+
 _VERSION = 2  # raise it when the same files give another result
 _MOST = 200_000  # files; of larger data sets as many are read, evenly spread
 _SAMPLED = 64  # images that the pipeline decodes, besides Pillow
@@ -475,6 +477,10 @@ def _read_sample(
 
 
 def _unreadable(path: str, error: Exception) -> str:
+    if isinstance(error, DataError):  # it names the file and says what to do
+        return str(error)
+    if isinstance(error, PermissionError):
+        return not_permitted(path)
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return f'{path} cannot be read: {reason}: restore or remove it'
 

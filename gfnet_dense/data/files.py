@@ -1,5 +1,6 @@
 """Which files of a data set exist, and which steps of its pipeline could load them."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -7,9 +8,25 @@ import numpy as np
 from mmengine import fileio
 
 from .contents import keep_random_state
+from .errors import DataError, not_permitted
 
 _REMOTE = 64  # files on another machine that are looked for
 _LIBRARIES = 'mmengine', 'mmcv', 'mmseg', 'mmdet', 'gfnet_dense'
+
+
+def is_empty(folder: str | os.PathLike[str]) -> bool:
+    """Tell whether a folder has nothing in it.
+
+    Raises:
+        DataError: If it, or what is in it, may not be read.
+        OSError: If there is no such folder.
+    """
+    try:
+        os.stat(os.path.join(folder, '.'))  # takes the right to enter, as opening its files does
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except PermissionError:
+        raise DataError(not_permitted(folder)) from None
 
 
 def listed_infos(part: Any) -> list[Any]:
