@@ -527,6 +527,17 @@ def labels_from_0(root: Path) -> None:
     Image.fromarray(labels).save(maps(root)[0])
 
 
+@fault('segmentation', ERROR, 'is a JPEG')
+def maps_as_jpeg(root: Path) -> dict[str, Any]:
+    """Label maps are JPEG."""
+    for path in [*maps(root), *maps(root, 'validation')]:
+        with Image.open(path) as image:
+            image.save(path.with_suffix('.jpeg'), quality=100)
+        path.unlink()
+    uses = ('train', 'val', 'test')
+    return {f'{use}_dataloader.dataset.seg_map_suffix': '.jpeg' for use in uses}
+
+
 # Segmentation: lists of files
 
 
@@ -622,6 +633,32 @@ def save_best_of_another_metric(root: Path) -> dict[str, Any]:
 def unknown_metric(root: Path) -> dict[str, Any]:
     """The metric does not exist."""
     return both(evaluator__iou_metrics=['IoU'])
+
+
+@fault('segmentation', ERROR, "asks for 'mAP'")
+def scheduler_of_another_metric(root: Path) -> dict[str, Any]:
+    """ReduceOnPlateau monitors a number that the metric does not give."""
+    return {'param_scheduler': [dict(type='ReduceOnPlateauLR', monitor='mAP', rule='greater')]}
+
+
+@fault('segmentation', ERROR, 'class_weight of CrossEntropyLoss in decode_head has 3 numbers')
+def weights_of_other_classes(root: Path) -> dict[str, Any]:
+    """class_weight of the loss has another number of classes."""
+    return {'model.decode_head.loss_decode.class_weight': [1.0, 2.0, 3.0]}
+
+
+@fault('segmentation', ERROR, "has the key 'img': name it 'img_path'")
+def prefix_of_detection(root: Path) -> dict[str, Any]:
+    """data_prefix has the keys of mmdet."""
+    prefix = dict(img='images/training', seg_map_path='annotations/training')
+    return {'train_dataloader.dataset.data_prefix': prefix}
+
+
+@fault('segmentation', NOTE, 'are also training images', 'val')
+def validation_on_training_images(root: Path) -> dict[str, Any]:
+    """Validation reads the training images."""
+    prefix = dict(img_path='images/training', seg_map_path='annotations/training')
+    return both(dataloader__dataset__data_prefix=prefix)
 
 
 def without_annotations(root: Path) -> dict[str, Any]:
@@ -941,6 +978,18 @@ def coco_number_of_classes(root: Path) -> dict[str, Any]:
     return {'model.bbox_head.num_classes': 80}
 
 
+@fault('detection', ERROR, "has the key 'img_path': name it 'img'")
+def prefix_of_segmentation(root: Path) -> dict[str, Any]:
+    """data_prefix has the key of mmseg."""
+    return {'train_dataloader.dataset.data_prefix': dict(img_path='images/training')}
+
+
+@fault('detection', ERROR, 'is a folder, not a file')
+def folder_as_json(root: Path) -> dict[str, Any]:
+    """The annotation file is a folder."""
+    return {'train_dataloader.dataset.ann_file': 'annotations'}
+
+
 @fault('detection', ERROR, 'are not in', 'val')
 def evaluator_of_other_images(root: Path) -> dict[str, Any]:
     """The metric reads the file of other images."""
@@ -1067,6 +1116,12 @@ def scans_of_many_kinds(root: Path) -> None:
     redraw(scans(root)[0], lambda image: image.convert('P'))
     redraw(scans(root)[1], lambda image: image.convert('RGBA'))
     scans(root)[2].rename(scans(root)[2].with_suffix('.PNG'))
+
+
+@fault('classification', NOTE, 'and prediction follows')
+def turned_scan(root: Path) -> None:
+    """EXIF turns an image."""
+    turn(scans(root)[3], 6)
 
 
 @fault('classification', ERROR, 'no images in 1 of the class folders')

@@ -37,9 +37,12 @@ def build_dataset(dataset: Any) -> Any:
         raise
     except PermissionError as e:
         raise DataError(not_permitted(e.filename)) from e
+    except IsADirectoryError as e:
+        raise DataError(f'{e.filename} is a folder, not a file: correct ann_file') from e
     except (KeyError, ValueError, TypeError, AttributeError, AssertionError) as e:
         inner = [*_inner(cfg)]
         for each in inner:
+            _check_prefix(each)
             _check_encoding(each)
             contents = check_coco_file(each)
         if len(inner) > 1:
@@ -60,6 +63,18 @@ def _inner(cfg: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     for each in wrapped:
         if isinstance(each, Mapping):
             yield from _inner(each)
+
+
+def _check_prefix(cfg: Mapping[str, Any]) -> None:
+    """Name the key of the images in `data_prefix`, which mmseg and mmdet call differently.
+
+    Raises:
+        DataError: If a data set of the one has the key of the other.
+    """
+    prefix, kind = cfg.get('data_prefix'), str(cfg.get('type'))
+    key, other = ('img_path', 'img') if 'Seg' in kind else ('img', 'img_path')
+    if isinstance(prefix, Mapping) and key not in prefix and other in prefix:
+        raise DataError(f'data_prefix of {kind} has the key {other!r}: name it {key!r}')
 
 
 def _check_encoding(cfg: Mapping[str, Any]) -> None:

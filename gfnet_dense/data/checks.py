@@ -108,8 +108,16 @@ def find_heads(model: nn.Module, dataset: Any) -> Findings:
             )
         loss = getattr(module, 'loss_decode', None)
         losses = loss if isinstance(loss, nn.ModuleList) else [loss]
+        outputs = getattr(module, 'out_channels', None)
+        for some in losses:
+            weights = getattr(some, 'class_weight', None)
+            if isinstance(weights, list | tuple) and outputs not in (None, 1, len(weights)):
+                yield Fault(
+                    f'class_weight of {type(some).__name__} in {name} has {len(weights)} numbers, '
+                    f'but there are {outputs} classes: write one for each class'
+                )
         softmax = any(getattr(some, 'use_sigmoid', None) is False for some in losses)
-        if getattr(module, 'out_channels', None) == 1 and softmax:
+        if outputs == 1 and softmax:
             yield Fault(
                 f'{name} of the model has one output and softmax, which is always right: its loss '
                 'is 0. Add a class for the background, or set num_classes=2, out_channels=1 and '

@@ -4,12 +4,15 @@ A built data set knows its images and how it numbers categories. Only the annota
 names of the categories and what the data set left out, so the checks read that file again.
 """
 
+import io
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from mmengine import fileio
+from PIL import Image
 
 from .contents import Contents, keep_random_state, loaders, parts
 from .errors import Fault, Findings, Note, join_first, not_permitted, raise_first
@@ -21,7 +24,11 @@ _KEYS = {
     'categories': ('id', 'name'),
     'annotations': ('id', 'image_id', 'category_id', 'bbox', 'area'),
 }
-_Object = Mapping[str, Any]
+_ID = int | float | str
+_TYPES = dict(id=_ID, image_id=_ID, category_id=_ID, file_name=str)
+_SEGMENT_MAPS = 64  # maps of panoptic segments that are opened
+_Object = _Content = Mapping[str, Any]
+_Objects = Sequence[_Object]
 
 
 def is_coco(part: Any) -> bool:
@@ -72,6 +79,11 @@ def check_coco_file(dataset: Mapping[str, Any]) -> str:
     if 'Coco' not in str(dataset.get('type')) and 'images' not in content:
         return ''  # another layout
     raise_first(check_file(content, file))
+    panoptic = _is_panoptic(content)
+    if content.get('annotations') and panoptic != ('Panoptic' in str(dataset.get('type'))):
+        held = 'panoptic segments' if panoptic else 'no panoptic segments'
+        text = f'{file} has {held}, other than {dataset.get("type")} reads: set the type of the'
+        raise_first([Fault(f'{text} dataset that fits, or another ann_file')])
     classes = (dataset.get('metainfo') or {}).get('classes') or ()
     raise_first(_absent_classes(classes, content, file))
     count = len(content.get('annotations', ()))
@@ -124,18 +136,35 @@ def check_file(
         with_masks: Whether `segmentation` of the annotations is used.
         use: `'evaluator'` for the file of a metric, which needs more.
     """
+    if not isinstance(content, Mapping):
+        yield Fault(f'{file} holds a {type(content).__name__}, not a dict in the layout of COCO')
+        return
+    boxes = _boxes(content)
     for check in _FILE_CHECKS:
-        found = list(check(content, file, use))
+        found = list(check(content, boxes, file, use))
         yield from found
         if any(isinstance(finding, Fault) for finding in found):
             return  # the next ones take this for granted
     if with_masks:
-        yield from _check_masks(content, file, use)
+        yield from _check_masks(content, boxes, file, use)
 
 
-def _boxes(content: Mapping[str, Any]) -> list[_Object]:
-    # Files of test images have no annotations, and panoptic segments have no boxes.
-    return [a for a in content.get('annotations') or () if 'segments_info' not in a]
+def _boxes(content: _Content) -> _Objects:
+    """Return all annotations; of a panoptic file the segments, each with its `image_id`."""
+    annotations = content.get('annotations') or []  # files of test images have none
+    if not _is_panoptic(content):
+        return annotations
+    return [
+        dict(segment, image_id=annotation.get('image_id'))
+        for annotation in annotations
+        for segment in annotation.get('segments_info', ())
+    ]
+
+
+def _is_panoptic(content: _Content) -> bool:
+    annotations = content.get('annotations')
+    first = annotations[0] if isinstance(annotations, list) and annotations else None
+    return isinstance(first, Mapping) and 'segments_info' in first
 
 
 def _counted(
@@ -150,15 +179,20 @@ def _counted(
         )
 
 
-def _check_keys(content: Mapping[str, Any], file: str, use: str) -> Findings:
-    if not isinstance(content, Mapping):
-        yield Fault(f'{file} holds a {type(content).__name__}, not a dict in the layout of COCO')
-        return
+def _check_keys(content: _Content, boxes: _Objects, file: str, use: str) -> Findings:
     for kind, keys in _KEYS.items():
-        objects = _boxes(content) if kind == 'annotations' else content.get(kind)
+        objects = boxes if kind == 'annotations' else content.get(kind)
         if not isinstance(objects, list):
             yield Fault(f'{file} has no list of {kind}: correct the file')
             return
+        if odd := [some for some in objects if not isinstance(some, Mapping)]:
+            yield Fault(
+                f'{len(odd)} of {len(objects)} {kind} in {file} are no dicts, first {odd[0]!r}: '
+                'correct the file'
+            )
+            return
+        if kind == 'categories' and _is_panoptic(content):
+            keys = *keys, 'isthing'
         for key in keys:
             if lacking := [i for i, some in enumerate(objects) if some.get(key) is None]:
                 ids = [objects[i].get('id', f'of number {i} in the list') for i in lacking]
@@ -166,11 +200,20 @@ def _check_keys(content: Mapping[str, Any], file: str, use: str) -> Findings:
                     f'{len(lacking)} of {len(objects)} {kind} in {file} have no {key}, first the '
                     f'ids {join_first(ids)}: correct the file'
                 )
+                continue
+            kinds = _TYPES.get(key, object)
+            if odd := [some[key] for some in objects if not isinstance(some[key], kinds)]:
+                yield Fault(
+                    f'{len(odd)} of {len(objects)} {kind} in {file} have a {key} of a wrong type, '
+                    f'first {odd[0]!r}: correct the file'
+                )
 
 
-def _check_ids(content: Mapping[str, Any], file: str, use: str) -> Findings:
+def _check_ids(content: _Content, boxes: _Objects, file: str, use: str) -> Findings:
     for kind in _KEYS:
-        objects = _boxes(content) if kind == 'annotations' else content[kind]
+        if kind == 'annotations' and _is_panoptic(content):
+            continue  # their ids count within an image
+        objects = boxes if kind == 'annotations' else content[kind]
         counts = Counter(some['id'] for some in objects)
         twice = [i for i, count in counts.items() if count > 1]
         if twice:
@@ -183,8 +226,8 @@ def _check_ids(content: Mapping[str, Any], file: str, use: str) -> Findings:
         yield Note(f'{len(twice)} images in {file} occur more than once: {join_first(twice)}')
 
 
-def _check_values(content: Mapping[str, Any], file: str, use: str) -> Findings:
-    boxes, images = _boxes(content), content['images']
+def _check_values(content: _Content, boxes: _Objects, file: str, use: str) -> Findings:
+    images = content['images']
     yield from _counted(
         boxes, file, lambda a: not _is_box(a['bbox']), 'have a bbox that is not four finite numbers'
     )
@@ -206,8 +249,7 @@ def _check_values(content: Mapping[str, Any], file: str, use: str) -> Findings:
         )
 
 
-def _check_places(content: Mapping[str, Any], file: str, use: str) -> Findings:
-    boxes = _boxes(content)
+def _check_places(content: _Content, boxes: _Objects, file: str, use: str) -> Findings:
     sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
     placed = [box for box in boxes if box['image_id'] in sizes]
     if boxes and not placed:
@@ -251,11 +293,10 @@ def _check_places(content: Mapping[str, Any], file: str, use: str) -> Findings:
         )
 
 
-def _check_for_evaluation(content: Mapping[str, Any], file: str, use: str) -> Findings:
+def _check_for_evaluation(content: _Content, boxes: _Objects, file: str, use: str) -> Findings:
     """Find what COCO's evaluation needs beyond what training does."""
     if use != 'evaluator':
         return
-    boxes = _boxes(content)
     yield from _counted(
         boxes, file, lambda a: 'iscrowd' not in a, 'have no iscrowd, which COCO evaluation reads'
     )
@@ -272,9 +313,9 @@ def _check_for_evaluation(content: Mapping[str, Any], file: str, use: str) -> Fi
 _FILE_CHECKS = (_check_keys, _check_ids, _check_values, _check_places, _check_for_evaluation)
 
 
-def _check_masks(content: Mapping[str, Any], file: str, use: str) -> Findings:
+def _check_masks(content: _Content, boxes: _Objects, file: str, use: str) -> Findings:
     sizes = {image['id']: (image['height'], image['width']) for image in content['images']}
-    some = [a for a in _boxes(content) if a.get('segmentation') and a['image_id'] in sizes]
+    some = [a for a in boxes if a.get('segmentation') and a['image_id'] in sizes]
     reasons: dict[str, list[_Object]] = {}
     for annotation in some:
         if reason := _mask_fault(annotation['segmentation'], sizes[annotation['image_id']], use):
@@ -383,10 +424,12 @@ def _check_categories(part: Any, content: Mapping[str, Any]) -> Findings:
 
 
 def _check_samples(part: Any, use: str) -> Findings:
+    if len(part) and 'segments_info' in part.get_data_info(0):
+        yield from _check_segments(part)
     without_mask = 0
     for i in range(len(part)):
         info = part.get_data_info(i)
-        if 'segments_info' not in info:  # panoptic masks are files
+        if 'segments_info' not in info:  # whose masks are files
             without_mask += sum('mask' not in instance for instance in info['instances'])
     infos = listed_infos(part)
     if missing := absent_infos(part, infos, 'img_path'):
@@ -405,6 +448,44 @@ def _check_samples(part: Any, use: str) -> Findings:
         )
 
 
+def _check_segments(part: Any) -> Findings:
+    """Look for the maps of panoptic segments, and into some of them, evenly spread."""
+    infos = listed_infos(part)
+    if missing := absent_infos(part, infos, 'seg_map_path'):
+        yield Fault(
+            f'{len(missing)} of {len(infos)} images of {part.ann_file} have no map of segments, '
+            f'first {join_first(info["seg_map_path"] for info in missing)}: add them, or correct '
+            'data_prefix'
+        )
+        return
+    for i in np.unique(np.linspace(0, len(infos) - 1, min(len(infos), _SEGMENT_MAPS)).astype(int)):
+        path, segments = infos[i].get('seg_map_path'), infos[i]['segments_info']
+        if path is None:
+            continue
+        try:
+            with Image.open(io.BytesIO(fileio.get(path, part.backend_args))) as file:
+                colours = np.asarray(file.convert('RGB')).astype(int)
+        except Exception as e:  # broken bytes raise errors of many kinds
+            yield Fault(f'{path} cannot be read: {e}: restore it')
+            return
+        wanted, size = (infos[i]['width'], infos[i]['height']), colours.shape[1::-1]
+        ids = {*np.unique(colours @ (1, 256, 256**2)).tolist()}
+        absent = [segment['id'] for segment in segments if segment['id'] not in ids]
+        if size != wanted:
+            yield Fault(
+                f'{path} has {size[0]}x{size[1]} pixels, but its annotations are for '
+                f'{wanted[0]}x{wanted[1]}: correct the file'
+            )
+        elif absent:
+            yield Fault(
+                f'{len(absent)} of {len(segments)} segments of {path} have an id that none of its '
+                f'pixels has as R + 256 G + 256^2 B, such as {absent[0]}: correct the file'
+            )
+        else:
+            continue
+        return
+
+
 def check_objects(
     part: Any, contents: Contents, use: str, alone: bool = True, **_: Any
 ) -> Findings:
@@ -414,6 +495,7 @@ def check_objects(
         crowds = f', {contents.crowds} are crowds (iscrowd=1)' if contents.crowds else ''
         # Other parts, and images that `indices` leaves out, may have objects.
         alone = alone and getattr(part, '_indices', None) is None
+        alone = alone and 'thing_classes' not in part.metainfo  # stuff may be all there is
         kind = Fault if use == 'train' and alone else Note
         yield kind(
             f'no object of the classes is left in {part.ann_file}{crowds}: see the notes of the '

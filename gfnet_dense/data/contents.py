@@ -443,6 +443,7 @@ def _read_sample(
         with Image.open(io.BytesIO(content)) as file:
             size, mode = file.size, file.mode
             orientation = file.getexif().get(_ORIENTATION) or 1
+            file.draft(None, (1, 1))  # of JPEG an eighth of the pixels, after all of its bytes
             file.load()
             decode = decode or mode.startswith(('I', 'F'))
             if mode.startswith(('I', 'F')) and in_colour:
@@ -465,8 +466,9 @@ def _read_sample(
             return Sample(size, mode, fault=('unreadable', _unreadable(path, e)))
         size = image.shape[1], image.shape[0]
         mode = mode or f'{image.dtype} of shape (H, W{"".join(f", {n}" for n in image.shape[2:])})'
-        if orientation in (2, 3, 4) or (orientation != 1 and stored == size):
-            note = 'turned', _turned_note(path, orientation)
+        followed = 'ignore_orientation' not in str(_option(load_image, 'color_type'))
+        if followed and (orientation in (2, 3, 4) or (orientation != 1 and stored == size)):
+            note = 'turned', _turned_note(path, orientation, isinstance(load_image, _Loading))
     fault = labels = None
     wanted = info.get('width'), info.get('height')
     if 'instances' in info and None not in wanted and size != wanted:
@@ -500,7 +502,12 @@ def _dark_note(path: str, highest: int) -> str:
     )
 
 
-def _turned_note(path: str, orientation: int) -> str:
+def _turned_note(path: str, orientation: int, by_pipeline: bool) -> str:
+    if not by_pipeline:
+        return (
+            f'{path} has the EXIF orientation {orientation}, which training and tests leave aside, '
+            'as timm does, and prediction follows: save the images turned'
+        )
     return (
         f'{path} has the EXIF orientation {orientation}: OpenCV and Pillow turn images by it, and '
         'not their annotations. If annotations were drawn on the stored pixels, set '
@@ -550,8 +557,15 @@ def _read_labels(
             content = fileio.get(path, _option(load, 'backend_args'))
             with Image.open(io.BytesIO(content)) as file:
                 highest = np.asarray(file).max() if file.mode.startswith(('I', 'F')) else 0
+                lossy = file.format == 'JPEG' and hasattr(load.steps[-1], 'reduce_zero_label')
         except Exception:
-            highest = 0  # the pipeline can read what this cannot
+            highest, lossy = 0, False  # the pipeline can read what this cannot
+        if lossy:  # and used as it is
+            fault = (
+                'lossy',
+                f'{path} is a JPEG, whose compression changes labels: write PNG, from the labels '
+                'before they were compressed',
+            )
         if highest > 255:
             fault = (
                 'label depth',

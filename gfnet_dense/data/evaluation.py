@@ -1,7 +1,8 @@
 """Checks of metrics against the data that they evaluate, before training starts."""
 
+import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook
@@ -57,9 +58,21 @@ def find_evaluation(
     for name in wanted:
         if name not in names:
             yield Fault(
-                f'a hook (save_best or monitor) asks for {name!r}, but the {use}_evaluator gives '
-                f'{join_first(sorted(names), 10)}: set one of them, or add the metric'
+                f'a hook (save_best, monitor) or scheduler asks for {name!r}, but the '
+                f'{use}_evaluator gives {join_first(sorted(names), 10)}: set one of them, or add '
+                'the metric'
             )
+
+
+def find_training_images(dataset: Any, training: Any) -> Findings:
+    """Find images that are evaluated and trained on."""
+    paths = {info.get('img_path') for info in _infos(training)} - {None}
+    evaluated = [info.get('img_path') for info in _infos(dataset)]
+    if shared := [path for path in evaluated if path in paths]:
+        yield Note(
+            f'{len(shared)} of {len(evaluated)} images are also training images, so that metrics '
+            f'say little about others: {join_first(shared)}'
+        )
 
 
 def number_names(metric: Any) -> set[str] | None:
@@ -169,9 +182,14 @@ def _find_coco(
         )
 
 
-def wanted_numbers(hooks: Iterable[Any]) -> list[str]:
-    """Return the names of the numbers that hooks ask for by name."""
+def wanted_numbers(hooks: Iterable[Any], schedulers: Any = ()) -> list[str]:
+    """Return the names of the numbers that hooks and schedulers of a runner ask for by name."""
     names = []
+    if isinstance(schedulers, Mapping):  # of several optimizers
+        schedulers = itertools.chain(*schedulers.values())
+    for scheduler in schedulers or ():
+        if getattr(scheduler, 'need_val_args', False) and scheduler.by_epoch:
+            names.append(scheduler.monitor)
     for hook in hooks:
         asked: list[Any] = []
         if isinstance(hook, CheckpointHook):

@@ -108,7 +108,8 @@ class DurableRunner(Runner):
             at = f' in iteration {self.iter + 1}' if begun else ''
             last = latest_checkpoint(self.work_dir)
             kept = f'\nThe last checkpoint is {last}; --resume continues from it.' if last else ''
-            self.logger.error(f'training ended{at}: {type(error).__name__}: {error}{kept}')
+            if not getattr(e, 'said_elsewhere', False):
+                self.logger.error(f'training ended{at}: {type(error).__name__}: {error}{kept}')
             if error is e:
                 raise
             raise error from e

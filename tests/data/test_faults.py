@@ -23,7 +23,7 @@ from faults import (
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import MODELS, init_default_scope
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
@@ -158,7 +158,9 @@ def loading(cfg: Config, model: nn.Module) -> Callable[[Path], Tensor]:
         transform = create_transform(**dataset.transform, normalize=False)
 
         def load_image(path: Path) -> dict:
-            return dict(inputs=[transform(_read(str(path)))], data_samples=None)
+            # Of a test it is not turned, which is the note of `turned_scan`.
+            image = ImageOps.exif_transpose(_read(str(path)))
+            return dict(inputs=[transform(image)], data_samples=None)
 
     else:
         steps = Compose([step for step in dataset.pipeline if 'Annotations' not in step['type']])
