@@ -465,6 +465,16 @@ def labels_above_255(root: Path) -> None:
     relabel(maps(root)[5], lambda labels: (labels + 300 * (labels == 1)).astype(np.uint16))
 
 
+@fault('segmentation', RIGHT)
+def coded_labels_above_255(root: Path) -> dict[str, Any]:
+    """Label maps of 16 bits, whose values LoadCodedAnnotations numbers."""
+    uses = ('train', 'val', 'test')
+    for path in [*maps(root), *maps(root, 'validation')]:
+        relabel(path, lambda labels: labels.astype(np.uint16) * 100)
+    load = dict(type='LoadCodedAnnotations', values=[100 * i for i in range(1, 12)])
+    return {f'{use}_dataloader.dataset.pipeline.1': load for use in uses}
+
+
 @fault('segmentation', ERROR, 'has 32x32 pixels')
 def map_of_another_size(root: Path) -> None:
     """A label map of the training data has another size than its image."""
@@ -934,6 +944,12 @@ def all_crowds(root: Path) -> None:
 def no_objects(root: Path) -> None:
     """There are no annotations."""
     edit(root, lambda content: content.update(annotations=[]))
+
+
+@fault('detection', NOTE, 'gives -1 as every figure', 'val')
+def no_objects_in_validation(root: Path) -> None:
+    """There are no annotations in the validation data."""
+    edit(root, lambda content: content.update(annotations=[]), 'validation')
 
 
 @fault('detection', NOTE, 'occur more than once')

@@ -4,6 +4,7 @@ A built data set knows its images and how it numbers categories. Only the annota
 names of the categories and what the data set left out, so the checks read that file again.
 """
 
+import gc
 import io
 import math
 from collections import Counter
@@ -96,12 +97,17 @@ def read_file(file: str, backend_args: Any = None) -> Any:
     Raises:
         DataError: If it is not JSON, or may not be read.
     """
+    collects = gc.isenabled()
+    gc.disable()  # which goes through the millions of values again and again while they are made
     try:
         return fileio.load(file, backend_args=backend_args)
     except ValueError as e:
         raise_first([Fault(f'{file} is not JSON: {e}: get it again, or write it again')])
     except PermissionError:
         raise_first([Fault(not_permitted(file))])
+    finally:
+        if collects:
+            gc.enable()
 
 
 def check_part(part: Any, use: str, **_: Any) -> Findings:
@@ -228,12 +234,12 @@ def _check_ids(content: _Content, boxes: _Objects, file: str, use: str) -> Findi
 
 def _check_values(content: _Content, boxes: _Objects, file: str, use: str) -> Findings:
     images = content['images']
-    yield from _counted(
-        boxes, file, lambda a: not _is_box(a['bbox']), 'have a bbox that is not four finite numbers'
-    )
-    yield from _counted(
-        boxes, file, lambda a: not _is_finite(a['area']), 'have an area that is no finite number'
-    )
+    if not _are_finite([box['bbox'] for box in boxes], 4):
+        text = 'have a bbox that is not four finite numbers'
+        yield from _counted(boxes, file, lambda a: not _are_finite([a['bbox']], 4), text)
+    if not _are_finite([box['area'] for box in boxes]):
+        text = 'have an area that is no finite number'
+        yield from _counted(boxes, file, lambda a: not _are_finite([a['area']]), text)
     if wrong := [i for i in images if not _is_size(i)]:
         yield Fault(
             f'{len(wrong)} of {len(images)} images in {file} have no positive width and height, '
@@ -260,14 +266,21 @@ def _check_places(content: _Content, boxes: _Objects, file: str, use: str) -> Fi
             f'such as {next(iter(sizes), None)!r}'
         )
         return
-    unused = sum(not _has_area(box, sizes[box['image_id']]) for box in placed)
+    size = np.array([sizes[box['image_id']] for box in placed], float).reshape(-1, 2)
+    corners = np.array([box['bbox'] for box in placed], float).reshape(-1, 2, 2)
+    start, extent = corners[:, 0], corners[:, 1]
+    end = start + extent
+    area = np.array([box['area'] for box in placed], float)
+    # The rule of mmdet's `CocoDataset`.
+    seen = (np.minimum(end, size) > np.maximum(start, 0)) & (extent >= 1)
+    unused = int((~seen.all(axis=1) | (area <= 0)).sum())
     for count, reason in (
         (len(boxes) - len(placed), 'an image_id that none of its images has'),
         (unused, 'no area in their image'),
     ):
         if count:
             yield Note(f'{count} of {len(boxes)} boxes in {file} have {reason} and are not used')
-    if placed and all(box['area'] <= 0 for box in placed):
+    if placed and (area <= 0).all():
         yield Fault(
             f'all {len(placed)} annotations in {file} have an area of 0 or less, which training '
             'leaves out: write the area of each object in pixels'
@@ -277,13 +290,13 @@ def _check_places(content: _Content, boxes: _Objects, file: str, use: str) -> Fi
             f'none of the {unused} boxes in {file} has an area of a pixel in its image, such as '
             f'{placed[0]["bbox"]}: write x, y, width and height in pixels'
         )
-    leaving = [box for box in placed if _leaves(box, sizes[box['image_id']])]
-    corners = all(_are_corners(box['bbox'], sizes[box['image_id']]) for box in placed)
-    if len(leaving) > len(placed) / 2 and corners:
-        size = sizes[leaving[0]['image_id']]
+    (leaving,) = ((start < -1) | (end > size + 1)).any(axis=1).nonzero()
+    are_corners = (start >= 0) & (start < extent) & (extent <= size + 1)
+    if len(leaving) > len(placed) / 2 and are_corners.all():
+        box, (width, height) = placed[leaving[0]]['bbox'], sizes[placed[leaving[0]]['image_id']]
         yield Fault(
             f'{len(leaving)} of {len(placed)} boxes in {file} leave their image, such as '
-            f'{leaving[0]["bbox"]} in {size[0]}x{size[1]}, and all would fit as corners x1, y1, '
+            f'{box} in {width}x{height}, and all would fit as corners x1, y1, '
             'x2, y2: write x, y, width and height'
         )
     if use == 'train' and placed and all(box.get('iscrowd') for box in placed):
@@ -356,38 +369,22 @@ def _mask_fault(mask: Any, size: tuple[int, int], use: str) -> str | None:
     return None
 
 
+def _are_finite(values: Sequence[Any], *shape: int) -> bool:
+    """Tell whether all values are finite numbers, or lists of them of a shape."""
+    try:
+        array = np.array(values)
+    except ValueError:  # lists of several lengths
+        return False
+    fits = array.shape == (len(values), *shape) and array.dtype.kind in 'iuf'
+    return not values or (fits and bool(np.isfinite(array).all()))
+
+
 def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _is_box(value: Any) -> bool:
-    return isinstance(value, Sequence) and len(value) == 4 and all(map(_is_finite, value))
-
-
 def _is_size(image: _Object) -> bool:
     return all(_is_finite(image[key]) and image[key] > 0 for key in ('width', 'height'))
-
-
-def _leaves(box: _Object, size: tuple[float, float]) -> bool:
-    left, top, width, height = box['bbox']
-    return left < -1 or top < -1 or left + width > size[0] + 1 or top + height > size[1] + 1
-
-
-def _are_corners(box: Sequence[float], size: tuple[float, float]) -> bool:
-    left, top, right, bottom = box
-    return 0 <= left < right <= size[0] + 1 and 0 <= top < bottom <= size[1] + 1
-
-
-def _has_area(box: _Object, size: tuple[float, float]) -> bool:
-    """Return whether mmdet uses a box, by the rule of its `CocoDataset`."""
-    left, top, width, height = box['bbox']
-    image_width, image_height = size
-    return (
-        min(left + width, image_width) > max(left, 0)
-        and min(top + height, image_height) > max(top, 0)
-        and min(width, height) >= 1
-        and box['area'] > 0
-    )
 
 
 def _absent_classes(classes: Sequence[str], content: _Object, file: str) -> Iterator[Fault]:
@@ -427,7 +424,7 @@ def _check_samples(part: Any, use: str) -> Findings:
     if len(part) and 'segments_info' in part.get_data_info(0):
         yield from _check_segments(part)
     without_mask = 0
-    for i in range(len(part)):
+    for i in range(len(part)) if _loads_masks(part) else ():
         info = part.get_data_info(i)
         if 'segments_info' not in info:  # whose masks are files
             without_mask += sum('mask' not in instance for instance in info['instances'])
@@ -441,7 +438,7 @@ def _check_samples(part: Any, use: str) -> Findings:
                 f'{join_first(info["img_path"] for info in missing)}: restore them, or correct '
                 'data_root and data_prefix'
             )
-    if without_mask and _loads_masks(part):
+    if without_mask:
         yield Fault(
             f'{without_mask} objects in {part.ann_file} have no segmentation, but the pipeline '
             'loads masks: add them, or use a config for boxes alone, such as RetinaNet'
@@ -470,16 +467,17 @@ def _check_segments(part: Any) -> Findings:
             return
         wanted, size = (infos[i]['width'], infos[i]['height']), colours.shape[1::-1]
         ids = {*np.unique(colours @ (1, 256, 256**2)).tolist()}
+        # After a resize, small segments may have no pixel.
         absent = [segment['id'] for segment in segments if segment['id'] not in ids]
         if size != wanted:
             yield Fault(
                 f'{path} has {size[0]}x{size[1]} pixels, but its annotations are for '
                 f'{wanted[0]}x{wanted[1]}: correct the file'
             )
-        elif absent:
+        elif segments and len(absent) == len(segments):
             yield Fault(
-                f'{len(absent)} of {len(segments)} segments of {path} have an id that none of its '
-                f'pixels has as R + 256 G + 256^2 B, such as {absent[0]}: correct the file'
+                f'none of the {len(segments)} segments of {path} has its id in a pixel, as R + 256 '
+                f'G + 256^2 B, such as {absent[0]}: correct the file'
             )
         else:
             continue

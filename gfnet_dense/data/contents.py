@@ -39,7 +39,8 @@ _AT_ONCE = 4096  # files in the queue of the threads
 _THREADS = 16
 _PIXELS = 2**28  # in all threads together; a pixel takes about 10 bytes while it is read
 # Packages whose transforms run in several threads, and those whose versions decide what is read.
-_THREAD_SAFE = {'mmcv', 'mmdet', 'mmseg', __name__.partition('.')[0]}
+_LIBRARIES = {'mmcv', 'mmdet', 'mmseg'}
+_THREAD_SAFE = {*_LIBRARIES, __name__.partition('.')[0]}
 _VERSIONS = 'PIL', 'cv2', 'mmcv', 'mmdet', 'mmseg'
 _DEEPEST = 6  # levels of what transforms hold
 _MASK_SIZE = 'mask size'  # a kind of fault
@@ -530,7 +531,7 @@ def _size_fault(path: str, size: Any, wanted: Any, orientation: int) -> str:
 
 
 def _read_labels(
-    info: Mapping[str, Any], load: Callable[..., Any], size: tuple[int, int] | None
+    info: Mapping[str, Any], load: '_Loading', size: tuple[int, int] | None
 ) -> tuple[dict[int, int] | None, tuple[str, str] | None]:
     path = info['seg_map_path']
     try:
@@ -553,30 +554,38 @@ def _read_labels(
         # np.bincount would make a copy of 8 bytes a pixel.
         counts = Image.fromarray(labels).histogram()
         found = {label: count for label, count in enumerate(counts) if count}
-        try:
-            content = fileio.get(path, _option(load, 'backend_args'))
-            with Image.open(io.BytesIO(content)) as file:
-                highest = np.asarray(file).max() if file.mode.startswith(('I', 'F')) else 0
-                lossy = file.format == 'JPEG' and hasattr(load.steps[-1], 'reduce_zero_label')
-        except Exception:
-            highest, lossy = 0, False  # the pipeline can read what this cannot
-        if lossy:  # and used as it is
-            fault = (
-                'lossy',
-                f'{path} is a JPEG, whose compression changes labels: write PNG, from the labels '
-                'before they were compressed',
-            )
-        if highest > 255:
-            fault = (
-                'label depth',
-                f'{path} has labels up to {highest}, of which the pipeline keeps 8 bits: write '
-                'labels 0 to 255, or load them with a transform of your own',
-            )
+        # A transform of its own may read other labels than these eight bits of the file.
+        by_library = type(load.steps[-1]).__module__.partition('.')[0] in _LIBRARIES
+        fault = fault or (_coding_fault(path, load) if by_library else None)
     else:
         found = {
             int(k): int(n) for k, n in zip(*np.unique(labels, return_counts=True), strict=True)
         }
     return found, fault
+
+
+def _coding_fault(path: str, load: '_Loading') -> tuple[str, str] | None:
+    """Return what is wrong with a file of labels that the libraries read as 8 bits."""
+    try:
+        content = fileio.get(path, load.option('backend_args'))
+        with Image.open(io.BytesIO(content)) as file:
+            highest = np.asarray(file).max() if file.mode.startswith(('I', 'F')) else 0
+            lossy = file.format == 'JPEG'
+    except Exception:  # the pipeline can read what this cannot
+        return None
+    if highest > 255:
+        return (
+            'label depth',
+            f'{path} has labels up to {highest}, of which the pipeline keeps 8 bits: write '
+            'labels 0 to 255, or load them with a transform of your own',
+        )
+    if lossy:
+        return (
+            'lossy',
+            f'{path} is a JPEG, whose compression changes labels: write PNG, from the labels '
+            'before they were compressed',
+        )
+    return None
 
 
 @contextmanager

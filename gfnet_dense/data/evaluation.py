@@ -12,7 +12,7 @@ from .checks import metainfo_of
 from .coco import check_file
 from .contents import parts
 from .errors import Fault, Findings, Note, join_first
-from .files import has_own_steps, loads_annotations
+from .files import has_own_steps, loads_annotations, without_objects
 
 # The names of the numbers of mmseg's IoUMetric, by the entries of its iou_metrics.
 _IOU = {
@@ -141,7 +141,7 @@ def _find_label_maps(metric: Any, dataset: Any) -> Findings:
 
 def _infos(dataset: Any) -> list[Any]:
     known = [part for part in parts(dataset) if hasattr(part, 'get_data_info')]
-    return [part.get_data_info(i) for part in known for i in range(len(part))]
+    return [without_objects(part.get_data_info(i)) for part in known for i in range(len(part))]
 
 
 def _find_coco(
@@ -158,6 +158,12 @@ def _find_coco(
     file = name or f'the ann_file of the {use}_evaluator'
     found = list(check_file(metric._coco_api.dataset, file, segm, 'evaluator'))
     yield from (finding for finding in found if isinstance(finding, Fault))
+    if metric._coco_api.dataset.get('annotations') == []:
+        yield Note(
+            f'{file} has no objects, of which COCO evaluation gives -1 as every figure: set '
+            f'ann_file of {use}_dataloader and {use}_evaluator to another one, or format_only=True '
+            'of the metric'
+        )
     infos = _infos(dataset)
     images = metric._coco_api.imgs
     remedy = f'set ann_file of {use}_evaluator to that of {use}_dataloader'

@@ -30,13 +30,21 @@ def is_empty(folder: str | os.PathLike[str]) -> bool:
 
 
 def listed_infos(part: Any) -> list[Any]:
-    """Return the samples whose files are looked for: all, or 64 of those on another machine."""
+    """Return the samples whose files are looked for: all, or 64 of those on another machine.
+
+    They have no objects, which of all samples together would fill the memory.
+    """
     count = len(part)
     if getattr(part, 'backend_args', None) or '://' in str(part.get_data_info(0).get('img_path')):
         chosen = np.unique(np.linspace(0, count - 1, min(count, _REMOTE)).astype(int)).tolist()
     else:
         chosen = range(count)
-    return [part.get_data_info(i) for i in chosen]
+    return [without_objects(part.get_data_info(i)) for i in chosen]
+
+
+def without_objects(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a sample without its `instances`."""
+    return {key: value for key, value in info.items() if key != 'instances'}
 
 
 def absent_infos(part: Any, infos: Sequence[Any], key: str) -> list[Any]:

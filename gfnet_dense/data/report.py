@@ -73,6 +73,12 @@ class Report:
         """The findings that stop a run."""
         return [finding for finding in self.findings if isinstance(finding, Fault)]
 
+    @property
+    def distinct(self) -> list[Fault | Note]:
+        """The findings, faults first, without those of equal text."""
+        faults_first = sorted(self.findings, key=lambda finding: not isinstance(finding, Fault))
+        return list(dict.fromkeys(faults_first))
+
     def __str__(self) -> str:
         """Return the report as lines of text."""
         lines = []
@@ -84,7 +90,7 @@ class Report:
                 f'{type(part).__name__} in {place}'
             )
             lines += [f'  {key:<10} {text}' for key, text in _describe(part, contents) if text]
-        lines += [f'  {type(f).__name__.upper():<10} {f}' for f in dict.fromkeys(self.findings)]
+        lines += [f'  {type(f).__name__.upper():<10} {f}' for f in self.distinct]
         return '\n'.join(lines)
 
 

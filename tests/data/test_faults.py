@@ -77,6 +77,8 @@ def test_a_fault_is_said_before_the_first_iteration(name, root, tmp_path):
     reports = check_data(cfg)
     found = [finding for report in reports for finding in report.findings]
     faults = [text for text in found if isinstance(text, Fault)]
+    for report in reports:
+        assert all(f'FAULT      {text}' in str(report) for text in report.faults)
     if fault.outcome == ERROR:
         assert any(fault.says in text for text in faults), found
     else:
