@@ -664,7 +664,7 @@ def prefix_of_detection(root: Path) -> dict[str, Any]:
     return {'train_dataloader.dataset.data_prefix': prefix}
 
 
-@fault('segmentation', NOTE, 'are also training images', 'val')
+@fault('segmentation', NOTE, 'training images are evaluated, too', 'val')
 def validation_on_training_images(root: Path) -> dict[str, Any]:
     """Validation reads the training images."""
     prefix = dict(img_path='images/training', seg_map_path='annotations/training')

@@ -71,10 +71,15 @@ def _check_prefix(cfg: Mapping[str, Any]) -> None:
     Raises:
         DataError: If a data set of the one has the key of the other.
     """
-    prefix, kind = cfg.get('data_prefix'), str(cfg.get('type'))
-    key, other = ('img_path', 'img') if 'Seg' in kind else ('img', 'img_path')
-    if isinstance(prefix, Mapping) and key not in prefix and other in prefix:
-        raise DataError(f'data_prefix of {kind} has the key {other!r}: name it {key!r}')
+    prefix, kind = cfg.get('data_prefix') or {}, cfg.get('type')
+    kind = DATASETS.get(kind) if isinstance(kind, str) else kind
+    bases = [base.__name__ for base in getattr(kind, '__mro__', ())]
+    for base, key, other in (
+        ('BaseSegDataset', 'img_path', 'img'),
+        ('BaseDetDataset', 'img', 'img_path'),
+    ):
+        if base in bases and key not in prefix and other in prefix:
+            raise DataError(f'data_prefix of {bases[0]} has the key {other!r}: name it {key!r}')
 
 
 def _check_encoding(cfg: Mapping[str, Any]) -> None:

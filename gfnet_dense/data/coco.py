@@ -28,7 +28,8 @@ _KEYS = {
 _ID = int | float | str
 _TYPES = dict(id=_ID, image_id=_ID, category_id=_ID, file_name=str)
 _SEGMENT_MAPS = 64  # maps of panoptic segments that are opened
-_Object = _Content = Mapping[str, Any]
+_Content = Mapping[str, Any]
+_Object = Mapping[str, Any]
 _Objects = Sequence[_Object]
 
 
@@ -207,7 +208,7 @@ def _check_keys(content: _Content, boxes: _Objects, file: str, use: str) -> Find
                     f'ids {join_first(ids)}: correct the file'
                 )
                 continue
-            kinds = _TYPES.get(key, object)
+            kinds: Any = _TYPES.get(key, object)
             if odd := [some[key] for some in objects if not isinstance(some[key], kinds)]:
                 yield Fault(
                     f'{len(odd)} of {len(objects)} {kind} in {file} have a {key} of a wrong type, '

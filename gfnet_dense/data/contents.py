@@ -349,7 +349,7 @@ def _add_objects(contents: Contents, info: Mapping[str, Any]) -> None:
 
 def loaders(
     part: Any, info: Mapping[str, Any], use: str
-) -> tuple[Callable[..., Any] | None, Callable[..., Any] | None, bool]:
+) -> tuple[Callable[..., Any] | None, '_Loading | None', bool]:
     """Return how the pipeline of a data set loads images and labels.
 
     Args:
@@ -423,7 +423,7 @@ def _read_sample(
     info: Mapping[str, Any],
     content: bytes,
     load_image: Callable[..., Any],
-    load_labels: Callable[..., Any] | None,
+    load_labels: '_Loading | None',
     decode: bool,
     same_size: bool,
 ) -> Sample:

@@ -296,6 +296,7 @@ def _palette(metainfo: Mapping[str, Any]) -> np.ndarray[Any, Any]:
     count = max(len(metainfo.get('classes') or ()), 1)
     palette = metainfo.get('palette') or ()
     # A text, such as 'random', stands for no colours.
+    colours: np.ndarray[Any, Any]
     colours = np.array(() if isinstance(palette, str) else palette, np.uint8).reshape(-1, 3)
     if len(colours) < count:
         colours = np.random.default_rng(0).integers(40, 230, (count, 3))
