@@ -315,6 +315,19 @@ def bands_tiff(root: Path) -> dict[str, Any]:
     return {**model, **load, **{f'{use}_dataloader.dataset.img_suffix': '.tif' for use in uses}}
 
 
+@fault('segmentation', ERROR, '4 channels, but the data_preprocessor', predicts='network fails')
+def bands_without_statistics(root: Path) -> dict[str, Any]:
+    """TIFF images of 4 bands, and mean and std of 3."""
+    changes = bands_tiff(root)
+    return {key: value for key, value in changes.items() if 'model.data_preprocessor' not in key}
+
+
+@fault('segmentation', ERROR, '4 channels, but the backbone takes 3', predicts='network fails')
+def bands_without_channels(root: Path) -> dict[str, Any]:
+    """TIFF images of 4 bands, and a backbone for 3."""
+    return {**bands_tiff(root), 'model.backbone.in_channels': 3}
+
+
 @fault('segmentation', RIGHT)
 def arrays(root: Path) -> dict[str, Any]:
     """Images in .npy files, read by a transform of the user."""
@@ -369,6 +382,21 @@ def subfolders(root: Path) -> None:
                 folder = path.parent / f'city{i % 2}'
                 folder.mkdir(exist_ok=True)
                 path.rename(folder / f'{i // 2}{path.suffix}')
+
+
+@fault('segmentation', RIGHT)
+def names_of_many_letters(root: Path) -> None:
+    """File names have spaces, umlauts, quotes and signs."""
+    for folder in ('training', 'validation'):
+        for paths in (images(root, folder), maps(root, folder)):
+            for i, path in enumerate(paths):
+                path.rename(path.with_name(f'{i} Bild ä, "Nr. %d" #1 (Kopie){path.suffix}'))
+
+
+@fault('segmentation', ERROR, 'img_suffix of')
+def several_suffixes(root: Path) -> dict[str, Any]:
+    """img_suffix has several suffixes."""
+    return {'train_dataloader.dataset.img_suffix': ('.jpg', '.png')}
 
 
 @fault('segmentation', ERROR, 'cannot form a batch')

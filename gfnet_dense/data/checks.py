@@ -147,6 +147,9 @@ def find_batches(loader: DataLoader[Any], model: nn.Module | None, use: str) -> 
     batch: int = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None) or 1
     if use == 'train' and model is not None:
         yield from _find_last_batch(loader, model, batch)
+    if model is not None and (found := list(_find_channels(loader, model))):
+        yield from found
+        return  # a batch would only fail because of them
     # A sampler of batches may put images of one size together.
     plain = type(getattr(loader.batch_sampler, '_batches', loader.batch_sampler)) is BatchSampler
     if not plain or batch < 2 or not hasattr(loader.dataset, '__len__') or len(loader.dataset) < 2:
@@ -176,6 +179,37 @@ def find_batches(loader: DataLoader[Any], model: nn.Module | None, use: str) -> 
                     f'batch_size=1 of the {use}_dataloader'
                 )
             yield Fault(text)
+
+
+def _find_channels(loader: DataLoader[Any], model: nn.Module) -> Findings:
+    """Find images with other channels than the model takes."""
+    with keep_random_state():
+        try:
+            inputs = loader.dataset[0]['inputs']
+        except Exception:  # a sample of another kind, or one that cannot be loaded
+            return
+    if not isinstance(inputs, Tensor) or inputs.ndim != 3:
+        return
+    count, mean = len(inputs), getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
+    numbers = mean.numel() if isinstance(mean, Tensor) else 1
+    remedy = (
+        'set mean and std of the data_preprocessor and in_channels of the backbone, or load other '
+        'channels'
+    )
+    if 1 not in (count, numbers) and count != numbers:
+        yield Fault(
+            f'{_describe(loader.dataset, 0)} is loaded with {count} channels, but the '
+            f'data_preprocessor has {numbers} numbers as mean: {remedy}'
+        )
+        return
+    count = max(count, numbers)  # one channel becomes as many as there are numbers
+    modules = getattr(model, 'backbone', nn.Identity()).modules()
+    taken = [module.in_channels for module in modules if isinstance(module, nn.Conv2d)]
+    if taken and count not in taken:
+        yield Fault(
+            f'{_describe(loader.dataset, 0)} is loaded with {count} channels, but the backbone '
+            f'takes {taken[0]}: {remedy}'
+        )
 
 
 def _first_line(error: Exception) -> str:
