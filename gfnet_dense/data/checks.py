@@ -203,12 +203,11 @@ def _find_channels(loader: DataLoader[Any], model: nn.Module) -> Findings:
         )
         return
     count = max(count, numbers)  # one channel becomes as many as there are numbers
-    modules = getattr(model, 'backbone', nn.Identity()).modules()
-    taken = [module.in_channels for module in modules if isinstance(module, nn.Conv2d)]
-    if taken and count not in taken:
+    taken = getattr(getattr(model, 'backbone', None), 'in_chans', None)  # as networks of timm have
+    if taken and count % taken:  # several images may be stacked, as for the detection of changes
         yield Fault(
             f'{_describe(loader.dataset, 0)} is loaded with {count} channels, but the backbone '
-            f'takes {taken[0]}: {remedy}'
+            f'takes {taken}: {remedy}'
         )
 
 

@@ -18,15 +18,18 @@ def is_empty(folder: str | os.PathLike[str]) -> bool:
     """Tell whether a folder has nothing in it.
 
     Raises:
-        DataError: If it, or what is in it, may not be read.
+        DataError: If what is in it may not be read.
         OSError: If there is no such folder.
     """
     try:
         os.stat(os.path.join(folder, '.'))  # takes the right to enter, as opening its files does
-        with os.scandir(folder) as entries:
-            return next(entries, None) is None
     except PermissionError:
         raise DataError(not_permitted(folder)) from None
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except PermissionError:  # files can be opened by their names, from a list
+        return False
 
 
 def listed_infos(part: Any) -> list[Any]:

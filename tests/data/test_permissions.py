@@ -93,6 +93,20 @@ def test_a_subfolder_that_may_not_be_read(root):
     assert f'{folder} may not be read by this user' in fault
 
 
+def test_files_of_a_list_need_not_be_listed_by_their_folder(root):
+    cfg = make_config('segmentation', root)
+    folder = images(root)[0].parent
+    (root / 'digits/train.txt').write_text('\n'.join(path.stem for path in images(root)))
+    folder.chmod(0o111)
+    with as_nobody():
+        (report, *_) = check_data(cfg)
+    assert any(f'{folder} may not be read by this user' in fault for fault in report.faults)
+    cfg.train_dataloader.dataset.ann_file = 'train.txt'
+    with as_nobody():
+        (report, *_) = check_data(cfg)
+    assert report.faults == [] and report.contents
+
+
 def test_prediction_names_an_image_and_a_checkpoint_that_may_not_be_read(root):
     path = images(root)[0]
     path.chmod(0)
