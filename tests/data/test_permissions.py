@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import mmdet.datasets  # noqa: F401  # the user of the block may not import it
 import pytest
 from faults import images, make_config, maps, scans, write_data
 
@@ -33,7 +32,11 @@ def as_nobody() -> Iterator[None]:
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory) -> Path:
-    return write_data(tmp_path_factory.mktemp('data'))
+    data = write_data(tmp_path_factory.mktemp('data'))
+    for task in ('segmentation', 'detection', 'classification'):
+        # It imports what another user may not.
+        assert not any(report.faults for report in check_data(make_config(task, data)))
+    return data
 
 
 @pytest.fixture
