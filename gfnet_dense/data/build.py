@@ -72,7 +72,9 @@ def _check_prefix(cfg: Mapping[str, Any]) -> None:
         DataError: If a data set of the one has the key of the other.
     """
     prefix, kind = cfg.get('data_prefix') or {}, cfg.get('type')
-    kind = DATASETS.get(kind) if isinstance(kind, str) else kind
+    if isinstance(kind, str):
+        with DATASETS.switch_scope_and_registry(None) as registry:  # that of the config
+            kind = registry.get(kind)
     bases = [base.__name__ for base in getattr(kind, '__mro__', ())]
     for base, key, other in (
         ('BaseSegDataset', 'img_path', 'img'),
