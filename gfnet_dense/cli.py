@@ -55,7 +55,8 @@ def main(verb: str | None = None) -> int:
     except Exception as e:
         if '--debug' in arguments:
             raise
-        print(_describe(e), file=sys.stderr)
+        if not getattr(e, 'said_elsewhere', False):  # by the first of several processes
+            print(_describe(e), file=sys.stderr)
         return 1
 
 

@@ -72,6 +72,29 @@ def plain_keys(state: Mapping[str, Any]) -> dict[str, Any]:
     return {_WRAPPERS.sub('', str(key)): value for key, value in state.items()}
 
 
+def check_finite(state: Mapping[str, Any], path: str | Path) -> None:
+    """Check that no weight is NaN or infinite: such a model gives one answer to everything.
+
+    Args:
+        state: The weights.
+        path: Their file, for the error message.
+
+    Raises:
+        CheckpointError: If one is.
+    """
+    broken = [
+        key
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all()
+    ]
+    if broken:
+        more = f' and {len(broken) - 3} more' if len(broken) > 3 else ''
+        raise CheckpointError(
+            f'{path} has weights that are not finite, {", ".join(broken[:3])}{more}: its training '
+            'had failed. Take an earlier checkpoint'
+        )
+
+
 @contextmanager
 def write_whole(path: Path) -> Iterator[BinaryIO]:
     """Open a file that appears at `path` when the block ends, and not at all if it raises.

@@ -2,8 +2,8 @@
 
 A fault is a function of the folder of a small data set: it spoils files there and returns changes
 to the config. What has to happen stands beside it: an error before the first iteration, a note in
-the report, or nothing, because the data are right or are handled right. `python tests/faults.py`
-writes the table of docs/faulty_data.md.
+the report, or nothing, because the data are right or are handled right; and what prediction from
+its images has to say. `python tests/faults.py` writes the tables of docs/faulty_data.md.
 """
 
 import json
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import safetensors.torch
+import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, TRANSFORMS
@@ -33,6 +35,7 @@ class Fault(NamedTuple):
         outcome: `ERROR`, `NOTE` or `RIGHT`.
         says: A part of the error or of the note.
         use: The data that it is found in, `'train'`, `'val'` or `'test'`.
+        predicts: A part of the error of prediction about an image; empty if all are predicted.
     """
 
     task: str
@@ -40,6 +43,7 @@ class Fault(NamedTuple):
     outcome: str
     says: str
     use: str
+    predicts: str
 
     @property
     def title(self) -> str:
@@ -50,10 +54,12 @@ class Fault(NamedTuple):
 FAULTS: dict[str, Fault] = {}
 
 
-def fault(task: str, outcome: str, says: str = '', use: str = 'train') -> Callable[..., Any]:
+def fault(
+    task: str, outcome: str, says: str = '', use: str = 'train', predicts: str = ''
+) -> Callable[..., Any]:
     def register(make: Callable[[Path], dict[str, Any] | None]) -> Callable[..., Any]:
         assert make.__name__ not in FAULTS
-        FAULTS[make.__name__] = Fault(task, make, outcome, says, use)
+        FAULTS[make.__name__] = Fault(task, make, outcome, says, use, predicts)
         return make
 
     return register
@@ -220,20 +226,20 @@ def both(**changes: Any) -> dict[str, Any]:
 # Segmentation: images
 
 
-@fault('segmentation', ERROR, 'cannot be read')
+@fault('segmentation', ERROR, 'cannot be read', predicts='cannot be read')
 def truncated_image(root: Path) -> None:
     """An image is cut off."""
     path = images(root)[3]
     path.write_bytes(path.read_bytes()[:-100])
 
 
-@fault('segmentation', ERROR, 'cannot be read')
+@fault('segmentation', ERROR, 'cannot be read', predicts='cannot be read')
 def empty_image(root: Path) -> None:
     """An image has no bytes."""
     images(root)[3].write_bytes(b'')
 
 
-@fault('segmentation', ERROR, 'cannot be read', 'val')
+@fault('segmentation', ERROR, 'cannot be read', 'val', predicts='cannot be read')
 def page_as_image(root: Path) -> None:
     """An image of the validation data is an HTML page."""
     images(root, 'validation')[1].write_text('<html>not found</html>')
@@ -265,7 +271,7 @@ def grey_12_bits(root: Path) -> dict[str, Any]:
     return to_suffix(root, '.png', lambda i: Image.fromarray(np.asarray(grey16(i)) >> 4))
 
 
-@fault('segmentation', ERROR, 'convert the images to 8 or 16 bits')
+@fault('segmentation', ERROR, 'convert the images to 8 or 16 bits', predicts='of 32 bits')
 def float_image(root: Path) -> dict[str, Any]:
     """Images of floating point numbers."""
     return to_suffix(root, '.tif', lambda image: image.convert('L').convert('F'))
@@ -307,6 +313,19 @@ def bands_tiff(root: Path) -> dict[str, Any]:
     pipeline = dict(type='LoadImageFromFile', imdecode_backend='tifffile', color_type='unchanged')
     load = {f'{use}_dataloader.dataset.pipeline.0': dict(pipeline, to_float32=True) for use in uses}
     return {**model, **load, **{f'{use}_dataloader.dataset.img_suffix': '.tif' for use in uses}}
+
+
+@fault('segmentation', ERROR, '4 channels, but the data_preprocessor', predicts='network fails')
+def bands_without_statistics(root: Path) -> dict[str, Any]:
+    """TIFF images of 4 bands, and mean and std of 3."""
+    changes = bands_tiff(root)
+    return {key: value for key, value in changes.items() if 'model.data_preprocessor' not in key}
+
+
+@fault('segmentation', ERROR, '4 channels, but the backbone takes 3', predicts='network fails')
+def bands_without_channels(root: Path) -> dict[str, Any]:
+    """TIFF images of 4 bands, and a backbone for 3."""
+    return {**bands_tiff(root), 'model.backbone.in_channels': 3}
 
 
 @fault('segmentation', RIGHT)
@@ -363,6 +382,21 @@ def subfolders(root: Path) -> None:
                 folder = path.parent / f'city{i % 2}'
                 folder.mkdir(exist_ok=True)
                 path.rename(folder / f'{i // 2}{path.suffix}')
+
+
+@fault('segmentation', RIGHT)
+def names_of_many_letters(root: Path) -> None:
+    """File names have spaces, umlauts, quotes and signs."""
+    for folder in ('training', 'validation'):
+        for paths in (images(root, folder), maps(root, folder)):
+            for i, path in enumerate(paths):
+                path.rename(path.with_name(f'{i} Bild ä, "Nr. %d" #1 (Kopie){path.suffix}'))
+
+
+@fault('segmentation', ERROR, 'img_suffix of')
+def several_suffixes(root: Path) -> dict[str, Any]:
+    """img_suffix has several suffixes."""
+    return {'train_dataloader.dataset.img_suffix': ('.jpg', '.png')}
 
 
 @fault('segmentation', ERROR, 'cannot form a batch')
@@ -459,6 +493,16 @@ def labels_above_255(root: Path) -> None:
     relabel(maps(root)[5], lambda labels: (labels + 300 * (labels == 1)).astype(np.uint16))
 
 
+@fault('segmentation', RIGHT)
+def coded_labels_above_255(root: Path) -> dict[str, Any]:
+    """Label maps of 16 bits, whose values LoadCodedAnnotations numbers."""
+    uses = ('train', 'val', 'test')
+    for path in [*maps(root), *maps(root, 'validation')]:
+        relabel(path, lambda labels: labels.astype(np.uint16) * 100)
+    load = dict(type='LoadCodedAnnotations', values=[100 * i for i in range(1, 12)])
+    return {f'{use}_dataloader.dataset.pipeline.1': load for use in uses}
+
+
 @fault('segmentation', ERROR, 'has 32x32 pixels')
 def map_of_another_size(root: Path) -> None:
     """A label map of the training data has another size than its image."""
@@ -521,6 +565,17 @@ def labels_from_0(root: Path) -> None:
     Image.fromarray(labels).save(maps(root)[0])
 
 
+@fault('segmentation', ERROR, 'is a JPEG')
+def maps_as_jpeg(root: Path) -> dict[str, Any]:
+    """Label maps are JPEG."""
+    for path in [*maps(root), *maps(root, 'validation')]:
+        with Image.open(path) as image:
+            image.save(path.with_suffix('.jpeg'), quality=100)
+        path.unlink()
+    uses = ('train', 'val', 'test')
+    return {f'{use}_dataloader.dataset.seg_map_suffix': '.jpeg' for use in uses}
+
+
 # Segmentation: lists of files
 
 
@@ -566,7 +621,12 @@ def list_with_missing_image(root: Path) -> dict[str, Any]:
 @fault('segmentation', ERROR, "classes are the text 'water'")
 def classes_as_text(root: Path) -> dict[str, Any]:
     """The classes are a text."""
-    return {'train_dataloader.dataset.metainfo': dict(classes='water')}
+    uses = ('train', 'val', 'test')
+    return {
+        **{f'{use}_dataloader.dataset.metainfo': dict(classes='water') for use in uses},
+        'model.decode_head.num_classes': 5,
+        'model.auxiliary_head.num_classes': 5,
+    }
 
 
 @fault('segmentation', ERROR, 'num_classes=150')
@@ -611,6 +671,32 @@ def save_best_of_another_metric(root: Path) -> dict[str, Any]:
 def unknown_metric(root: Path) -> dict[str, Any]:
     """The metric does not exist."""
     return both(evaluator__iou_metrics=['IoU'])
+
+
+@fault('segmentation', ERROR, "asks for 'mAP'")
+def scheduler_of_another_metric(root: Path) -> dict[str, Any]:
+    """ReduceOnPlateau monitors a number that the metric does not give."""
+    return {'param_scheduler': [dict(type='ReduceOnPlateauLR', monitor='mAP', rule='greater')]}
+
+
+@fault('segmentation', ERROR, 'class_weight of CrossEntropyLoss in decode_head has 3 numbers')
+def weights_of_other_classes(root: Path) -> dict[str, Any]:
+    """class_weight of the loss has another number of classes."""
+    return {'model.decode_head.loss_decode.class_weight': [1.0, 2.0, 3.0]}
+
+
+@fault('segmentation', ERROR, "has the key 'img': name it 'img_path'")
+def prefix_of_detection(root: Path) -> dict[str, Any]:
+    """data_prefix has the keys of mmdet."""
+    prefix = dict(img='images/training', seg_map_path='annotations/training')
+    return {'train_dataloader.dataset.data_prefix': prefix}
+
+
+@fault('segmentation', NOTE, 'training images are evaluated, too', 'val')
+def validation_on_training_images(root: Path) -> dict[str, Any]:
+    """Validation reads the training images."""
+    prefix = dict(img_path='images/training', seg_map_path='annotations/training')
+    return both(dataloader__dataset__data_prefix=prefix)
 
 
 def without_annotations(root: Path) -> dict[str, Any]:
@@ -684,7 +770,7 @@ def missing_coco_image(root: Path) -> None:
     images(root)[5].unlink()
 
 
-@fault('detection', ERROR, 'cannot be read')
+@fault('detection', ERROR, 'cannot be read', predicts='cannot be read')
 def truncated_coco_image(root: Path) -> None:
     """An image is cut off."""
     truncated_image(root)
@@ -888,6 +974,12 @@ def no_objects(root: Path) -> None:
     edit(root, lambda content: content.update(annotations=[]))
 
 
+@fault('detection', NOTE, 'gives -1 as every figure', 'val')
+def no_objects_in_validation(root: Path) -> None:
+    """There are no annotations in the validation data."""
+    edit(root, lambda content: content.update(annotations=[]), 'validation')
+
+
 @fault('detection', NOTE, 'occur more than once')
 def image_twice(root: Path) -> None:
     """An image is listed under two ids."""
@@ -928,6 +1020,18 @@ def coco_classes_as_text(root: Path) -> dict[str, Any]:
 def coco_number_of_classes(root: Path) -> dict[str, Any]:
     """The head has another number of classes."""
     return {'model.bbox_head.num_classes': 80}
+
+
+@fault('detection', ERROR, "has the key 'img_path': name it 'img'")
+def prefix_of_segmentation(root: Path) -> dict[str, Any]:
+    """data_prefix has the key of mmseg."""
+    return {'train_dataloader.dataset.data_prefix': dict(img_path='images/training')}
+
+
+@fault('detection', ERROR, 'is a folder, not a file')
+def folder_as_json(root: Path) -> dict[str, Any]:
+    """The annotation file is a folder."""
+    return {'train_dataloader.dataset.ann_file': 'annotations'}
 
 
 @fault('detection', ERROR, 'are not in', 'val')
@@ -1024,13 +1128,13 @@ def scans(root: Path, split: str = 'train') -> list[Path]:
     return sorted((root / 'scans' / split).glob('*/*'))
 
 
-@fault('classification', ERROR, 'cannot be read')
+@fault('classification', ERROR, 'cannot be read', predicts='cannot be read')
 def truncated_scan(root: Path) -> None:
     """An image is cut off."""
     scans(root)[3].write_bytes(scans(root)[3].read_bytes()[:50])
 
 
-@fault('classification', ERROR, 'cannot be read')
+@fault('classification', ERROR, 'cannot be read', predicts='cannot be read')
 def empty_scan(root: Path) -> None:
     """An image has no bytes."""
     scans(root)[3].write_bytes(b'')
@@ -1043,7 +1147,7 @@ def scans_of_16_bits(root: Path) -> None:
         redraw(path, grey16)
 
 
-@fault('classification', ERROR, 'convert the images to 8 or 16 bits')
+@fault('classification', ERROR, 'convert the images to 8 or 16 bits', predicts='of 32 bits')
 def float_scan(root: Path) -> None:
     """An image has floating point numbers."""
     with Image.open(scans(root)[3]) as image:
@@ -1056,6 +1160,12 @@ def scans_of_many_kinds(root: Path) -> None:
     redraw(scans(root)[0], lambda image: image.convert('P'))
     redraw(scans(root)[1], lambda image: image.convert('RGBA'))
     scans(root)[2].rename(scans(root)[2].with_suffix('.PNG'))
+
+
+@fault('classification', NOTE, 'and prediction follows')
+def turned_scan(root: Path) -> None:
+    """EXIF turns an image."""
+    turn(scans(root)[3], 6)
 
 
 @fault('classification', ERROR, 'no images in 1 of the class folders')
@@ -1097,20 +1207,154 @@ def single_class(root: Path) -> dict[str, Any]:
     }
 
 
+# Checkpoints
+
+State = dict[str, torch.Tensor]
+
+
+class FaultyCheckpoint(NamedTuple):
+    """A checkpoint that is not what `torch.save` wrote of a whole model.
+
+    Attributes:
+        make: Writes it, from the weights of the segmentor of :func:`make_config`.
+        start: A part of the error when training starts from it (`load_from`); empty if it does.
+        use: The same for a test, a resumed run and prediction.
+    """
+
+    make: Callable[[Path, State], None]
+    start: str
+    use: str
+
+
+CHECKPOINTS: dict[str, FaultyCheckpoint] = {}
+
+
+def checkpoint(start: str = '', use: str = '') -> Callable[..., Any]:
+    def register(make: Callable[[Path, State], None]) -> Callable[..., Any]:
+        CHECKPOINTS[make.__name__] = FaultyCheckpoint(make, start, use)
+        return make
+
+    return register
+
+
+_BROKEN = 'is not a checkpoint, or only a part of one'
+
+
+@checkpoint(_BROKEN, _BROKEN)
+def no_bytes(path: Path, state: State) -> None:
+    """The file has no bytes."""
+    path.write_bytes(b'')
+
+
+@checkpoint(_BROKEN, _BROKEN)
+def page_as_checkpoint(path: Path, state: State) -> None:
+    """The file is an HTML page."""
+    path.write_text('<html>your download has expired</html>')
+
+
+@checkpoint(_BROKEN, _BROKEN)
+def truncated_checkpoint(path: Path, state: State) -> None:
+    """The file is cut off."""
+    torch.save(dict(state_dict=state), path)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+@checkpoint('is not safe to read', 'is not safe to read')
+def checkpoint_with_code(path: Path, state: State) -> None:
+    """The file holds an object that would be executed."""
+    torch.save(dict(state_dict=state, hook=Path.home), path)
+
+
+@checkpoint('not finite', 'not finite')
+def weights_with_nan(path: Path, state: State) -> None:
+    """A weight is NaN."""
+    state['backbone.patch_embed.0.proj.bias'][1] = float('nan')
+    torch.save(dict(state_dict=state), path)
+
+
+@checkpoint('in other shapes', 'backbone.')
+def backbone_of_another_size(path: Path, state: State) -> None:
+    """The backbone has another size."""
+    torch.save(dict(state_dict={k: v.expand(3, *v.shape) for k, v in state.items()}), path)
+
+
+@checkpoint('', 'decode_head.conv_seg')
+def head_of_another_size(path: Path, state: State) -> None:
+    """The head has another number of classes."""
+    torch.save({k: v[:7] if 'conv_seg' in k else v for k, v in state.items()}, path)
+
+
+@checkpoint('', 'decode_head.')
+def backbone_alone(path: Path, state: State) -> None:
+    """There are the weights of the backbone alone."""
+    torch.save({k: v for k, v in state.items() if k.startswith('backbone.')}, path)
+
+
+@checkpoint()
+def bare_weights(path: Path, state: State) -> None:
+    """The weights stand alone, without `state_dict`."""
+    torch.save(state, path)
+
+
+@checkpoint()
+def weights_under_model(path: Path, state: State) -> None:
+    """The weights stand under `model`, as in official files."""
+    torch.save(dict(model=state), path)
+
+
+@checkpoint()
+def prefix_of_parallel_training(path: Path, state: State) -> None:
+    """Names begin with `module.`, as DistributedDataParallel saves them."""
+    torch.save(dict(state_dict={f'module.{k}': v for k, v in state.items()}), path)
+
+
+@checkpoint()
+def prefix_of_compilation(path: Path, state: State) -> None:
+    """Names have `_orig_mod.`, as torch.compile saves them."""
+    names = {k: k.replace('backbone.', 'backbone._orig_mod.', 1) for k in state}
+    torch.save(dict(state_dict={names[k]: v for k, v in state.items()}), path)
+
+
+@checkpoint()
+def half_precision(path: Path, state: State) -> None:
+    """The weights are float16."""
+    torch.save(dict(state_dict={k: v.half() if v.is_floating_point() else v
+                                for k, v in state.items()}), path)  # fmt: skip
+
+
+@checkpoint()
+def safetensors_file(path: Path, state: State) -> None:
+    """The file is one of safetensors, whatever its name."""
+    safetensors.torch.save_file(state, path)
+
+
+def checkpoint_table() -> str:
+    """Return the table of checkpoints of docs/faulty_data.md."""
+    says = lambda text: f'error: `{text}`' if text else 'works'  # noqa: E731
+    lines = ['| checkpoint | `load_from` of a training | test, prediction |', '|---|---|---|']
+    for some in CHECKPOINTS.values():
+        title = (some.make.__doc__ or '').rstrip('.')
+        lines.append(f'| {title} | {says(some.start)} | {says(some.use)} |')
+    return '\n'.join(lines)
+
+
 def table() -> str:
-    """Return the table of docs/faulty_data.md."""
+    """Return the table of data of docs/faulty_data.md."""
     happens = {ERROR: 'error', NOTE: 'note', RIGHT: 'works'}
     lines = []
     for task in NAMES:
-        lines += [f'### {task.capitalize()}', '', '| input | data | what happens | it says |']
-        lines += ['|---|---|---|---|']
+        lines += [f'### {task.capitalize()}', '']
+        lines += ['| input | data | what happens | it says | prediction |', '|---|---|---|---|---|']
         for some in FAULTS.values():
             if some.task == task:
                 says = f'`{some.says}`' if some.says else ''
-                lines.append(f'| {some.title} | {some.use} | {happens[some.outcome]} | {says} |')
+                predicts = f'error: `{some.predicts}`' if some.predicts else 'works'
+                cells = some.title, some.use, happens[some.outcome], says, predicts
+                lines.append(f'| {" | ".join(cells)} |')
         lines.append('')
     return '\n'.join(lines)
 
 
 if __name__ == '__main__':
     print(table())
+    print(checkpoint_table())

@@ -9,7 +9,7 @@ from typing import Any
 from mmengine.registry import DATASETS
 
 from .coco import check_coco_file
-from .errors import DataError
+from .errors import DataError, not_permitted
 
 
 def build_dataset(dataset: Any) -> Any:
@@ -35,9 +35,14 @@ def build_dataset(dataset: Any) -> Any:
             return dataset
     except DataError:
         raise
+    except PermissionError as e:
+        raise DataError(not_permitted(e.filename)) from e
+    except IsADirectoryError as e:
+        raise DataError(f'{e.filename} is a folder, not a file: correct ann_file') from e
     except (KeyError, ValueError, TypeError, AttributeError, AssertionError) as e:
         inner = [*_inner(cfg)]
         for each in inner:
+            _check_prefix(each)
             _check_encoding(each)
             contents = check_coco_file(each)
         if len(inner) > 1:
@@ -58,6 +63,25 @@ def _inner(cfg: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     for each in wrapped:
         if isinstance(each, Mapping):
             yield from _inner(each)
+
+
+def _check_prefix(cfg: Mapping[str, Any]) -> None:
+    """Name the key of the images in `data_prefix`, which mmseg and mmdet call differently.
+
+    Raises:
+        DataError: If a data set of the one has the key of the other.
+    """
+    prefix, kind = cfg.get('data_prefix') or {}, cfg.get('type')
+    if isinstance(kind, str):
+        with DATASETS.switch_scope_and_registry(None) as registry:  # that of the config
+            kind = registry.get(kind)
+    bases = [base.__name__ for base in getattr(kind, '__mro__', ())]
+    for base, key, other in (
+        ('BaseSegDataset', 'img_path', 'img'),
+        ('BaseDetDataset', 'img', 'img_path'),
+    ):
+        if base in bases and key not in prefix and other in prefix:
+            raise DataError(f'data_prefix of {bases[0]} has the key {other!r}: name it {key!r}')
 
 
 def _check_encoding(cfg: Mapping[str, Any]) -> None:

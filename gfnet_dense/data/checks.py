@@ -17,6 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from .contents import keep_random_state
 from .errors import DataError, Fault, Findings, raise_first
+from .files import is_empty
 
 _PROBED = 4  # samples that are brought through the pipeline into one batch
 _LOOKED_AT = 2000  # samples among which images of different sizes are looked for
@@ -55,15 +56,15 @@ def check_folders(dataset: Mapping[str, Any]) -> None:
         prefixes.pop('seg_map_path', None)  # `LoadAnnotations` would load them
     for prefix in prefixes.values():
         folder = root / (prefix or '')
-        if not folder.is_dir():
-            raise DataError(f'{dataset.get("type")}: there is no folder {folder}: {remedy}')
         try:
-            empty = next(folder.iterdir(), None) is None
-        except PermissionError:
-            raise DataError(f'{dataset.get("type")}: {folder} may not be read') from None
+            empty = is_empty(folder)
+        except OSError:
+            raise DataError(
+                f'{dataset.get("type")}: there is no folder {folder}: {remedy}'
+            ) from None
         if empty:
             raise DataError(f'{dataset.get("type")}: the folder {folder} is empty: {remedy}')
-    if isinstance(ann_file, str) and ann_file and not (root / ann_file).exists():
+    if isinstance(ann_file, str) and ann_file and not os.path.exists(root / ann_file):
         raise DataError(f'{dataset.get("type")}: there is no file {root / ann_file}: {remedy}')
 
 
@@ -107,8 +108,16 @@ def find_heads(model: nn.Module, dataset: Any) -> Findings:
             )
         loss = getattr(module, 'loss_decode', None)
         losses = loss if isinstance(loss, nn.ModuleList) else [loss]
+        outputs = getattr(module, 'out_channels', None)
+        for some in losses:
+            weights = getattr(some, 'class_weight', None)
+            if isinstance(weights, list | tuple) and outputs not in (None, 1, len(weights)):
+                yield Fault(
+                    f'class_weight of {type(some).__name__} in {name} has {len(weights)} numbers, '
+                    f'but there are {outputs} classes: write one for each class'
+                )
         softmax = any(getattr(some, 'use_sigmoid', None) is False for some in losses)
-        if getattr(module, 'out_channels', None) == 1 and softmax:
+        if outputs == 1 and softmax:
             yield Fault(
                 f'{name} of the model has one output and softmax, which is always right: its loss '
                 'is 0. Add a class for the background, or set num_classes=2, out_channels=1 and '
@@ -138,6 +147,9 @@ def find_batches(loader: DataLoader[Any], model: nn.Module | None, use: str) -> 
     batch: int = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', None) or 1
     if use == 'train' and model is not None:
         yield from _find_last_batch(loader, model, batch)
+    if model is not None and (found := list(_find_channels(loader, model))):
+        yield from found
+        return  # a batch would only fail because of them
     # A sampler of batches may put images of one size together.
     plain = type(getattr(loader.batch_sampler, '_batches', loader.batch_sampler)) is BatchSampler
     if not plain or batch < 2 or not hasattr(loader.dataset, '__len__') or len(loader.dataset) < 2:
@@ -167,6 +179,36 @@ def find_batches(loader: DataLoader[Any], model: nn.Module | None, use: str) -> 
                     f'batch_size=1 of the {use}_dataloader'
                 )
             yield Fault(text)
+
+
+def _find_channels(loader: DataLoader[Any], model: nn.Module) -> Findings:
+    """Find images with other channels than the model takes."""
+    with keep_random_state():
+        try:
+            inputs = loader.dataset[0]['inputs']
+        except Exception:  # a sample of another kind, or one that cannot be loaded
+            return
+    if not isinstance(inputs, Tensor) or inputs.ndim != 3:
+        return
+    count, mean = len(inputs), getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
+    numbers = mean.numel() if isinstance(mean, Tensor) else 1
+    remedy = (
+        'set mean and std of the data_preprocessor and in_channels of the backbone, or load other '
+        'channels'
+    )
+    if 1 not in (count, numbers) and count != numbers:
+        yield Fault(
+            f'{_describe(loader.dataset, 0)} is loaded with {count} channels, but the '
+            f'data_preprocessor has {numbers} numbers as mean: {remedy}'
+        )
+        return
+    count = max(count, numbers)  # one channel becomes as many as there are numbers
+    taken = getattr(getattr(model, 'backbone', None), 'in_chans', None)  # as networks of timm have
+    if taken and count % taken:  # several images may be stacked, as for the detection of changes
+        yield Fault(
+            f'{_describe(loader.dataset, 0)} is loaded with {count} channels, but the backbone '
+            f'takes {taken}: {remedy}'
+        )
 
 
 def _first_line(error: Exception) -> str:

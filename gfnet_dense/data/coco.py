@@ -4,15 +4,19 @@ A built data set knows its images and how it numbers categories. Only the annota
 names of the categories and what the data set left out, so the checks read that file again.
 """
 
+import gc
+import io
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from mmengine import fileio
+from PIL import Image
 
 from .contents import Contents, keep_random_state, loaders, parts
-from .errors import Fault, Findings, Note, join_first, raise_first
+from .errors import Fault, Findings, Note, join_first, not_permitted, raise_first
 from .files import absent_infos, can_load, listed_infos
 
 # What mmdet reads of every image, category and annotation.
@@ -21,7 +25,12 @@ _KEYS = {
     'categories': ('id', 'name'),
     'annotations': ('id', 'image_id', 'category_id', 'bbox', 'area'),
 }
+_ID = int | float | str
+_TYPES = dict(id=_ID, image_id=_ID, category_id=_ID, file_name=str)
+_SEGMENT_MAPS = 64  # maps of panoptic segments that are opened
+_Content = Mapping[str, Any]
 _Object = Mapping[str, Any]
+_Objects = Sequence[_Object]
 
 
 def is_coco(part: Any) -> bool:
@@ -72,6 +81,11 @@ def check_coco_file(dataset: Mapping[str, Any]) -> str:
     if 'Coco' not in str(dataset.get('type')) and 'images' not in content:
         return ''  # another layout
     raise_first(check_file(content, file))
+    panoptic = _is_panoptic(content)
+    if content.get('annotations') and panoptic != ('Panoptic' in str(dataset.get('type'))):
+        held = 'panoptic segments' if panoptic else 'no panoptic segments'
+        text = f'{file} has {held}, other than {dataset.get("type")} reads: set the type of the'
+        raise_first([Fault(f'{text} dataset that fits, or another ann_file')])
     classes = (dataset.get('metainfo') or {}).get('classes') or ()
     raise_first(_absent_classes(classes, content, file))
     count = len(content.get('annotations', ()))
@@ -82,12 +96,19 @@ def read_file(file: str, backend_args: Any = None) -> Any:
     """Read an annotation file.
 
     Raises:
-        DataError: If it is not JSON.
+        DataError: If it is not JSON, or may not be read.
     """
+    collects = gc.isenabled()
+    gc.disable()  # which goes through the millions of values again and again while they are made
     try:
         return fileio.load(file, backend_args=backend_args)
     except ValueError as e:
         raise_first([Fault(f'{file} is not JSON: {e}: get it again, or write it again')])
+    except PermissionError:
+        raise_first([Fault(not_permitted(file))])
+    finally:
+        if collects:
+            gc.enable()
 
 
 def check_part(part: Any, use: str, **_: Any) -> Findings:
@@ -122,18 +143,35 @@ def check_file(
         with_masks: Whether `segmentation` of the annotations is used.
         use: `'evaluator'` for the file of a metric, which needs more.
     """
+    if not isinstance(content, Mapping):
+        yield Fault(f'{file} holds a {type(content).__name__}, not a dict in the layout of COCO')
+        return
+    boxes = _boxes(content)
     for check in _FILE_CHECKS:
-        found = list(check(content, file, use))
+        found = list(check(content, boxes, file, use))
         yield from found
         if any(isinstance(finding, Fault) for finding in found):
             return  # the next ones take this for granted
     if with_masks:
-        yield from _check_masks(content, file, use)
+        yield from _check_masks(content, boxes, file, use)
 
 
-def _boxes(content: Mapping[str, Any]) -> list[_Object]:
-    # Files of test images have no annotations, and panoptic segments have no boxes.
-    return [a for a in content.get('annotations') or () if 'segments_info' not in a]
+def _boxes(content: _Content) -> _Objects:
+    """Return all annotations; of a panoptic file the segments, each with its `image_id`."""
+    annotations = content.get('annotations') or []  # files of test images have none
+    if not _is_panoptic(content):
+        return annotations
+    return [
+        dict(segment, image_id=annotation.get('image_id'))
+        for annotation in annotations
+        for segment in annotation.get('segments_info', ())
+    ]
+
+
+def _is_panoptic(content: _Content) -> bool:
+    annotations = content.get('annotations')
+    first = annotations[0] if isinstance(annotations, list) and annotations else None
+    return isinstance(first, Mapping) and 'segments_info' in first
 
 
 def _counted(
@@ -148,15 +186,20 @@ def _counted(
         )
 
 
-def _check_keys(content: Mapping[str, Any], file: str, use: str) -> Findings:
-    if not isinstance(content, Mapping):
-        yield Fault(f'{file} holds a {type(content).__name__}, not a dict in the layout of COCO')
-        return
+def _check_keys(content: _Content, boxes: _Objects, file: str, use: str) -> Findings:
     for kind, keys in _KEYS.items():
-        objects = _boxes(content) if kind == 'annotations' else content.get(kind)
+        objects = boxes if kind == 'annotations' else content.get(kind)
         if not isinstance(objects, list):
             yield Fault(f'{file} has no list of {kind}: correct the file')
             return
+        if odd := [some for some in objects if not isinstance(some, Mapping)]:
+            yield Fault(
+                f'{len(odd)} of {len(objects)} {kind} in {file} are no dicts, first {odd[0]!r}: '
+                'correct the file'
+            )
+            return
+        if kind == 'categories' and _is_panoptic(content):
+            keys = *keys, 'isthing'
         for key in keys:
             if lacking := [i for i, some in enumerate(objects) if some.get(key) is None]:
                 ids = [objects[i].get('id', f'of number {i} in the list') for i in lacking]
@@ -164,11 +207,20 @@ def _check_keys(content: Mapping[str, Any], file: str, use: str) -> Findings:
                     f'{len(lacking)} of {len(objects)} {kind} in {file} have no {key}, first the '
                     f'ids {join_first(ids)}: correct the file'
                 )
+                continue
+            kinds: Any = _TYPES.get(key, object)
+            if odd := [some[key] for some in objects if not isinstance(some[key], kinds)]:
+                yield Fault(
+                    f'{len(odd)} of {len(objects)} {kind} in {file} have a {key} of a wrong type, '
+                    f'first {odd[0]!r}: correct the file'
+                )
 
 
-def _check_ids(content: Mapping[str, Any], file: str, use: str) -> Findings:
+def _check_ids(content: _Content, boxes: _Objects, file: str, use: str) -> Findings:
     for kind in _KEYS:
-        objects = _boxes(content) if kind == 'annotations' else content[kind]
+        if kind == 'annotations' and _is_panoptic(content):
+            continue  # their ids count within an image
+        objects = boxes if kind == 'annotations' else content[kind]
         counts = Counter(some['id'] for some in objects)
         twice = [i for i, count in counts.items() if count > 1]
         if twice:
@@ -181,14 +233,14 @@ def _check_ids(content: Mapping[str, Any], file: str, use: str) -> Findings:
         yield Note(f'{len(twice)} images in {file} occur more than once: {join_first(twice)}')
 
 
-def _check_values(content: Mapping[str, Any], file: str, use: str) -> Findings:
-    boxes, images = _boxes(content), content['images']
-    yield from _counted(
-        boxes, file, lambda a: not _is_box(a['bbox']), 'have a bbox that is not four finite numbers'
-    )
-    yield from _counted(
-        boxes, file, lambda a: not _is_finite(a['area']), 'have an area that is no finite number'
-    )
+def _check_values(content: _Content, boxes: _Objects, file: str, use: str) -> Findings:
+    images = content['images']
+    if not _are_finite([box['bbox'] for box in boxes], 4):
+        text = 'have a bbox that is not four finite numbers'
+        yield from _counted(boxes, file, lambda a: not _are_finite([a['bbox']], 4), text)
+    if not _are_finite([box['area'] for box in boxes]):
+        text = 'have an area that is no finite number'
+        yield from _counted(boxes, file, lambda a: not _are_finite([a['area']]), text)
     if wrong := [i for i in images if not _is_size(i)]:
         yield Fault(
             f'{len(wrong)} of {len(images)} images in {file} have no positive width and height, '
@@ -204,8 +256,7 @@ def _check_values(content: Mapping[str, Any], file: str, use: str) -> Findings:
         )
 
 
-def _check_places(content: Mapping[str, Any], file: str, use: str) -> Findings:
-    boxes = _boxes(content)
+def _check_places(content: _Content, boxes: _Objects, file: str, use: str) -> Findings:
     sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
     placed = [box for box in boxes if box['image_id'] in sizes]
     if boxes and not placed:
@@ -216,14 +267,21 @@ def _check_places(content: Mapping[str, Any], file: str, use: str) -> Findings:
             f'such as {next(iter(sizes), None)!r}'
         )
         return
-    unused = sum(not _has_area(box, sizes[box['image_id']]) for box in placed)
+    size = np.array([sizes[box['image_id']] for box in placed], float).reshape(-1, 2)
+    corners = np.array([box['bbox'] for box in placed], float).reshape(-1, 2, 2)
+    start, extent = corners[:, 0], corners[:, 1]
+    end = start + extent
+    area = np.array([box['area'] for box in placed], float)
+    # The rule of mmdet's `CocoDataset`.
+    seen = (np.minimum(end, size) > np.maximum(start, 0)) & (extent >= 1)
+    unused = int((~seen.all(axis=1) | (area <= 0)).sum())
     for count, reason in (
         (len(boxes) - len(placed), 'an image_id that none of its images has'),
         (unused, 'no area in their image'),
     ):
         if count:
             yield Note(f'{count} of {len(boxes)} boxes in {file} have {reason} and are not used')
-    if placed and all(box['area'] <= 0 for box in placed):
+    if placed and (area <= 0).all():
         yield Fault(
             f'all {len(placed)} annotations in {file} have an area of 0 or less, which training '
             'leaves out: write the area of each object in pixels'
@@ -233,13 +291,13 @@ def _check_places(content: Mapping[str, Any], file: str, use: str) -> Findings:
             f'none of the {unused} boxes in {file} has an area of a pixel in its image, such as '
             f'{placed[0]["bbox"]}: write x, y, width and height in pixels'
         )
-    leaving = [box for box in placed if _leaves(box, sizes[box['image_id']])]
-    corners = all(_are_corners(box['bbox'], sizes[box['image_id']]) for box in placed)
-    if len(leaving) > len(placed) / 2 and corners:
-        size = sizes[leaving[0]['image_id']]
+    (leaving,) = ((start < -1) | (end > size + 1)).any(axis=1).nonzero()
+    are_corners = (start >= 0) & (start < extent) & (extent <= size + 1)
+    if len(leaving) > len(placed) / 2 and are_corners.all():
+        box, (width, height) = placed[leaving[0]]['bbox'], sizes[placed[leaving[0]]['image_id']]
         yield Fault(
             f'{len(leaving)} of {len(placed)} boxes in {file} leave their image, such as '
-            f'{leaving[0]["bbox"]} in {size[0]}x{size[1]}, and all would fit as corners x1, y1, '
+            f'{box} in {width}x{height}, and all would fit as corners x1, y1, '
             'x2, y2: write x, y, width and height'
         )
     if use == 'train' and placed and all(box.get('iscrowd') for box in placed):
@@ -249,11 +307,10 @@ def _check_places(content: Mapping[str, Any], file: str, use: str) -> Findings:
         )
 
 
-def _check_for_evaluation(content: Mapping[str, Any], file: str, use: str) -> Findings:
+def _check_for_evaluation(content: _Content, boxes: _Objects, file: str, use: str) -> Findings:
     """Find what COCO's evaluation needs beyond what training does."""
     if use != 'evaluator':
         return
-    boxes = _boxes(content)
     yield from _counted(
         boxes, file, lambda a: 'iscrowd' not in a, 'have no iscrowd, which COCO evaluation reads'
     )
@@ -270,9 +327,9 @@ def _check_for_evaluation(content: Mapping[str, Any], file: str, use: str) -> Fi
 _FILE_CHECKS = (_check_keys, _check_ids, _check_values, _check_places, _check_for_evaluation)
 
 
-def _check_masks(content: Mapping[str, Any], file: str, use: str) -> Findings:
+def _check_masks(content: _Content, boxes: _Objects, file: str, use: str) -> Findings:
     sizes = {image['id']: (image['height'], image['width']) for image in content['images']}
-    some = [a for a in _boxes(content) if a.get('segmentation') and a['image_id'] in sizes]
+    some = [a for a in boxes if a.get('segmentation') and a['image_id'] in sizes]
     reasons: dict[str, list[_Object]] = {}
     for annotation in some:
         if reason := _mask_fault(annotation['segmentation'], sizes[annotation['image_id']], use):
@@ -313,38 +370,22 @@ def _mask_fault(mask: Any, size: tuple[int, int], use: str) -> str | None:
     return None
 
 
+def _are_finite(values: Sequence[Any], *shape: int) -> bool:
+    """Tell whether all values are finite numbers, or lists of them of a shape."""
+    try:
+        array = np.array(values)
+    except ValueError:  # lists of several lengths
+        return False
+    fits = array.shape == (len(values), *shape) and array.dtype.kind in 'iuf'
+    return not values or (fits and bool(np.isfinite(array).all()))
+
+
 def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _is_box(value: Any) -> bool:
-    return isinstance(value, Sequence) and len(value) == 4 and all(map(_is_finite, value))
-
-
 def _is_size(image: _Object) -> bool:
     return all(_is_finite(image[key]) and image[key] > 0 for key in ('width', 'height'))
-
-
-def _leaves(box: _Object, size: tuple[float, float]) -> bool:
-    left, top, width, height = box['bbox']
-    return left < -1 or top < -1 or left + width > size[0] + 1 or top + height > size[1] + 1
-
-
-def _are_corners(box: Sequence[float], size: tuple[float, float]) -> bool:
-    left, top, right, bottom = box
-    return 0 <= left < right <= size[0] + 1 and 0 <= top < bottom <= size[1] + 1
-
-
-def _has_area(box: _Object, size: tuple[float, float]) -> bool:
-    """Return whether mmdet uses a box, by the rule of its `CocoDataset`."""
-    left, top, width, height = box['bbox']
-    image_width, image_height = size
-    return (
-        min(left + width, image_width) > max(left, 0)
-        and min(top + height, image_height) > max(top, 0)
-        and min(width, height) >= 1
-        and box['area'] > 0
-    )
 
 
 def _absent_classes(classes: Sequence[str], content: _Object, file: str) -> Iterator[Fault]:
@@ -381,10 +422,12 @@ def _check_categories(part: Any, content: Mapping[str, Any]) -> Findings:
 
 
 def _check_samples(part: Any, use: str) -> Findings:
+    if len(part) and 'segments_info' in part.get_data_info(0):
+        yield from _check_segments(part)
     without_mask = 0
-    for i in range(len(part)):
+    for i in range(len(part)) if _loads_masks(part) else ():
         info = part.get_data_info(i)
-        if 'segments_info' not in info:  # panoptic masks are files
+        if 'segments_info' not in info:  # whose masks are files
             without_mask += sum('mask' not in instance for instance in info['instances'])
     infos = listed_infos(part)
     if missing := absent_infos(part, infos, 'img_path'):
@@ -396,11 +439,50 @@ def _check_samples(part: Any, use: str) -> Findings:
                 f'{join_first(info["img_path"] for info in missing)}: restore them, or correct '
                 'data_root and data_prefix'
             )
-    if without_mask and _loads_masks(part):
+    if without_mask:
         yield Fault(
             f'{without_mask} objects in {part.ann_file} have no segmentation, but the pipeline '
             'loads masks: add them, or use a config for boxes alone, such as RetinaNet'
         )
+
+
+def _check_segments(part: Any) -> Findings:
+    """Look for the maps of panoptic segments, and into some of them, evenly spread."""
+    infos = listed_infos(part)
+    if missing := absent_infos(part, infos, 'seg_map_path'):
+        yield Fault(
+            f'{len(missing)} of {len(infos)} images of {part.ann_file} have no map of segments, '
+            f'first {join_first(info["seg_map_path"] for info in missing)}: add them, or correct '
+            'data_prefix'
+        )
+        return
+    for i in np.unique(np.linspace(0, len(infos) - 1, min(len(infos), _SEGMENT_MAPS)).astype(int)):
+        path, segments = infos[i].get('seg_map_path'), infos[i]['segments_info']
+        if path is None:
+            continue
+        try:
+            with Image.open(io.BytesIO(fileio.get(path, part.backend_args))) as file:
+                colours = np.asarray(file.convert('RGB')).astype(int)
+        except Exception as e:  # broken bytes raise errors of many kinds
+            yield Fault(f'{path} cannot be read: {e}: restore it')
+            return
+        wanted, size = (infos[i]['width'], infos[i]['height']), colours.shape[1::-1]
+        ids = {*np.unique(colours @ (1, 256, 256**2)).tolist()}
+        # After a resize, small segments may have no pixel.
+        absent = [segment['id'] for segment in segments if segment['id'] not in ids]
+        if size != wanted:
+            yield Fault(
+                f'{path} has {size[0]}x{size[1]} pixels, but its annotations are for '
+                f'{wanted[0]}x{wanted[1]}: correct the file'
+            )
+        elif segments and len(absent) == len(segments):
+            yield Fault(
+                f'none of the {len(segments)} segments of {path} has its id in a pixel, as R + 256 '
+                f'G + 256^2 B, such as {absent[0]}: correct the file'
+            )
+        else:
+            continue
+        return
 
 
 def check_objects(
@@ -412,6 +494,7 @@ def check_objects(
         crowds = f', {contents.crowds} are crowds (iscrowd=1)' if contents.crowds else ''
         # Other parts, and images that `indices` leaves out, may have objects.
         alone = alone and getattr(part, '_indices', None) is None
+        alone = alone and 'thing_classes' not in part.metainfo  # stuff may be all there is
         kind = Fault if use == 'train' and alone else Note
         yield kind(
             f'no object of the classes is left in {part.ann_file}{crowds}: see the notes of the '

@@ -28,6 +28,8 @@ from tqdm import tqdm
 
 from gfnet_dense.serialization import write_whole
 
+from .errors import DataError, not_permitted
+
 _VERSION = 2  # raise it when the same files give another result
 _MOST = 200_000  # files; of larger data sets as many are read, evenly spread
 _SAMPLED = 64  # images that the pipeline decodes, besides Pillow
@@ -37,7 +39,8 @@ _AT_ONCE = 4096  # files in the queue of the threads
 _THREADS = 16
 _PIXELS = 2**28  # in all threads together; a pixel takes about 10 bytes while it is read
 # Packages whose transforms run in several threads, and those whose versions decide what is read.
-_THREAD_SAFE = {'mmcv', 'mmdet', 'mmseg', __name__.partition('.')[0]}
+_LIBRARIES = {'mmcv', 'mmdet', 'mmseg'}
+_THREAD_SAFE = {*_LIBRARIES, __name__.partition('.')[0]}
 _VERSIONS = 'PIL', 'cv2', 'mmcv', 'mmdet', 'mmseg'
 _DEEPEST = 6  # levels of what transforms hold
 _MASK_SIZE = 'mask size'  # a kind of fault
@@ -346,7 +349,7 @@ def _add_objects(contents: Contents, info: Mapping[str, Any]) -> None:
 
 def loaders(
     part: Any, info: Mapping[str, Any], use: str
-) -> tuple[Callable[..., Any] | None, Callable[..., Any] | None, bool]:
+) -> tuple[Callable[..., Any] | None, '_Loading | None', bool]:
     """Return how the pipeline of a data set loads images and labels.
 
     Args:
@@ -420,7 +423,7 @@ def _read_sample(
     info: Mapping[str, Any],
     content: bytes,
     load_image: Callable[..., Any],
-    load_labels: Callable[..., Any] | None,
+    load_labels: '_Loading | None',
     decode: bool,
     same_size: bool,
 ) -> Sample:
@@ -441,6 +444,7 @@ def _read_sample(
         with Image.open(io.BytesIO(content)) as file:
             size, mode = file.size, file.mode
             orientation = file.getexif().get(_ORIENTATION) or 1
+            file.draft(None, (1, 1))  # of JPEG an eighth of the pixels, after all of its bytes
             file.load()
             decode = decode or mode.startswith(('I', 'F'))
             if mode.startswith(('I', 'F')) and in_colour:
@@ -463,8 +467,9 @@ def _read_sample(
             return Sample(size, mode, fault=('unreadable', _unreadable(path, e)))
         size = image.shape[1], image.shape[0]
         mode = mode or f'{image.dtype} of shape (H, W{"".join(f", {n}" for n in image.shape[2:])})'
-        if orientation in (2, 3, 4) or (orientation != 1 and stored == size):
-            note = 'turned', _turned_note(path, orientation)
+        followed = 'ignore_orientation' not in str(_option(load_image, 'color_type'))
+        if followed and (orientation in (2, 3, 4) or (orientation != 1 and stored == size)):
+            note = 'turned', _turned_note(path, orientation, isinstance(load_image, _Loading))
     fault = labels = None
     wanted = info.get('width'), info.get('height')
     if 'instances' in info and None not in wanted and size != wanted:
@@ -475,6 +480,10 @@ def _read_sample(
 
 
 def _unreadable(path: str, error: Exception) -> str:
+    if isinstance(error, DataError):  # it names the file and says what to do
+        return str(error)
+    if isinstance(error, PermissionError):
+        return not_permitted(path)
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return f'{path} cannot be read: {reason}: restore or remove it'
 
@@ -494,7 +503,12 @@ def _dark_note(path: str, highest: int) -> str:
     )
 
 
-def _turned_note(path: str, orientation: int) -> str:
+def _turned_note(path: str, orientation: int, by_pipeline: bool) -> str:
+    if not by_pipeline:
+        return (
+            f'{path} has the EXIF orientation {orientation}, which training and tests leave aside, '
+            'as timm does, and prediction follows: save the images turned'
+        )
     return (
         f'{path} has the EXIF orientation {orientation}: OpenCV and Pillow turn images by it, and '
         'not their annotations. If annotations were drawn on the stored pixels, set '
@@ -517,7 +531,7 @@ def _size_fault(path: str, size: Any, wanted: Any, orientation: int) -> str:
 
 
 def _read_labels(
-    info: Mapping[str, Any], load: Callable[..., Any], size: tuple[int, int] | None
+    info: Mapping[str, Any], load: '_Loading', size: tuple[int, int] | None
 ) -> tuple[dict[int, int] | None, tuple[str, str] | None]:
     path = info['seg_map_path']
     try:
@@ -540,23 +554,38 @@ def _read_labels(
         # np.bincount would make a copy of 8 bytes a pixel.
         counts = Image.fromarray(labels).histogram()
         found = {label: count for label, count in enumerate(counts) if count}
-        try:
-            content = fileio.get(path, _option(load, 'backend_args'))
-            with Image.open(io.BytesIO(content)) as file:
-                highest = np.asarray(file).max() if file.mode.startswith(('I', 'F')) else 0
-        except Exception:
-            highest = 0  # the pipeline can read what this cannot
-        if highest > 255:
-            fault = (
-                'label depth',
-                f'{path} has labels up to {highest}, of which the pipeline keeps 8 bits: write '
-                'labels 0 to 255, or load them with a transform of your own',
-            )
+        # A transform of its own may read other labels than these eight bits of the file.
+        by_library = type(load.steps[-1]).__module__.partition('.')[0] in _LIBRARIES
+        fault = fault or (_coding_fault(path, load) if by_library else None)
     else:
         found = {
             int(k): int(n) for k, n in zip(*np.unique(labels, return_counts=True), strict=True)
         }
     return found, fault
+
+
+def _coding_fault(path: str, load: '_Loading') -> tuple[str, str] | None:
+    """Return what is wrong with a file of labels that the libraries read as 8 bits."""
+    try:
+        content = fileio.get(path, load.option('backend_args'))
+        with Image.open(io.BytesIO(content)) as file:
+            highest = np.asarray(file).max() if file.mode.startswith(('I', 'F')) else 0
+            lossy = file.format == 'JPEG'
+    except Exception:  # the pipeline can read what this cannot
+        return None
+    if highest > 255:
+        return (
+            'label depth',
+            f'{path} has labels up to {highest}, of which the pipeline keeps 8 bits: write '
+            'labels 0 to 255, or load them with a transform of your own',
+        )
+    if lossy:
+        return (
+            'lossy',
+            f'{path} is a JPEG, whose compression changes labels: write PNG, from the labels '
+            'before they were compressed',
+        )
+    return None
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """What the data checks find, the error that they raise, and how messages list names."""
 
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class DataError(ValueError):
@@ -16,6 +18,20 @@ class Note(str):
 
 
 Findings = Iterable[Fault | Note]
+
+
+def not_permitted(path: object) -> str:
+    """Return what to say of a file or folder that this user may not read.
+
+    It names the first folder of the path that may not be entered, if there is one.
+    """
+    for folder in reversed(Path(str(path)).absolute().parents):
+        try:
+            os.stat(os.path.join(folder, '.'))
+        except OSError:
+            path = folder
+            break
+    return f'{path} may not be read by this user: permit it, for example with chmod -R a+rX'
 
 
 def raise_first(findings: Findings) -> None:

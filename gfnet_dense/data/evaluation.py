@@ -1,9 +1,11 @@
 """Checks of metrics against the data that they evaluate, before training starts."""
 
+import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook
 from torch import nn
 
@@ -11,7 +13,7 @@ from .checks import metainfo_of
 from .coco import check_file
 from .contents import parts
 from .errors import Fault, Findings, Note, join_first
-from .files import has_own_steps, loads_annotations
+from .files import has_own_steps, loads_annotations, without_objects
 
 # The names of the numbers of mmseg's IoUMetric, by the entries of its iou_metrics.
 _IOU = {
@@ -19,6 +21,7 @@ _IOU = {
     'mDice': ('mDice', 'mAcc'),
     'mFscore': ('mFscore', 'mPrecision', 'mRecall'),
 }
+_LOOKED_AT = 20_000  # training images
 _COCO = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
 
 
@@ -57,9 +60,21 @@ def find_evaluation(
     for name in wanted:
         if name not in names:
             yield Fault(
-                f'a hook (save_best or monitor) asks for {name!r}, but the {use}_evaluator gives '
-                f'{join_first(sorted(names), 10)}: set one of them, or add the metric'
+                f'a hook (save_best, monitor) or scheduler asks for {name!r}, but the '
+                f'{use}_evaluator gives {join_first(sorted(names), 10)}: set one of them, or add '
+                'the metric'
             )
+
+
+def find_training_images(dataset: Any, training: Any) -> Findings:
+    """Find training images, of many those evenly spread, that are evaluated, too."""
+    evaluated = {info.get('img_path') for info in _infos(dataset)} - {None}
+    paths = [info.get('img_path') for info in _infos(training, _LOOKED_AT)]
+    if shared := [path for path in paths if path in evaluated]:
+        yield Note(
+            f'{len(shared)} of {len(paths)} training images are evaluated, too, so that metrics '
+            f'say little about other images: {join_first(shared)}'
+        )
 
 
 def number_names(metric: Any) -> set[str] | None:
@@ -126,9 +141,14 @@ def _find_label_maps(metric: Any, dataset: Any) -> Findings:
             return
 
 
-def _infos(dataset: Any) -> list[Any]:
-    known = [part for part in parts(dataset) if hasattr(part, 'get_data_info')]
-    return [part.get_data_info(i) for part in known for i in range(len(part))]
+def _infos(dataset: Any, most: int | None = None) -> list[Any]:
+    infos = []
+    for part in parts(dataset):
+        if hasattr(part, 'get_data_info'):
+            count = min(len(part), most or len(part))
+            for i in np.unique(np.linspace(0, len(part) - 1, count).astype(int)).tolist():
+                infos.append(without_objects(part.get_data_info(i)))
+    return infos
 
 
 def _find_coco(
@@ -145,6 +165,12 @@ def _find_coco(
     file = name or f'the ann_file of the {use}_evaluator'
     found = list(check_file(metric._coco_api.dataset, file, segm, 'evaluator'))
     yield from (finding for finding in found if isinstance(finding, Fault))
+    if metric._coco_api.dataset.get('annotations') == []:
+        yield Note(
+            f'{file} has no objects, of which COCO evaluation gives -1 as every figure: set '
+            f'ann_file of {use}_dataloader and {use}_evaluator to another one, or format_only=True '
+            'of the metric'
+        )
     infos = _infos(dataset)
     images = metric._coco_api.imgs
     remedy = f'set ann_file of {use}_evaluator to that of {use}_dataloader'
@@ -169,9 +195,14 @@ def _find_coco(
         )
 
 
-def wanted_numbers(hooks: Iterable[Any]) -> list[str]:
-    """Return the names of the numbers that hooks ask for by name."""
+def wanted_numbers(hooks: Iterable[Any], schedulers: Any = ()) -> list[str]:
+    """Return the names of the numbers that hooks and schedulers of a runner ask for by name."""
     names = []
+    if isinstance(schedulers, Mapping):  # of several optimizers
+        schedulers = itertools.chain(*schedulers.values())
+    for scheduler in schedulers or ():
+        if getattr(scheduler, 'need_val_args', False) and scheduler.by_epoch:
+            names.append(scheduler.monitor)
     for hook in hooks:
         asked: list[Any] = []
         if isinstance(hook, CheckpointHook):

@@ -1,5 +1,6 @@
 """Which files of a data set exist, and which steps of its pipeline could load them."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -7,19 +8,46 @@ import numpy as np
 from mmengine import fileio
 
 from .contents import keep_random_state
+from .errors import DataError, not_permitted
 
 _REMOTE = 64  # files on another machine that are looked for
 _LIBRARIES = 'mmengine', 'mmcv', 'mmseg', 'mmdet', 'gfnet_dense'
 
 
+def is_empty(folder: str | os.PathLike[str]) -> bool:
+    """Tell whether a folder has nothing in it.
+
+    Raises:
+        DataError: If what is in it may not be read.
+        OSError: If there is no such folder.
+    """
+    try:
+        os.stat(os.path.join(folder, '.'))  # takes the right to enter, as opening its files does
+    except PermissionError:
+        raise DataError(not_permitted(folder)) from None
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except PermissionError:  # files can be opened by their names, from a list
+        return False
+
+
 def listed_infos(part: Any) -> list[Any]:
-    """Return the samples whose files are looked for: all, or 64 of those on another machine."""
+    """Return the samples whose files are looked for: all, or 64 of those on another machine.
+
+    They have no objects, which of all samples together would fill the memory.
+    """
     count = len(part)
     if getattr(part, 'backend_args', None) or '://' in str(part.get_data_info(0).get('img_path')):
         chosen = np.unique(np.linspace(0, count - 1, min(count, _REMOTE)).astype(int)).tolist()
     else:
         chosen = range(count)
-    return [part.get_data_info(i) for i in chosen]
+    return [without_objects(part.get_data_info(i)) for i in chosen]
+
+
+def without_objects(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a sample without its `instances`."""
+    return {key: value for key, value in info.items() if key != 'instances'}
 
 
 def absent_infos(part: Any, infos: Sequence[Any], key: str) -> list[Any]:

@@ -17,7 +17,8 @@ from timm.data.transforms_factory import create_transform
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .contents import Contents
-from .errors import DataError, Fault, Findings, Note, join_first
+from .errors import DataError, Fault, Findings, Note, join_first, not_permitted
+from .files import is_empty
 
 _TRAINING = 'train'  # the folder whose classes all others must have
 _EXTENSIONS = {*IMG_EXTENSIONS, '.gif'}  # in any case
@@ -123,10 +124,12 @@ def check_classes(part: Any, contents: Contents, use: str, **_: Any) -> Findings
 
 def _scan(folder: Path) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
     """Return path and class index of every image, and the names of the classes."""
-    if not folder.is_dir():
+    try:
+        is_empty(folder)
+    except OSError:
         raise DataError(
             f'no folder {folder}: put the images into {folder}/CLASS/, or set data_root'
-        )
+        ) from None
     samples, class_to_idx = find_images_and_targets(str(folder), types=_EXTENSIONS)
     if not samples:
         raise DataError(
@@ -138,6 +141,8 @@ def _scan(folder: Path) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
         if os.path.dirname(os.path.dirname(path)) != str(folder):
             raise DataError(f'images must lie in {folder}/CLASS/, but one is {path}: move it')
     if empty := set(_class_folders(folder)) - set(class_to_idx):
+        for name in sorted(empty):
+            is_empty(folder / name)  # or it may not be read
         raise DataError(
             f'no images in {len(empty)} of the class folders of {folder}: '
             f'{join_first(sorted(empty), 5)}; fill or remove them'
@@ -174,5 +179,7 @@ def _read(path: str) -> Image.Image:
             elif image.mode in ('I', 'F'):  # and here nothing says what white is
                 raise ValueError(f'mode {image.mode} has no 8-bit colours, convert it')
             return image.convert('RGB')
+    except PermissionError:
+        raise DataError(not_permitted(path)) from None
     except Exception as e:  # broken bytes raise errors of many kinds
-        raise DataError(f'{path} cannot be decoded: {e}; replace or remove it') from e
+        raise DataError(f'{path} cannot be read: {e}; replace or remove it') from e

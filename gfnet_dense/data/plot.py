@@ -13,7 +13,7 @@ from .contents import Contents, keep_random_state, parts
 from .errors import Fault
 from .report import USES, Report
 
-_SAMPLES = 12  # evenly spread over a data set
+_SAMPLES = 24  # evenly spread over a data set
 _COLUMNS = 6
 _MOST_CLASSES = 30  # of more, those with the most and the fewest
 _MOST_BOXES = 20_000  # of more, as many are drawn
@@ -68,10 +68,9 @@ def _samples(report: Report) -> list[int]:
 
 def _lines(report: Report) -> list[tuple[str, str]]:
     """Return the findings as lines of text with their colours."""
-    found = sorted(dict.fromkeys(report.findings), key=lambda f: not isinstance(f, Fault))
     return [
         (line, 'firebrick' if isinstance(finding, Fault) else 'black')
-        for finding in found
+        for finding in report.distinct
         for line in textwrap.wrap(
             f'{type(finding).__name__.upper()}: {finding}', 170, subsequent_indent='    '
         )
@@ -106,7 +105,8 @@ def _draw_charts(panel: Any, report: Report) -> None:
     left, middle, right = panel.subplots(1, 3, width_ratios=[2, 1, 1])
     part, contents = report.contents[0]
     classes = (getattr(part, 'metainfo', None) or {}).get('classes') or ()
-    _draw_classes(left, [contents for _, contents in report.contents], classes)
+    colours = _palette(getattr(part, 'metainfo', None) or {})
+    _draw_classes(left, [contents for _, contents in report.contents], classes, colours)
     sizes: dict[tuple[int, int], int] = {}
     for _, contents in report.contents:
         for size, n in contents.sizes.items():
@@ -129,8 +129,13 @@ def _draw_charts(panel: Any, report: Report) -> None:
         axis.tick_params(labelsize=7)
 
 
-def _draw_classes(axis: Any, contents: Sequence[Contents], classes: Sequence[str]) -> None:
-    """Draw a bar for each class, on a logarithmic scale if they differ much; none is red."""
+def _draw_classes(
+    axis: Any, contents: Sequence[Contents], classes: Sequence[str], palette: np.ndarray[Any, Any]
+) -> None:
+    """Draw a bar for each class in its colour, on a logarithmic scale if they differ much.
+
+    Names of classes that do not occur are red.
+    """
     units = ('pixels', 'objects', 'images')
     unit = next((unit for unit in units if any(getattr(c, unit) for c in contents)), '')
     if not unit or not classes:
@@ -146,7 +151,8 @@ def _draw_classes(axis: Any, contents: Sequence[Contents], classes: Sequence[str
         shown = np.sort(shown)
     found = counts[counts > 0]
     far_apart = len(found) > 0 and found.max() > 20 * found.min()
-    axis.bar(range(len(shown)), counts[shown], log=far_apart)
+    colours = palette[shown] / 255
+    axis.bar(range(len(shown)), counts[shown], log=far_apart, color=colours, edgecolor='grey')
     labels = axis.set_xticks(
         range(len(shown)), [str(classes[i]) for i in shown], rotation=60, ha='right'
     )
@@ -171,7 +177,7 @@ def _draw_sheet(panel: Any, report: Report, chosen: Sequence[int], rows: int) ->
     dataset = report.loader.dataset  # type: ignore[union-attr]
     metainfo = next((getattr(part, 'metainfo', None) for part in parts(dataset)), None) or {}
     classes = metainfo.get('classes') or ()
-    palette = np.array(metainfo.get('palette') or _colours(len(classes)), np.uint8).reshape(-1, 3)
+    palette = _palette(metainfo)
     axes = panel.subplots(rows, _COLUMNS, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -270,7 +276,8 @@ def _draw_objects(
         )
         name = classes[label] if label < len(classes) else label
         ink = 'black' if colour.mean() > 0.5 else 'white'
-        axis.text(left, top, name, fontsize=5, color=ink, backgroundcolor=(*colour, 0.7))
+        box = dict(facecolor=(*colour, 0.7), edgecolor='none', pad=1)
+        axis.text(left, top, name, fontsize=5, color=ink, va='top', bbox=box)
         if 'masks' in objects:
             mask = objects.masks.to_ndarray()[i].astype(bool)
             overlay = np.zeros((*mask.shape, 4))
@@ -284,5 +291,13 @@ def _draw_objects(
     axis.set(xlim=(min(extent[0]), max(extent[0])), ylim=(max(extent[1]), min(extent[1])))
 
 
-def _colours(count: int) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(0).integers(40, 230, (max(count, 1), 3))
+def _palette(metainfo: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    """Return a colour for each class, `(N, 3)`, from 0 to 255."""
+    count = max(len(metainfo.get('classes') or ()), 1)
+    palette = metainfo.get('palette') or ()
+    # A text, such as 'random', stands for no colours.
+    colours: np.ndarray[Any, Any]
+    colours = np.array(() if isinstance(palette, str) else palette, np.uint8).reshape(-1, 3)
+    if len(colours) < count:
+        colours = np.random.default_rng(0).integers(40, 230, (count, 3))
+    return colours

@@ -22,7 +22,7 @@ from .checks import check_folders, find_batches, find_heads, ignored_labels
 from .coco import check_objects, check_part, is_coco
 from .contents import Contents, parts, read_contents, remember
 from .errors import DataError, Fault, Findings, Note
-from .evaluation import find_evaluation
+from .evaluation import find_evaluation, find_training_images
 from .image_folder import check_classes, is_image_folder
 from .segmentation import check_files, check_labels, is_segmentation
 
@@ -73,6 +73,12 @@ class Report:
         """The findings that stop a run."""
         return [finding for finding in self.findings if isinstance(finding, Fault)]
 
+    @property
+    def distinct(self) -> list[Fault | Note]:
+        """The findings, faults first, without those of equal text."""
+        faults_first = sorted(self.findings, key=lambda finding: not isinstance(finding, Fault))
+        return list(dict.fromkeys(faults_first))
+
     def __str__(self) -> str:
         """Return the report as lines of text."""
         lines = []
@@ -84,7 +90,7 @@ class Report:
                 f'{type(part).__name__} in {place}'
             )
             lines += [f'  {key:<10} {text}' for key, text in _describe(part, contents) if text]
-        lines += [f'  {type(f).__name__.upper():<10} {f}' for f in dict.fromkeys(self.findings)]
+        lines += [f'  {type(f).__name__.upper():<10} {f}' for f in self.distinct]
         return '\n'.join(lines)
 
 
@@ -96,6 +102,7 @@ def inspect(
     metrics: Sequence[Any] = (),
     wanted: Iterable[str] = (),
     ann_files: Sequence[str | None] = (),
+    training: Any = None,
 ) -> Report:
     """Run all checks of the data of one use.
 
@@ -106,6 +113,7 @@ def inspect(
         metrics: The metrics of the evaluator.
         wanted: Names of numbers that hooks ask the metrics for.
         ann_files: The annotation files of the metrics in the config.
+        training: The training data, in which images to evaluate are looked for.
     """
     report = Report(use, loader=loader, model=model)
     ignored = ignored_labels(model if use == 'train' else None, metrics)
@@ -121,6 +129,8 @@ def inspect(
             report.findings += find_heads(model, dataset)
         if metrics:
             report.findings += find_evaluation(metrics, dataset, use, model, wanted, ann_files)
+        if training is not None:
+            report.findings += find_training_images(dataset, training)
         if not report.faults:  # or loading would only say the same again
             report.findings += find_batches(loader, model, use)
     return report
@@ -258,7 +268,7 @@ def check_data(config: Config) -> list[Report]:
     cfg = copy.deepcopy(config)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model = MODELS.build(cfg.model) if cfg.get('model') else None
-    reports, seen = [], []
+    reports, seen, training = [], [], None
     for use in USES:
         loader_cfg, evaluator_cfg = cfg.get(f'{use}_dataloader'), cfg.get(f'{use}_evaluator')
         if loader_cfg is None or (loader_cfg, evaluator_cfg) in seen:
@@ -269,6 +279,7 @@ def check_data(config: Config) -> list[Report]:
             dataset = build_dataset(loader_cfg.dataset)
             single = single_process({**loader_cfg, 'dataset': dataset, 'num_workers': 0})
             loader = Runner.build_dataloader(single, seed=0)
+            training = dataset if use == 'train' else training
             metrics = []
             if evaluator_cfg is not None:
                 with explained_evaluator(evaluator_cfg):
@@ -287,6 +298,7 @@ def check_data(config: Config) -> list[Report]:
                 metrics=metrics,
                 wanted=_wanted(cfg) if use == 'val' else (),
                 ann_files=evaluator_files(evaluator_cfg),
+                training=None if use == 'train' else training,
             )
         except DataError as e:
             report = Report(use, findings=[Fault(str(e))])
@@ -308,7 +320,7 @@ def _of_any_run(finding: Fault | Note, model: nn.Module | None) -> Fault | Note:
 
 
 def _wanted(cfg: Mapping[str, Any]) -> list[str]:
-    """Return the names of the numbers that hooks in a config ask the metrics for."""
+    """Return the names of the numbers that hooks and schedulers of a config ask for."""
     names: list[Any] = []
     for hook in [*(cfg.get('default_hooks') or {}).values(), *(cfg.get('custom_hooks') or ())]:
         if isinstance(hook, Mapping):
@@ -316,6 +328,10 @@ def _wanted(cfg: Mapping[str, Any]) -> list[str]:
             best = hook.get('save_best') or ()
             names += [best] if isinstance(best, str) else best
             names += [hook.get('monitor')] if kind == 'EarlyStoppingHook' else []
+    schedulers = cfg.get('param_scheduler') or ()
+    for scheduler in [schedulers] if isinstance(schedulers, Mapping) else schedulers:
+        if 'ReduceOnPlateau' in str(scheduler.get('type')) and scheduler.get('by_epoch', True):
+            names.append(scheduler.get('monitor', 'loss'))
     return [name for name in names if name and name != 'auto']
 
 

@@ -25,6 +25,10 @@ def is_segmentation(part: Any) -> bool:
 
 def check_files(part: Any, use: str, **_: Any) -> Findings:
     """Find images and label maps that do not exist, and files that were left out."""
+    for name in ('img_suffix', 'seg_map_suffix'):
+        if not isinstance(suffix := getattr(part, name, ''), str):
+            yield Fault(f'{name} of {part.data_root} is {suffix!r}: write one text, such as ".jpg"')
+            return
     infos = listed_infos(part)
     absent = absent_infos(part, infos, 'img_path')
     if absent and not can_load(_loaders(part, absent[0], use)[0], absent[0]):

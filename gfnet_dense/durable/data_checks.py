@@ -38,6 +38,8 @@ class CheckDataHook(Hook):
         # Asking for a loop builds it.
         loop = None if use == 'train' else getattr(runner, f'{use}_loop')
 
+        wanted = wanted_numbers(runner.hooks, runner.param_schedulers) if use == 'val' else ()
+
         def check() -> None:
             try:
                 report = inspect(
@@ -45,8 +47,9 @@ class CheckDataHook(Hook):
                     loader,
                     model=unwrapped(runner.model),
                     metrics=loop.evaluator.metrics if loop is not None else (),
-                    wanted=wanted_numbers(runner.hooks) if use == 'val' else (),
+                    wanted=wanted,
                     ann_files=evaluator_files(runner.cfg.get(f'{use}_evaluator')),
+                    training=runner.train_dataloader.dataset if use == 'val' else None,
                 )
             except DataError:
                 raise

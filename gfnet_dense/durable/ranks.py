@@ -18,6 +18,7 @@ def on_main_process(function: Callable[[], Any]) -> None:
     """Call a function in the first process alone; all processes raise the error that it raises.
 
     All processes have to call this. The function may take longer than the timeout of collectives.
+    In the other processes, the error has `said_elsewhere = True`: it need not be printed again.
     """
     error: list[Exception | None] = [None]
     # A broadcast gives up after 10 minutes with NCCL, so the others wait on the store first. If the
@@ -36,6 +37,8 @@ def on_main_process(function: Callable[[], Any]) -> None:
         store.wait([key], timedelta(days=1))
     broadcast_object_list(error)
     if error[0] is not None:
+        if not is_main_process():
+            error[0].said_elsewhere = True  # type: ignore[attr-defined]
         raise error[0]
 
 

@@ -21,7 +21,13 @@ from torch.utils.data import DataLoader
 
 from gfnet_dense.data.build import explained_evaluator
 from gfnet_dense.data.errors import DataError, join_first
-from gfnet_dense.serialization import CheckpointError, load_file, plain_keys, write_whole
+from gfnet_dense.serialization import (
+    CheckpointError,
+    check_finite,
+    load_file,
+    plain_keys,
+    write_whole,
+)
 
 from .checkpoints import latest_checkpoint
 from .data_checks import CheckDataHook, checked, explain_error
@@ -102,7 +108,8 @@ class DurableRunner(Runner):
             at = f' in iteration {self.iter + 1}' if begun else ''
             last = latest_checkpoint(self.work_dir)
             kept = f'\nThe last checkpoint is {last}; --resume continues from it.' if last else ''
-            self.logger.error(f'training ended{at}: {type(error).__name__}: {error}{kept}')
+            if not getattr(e, 'said_elsewhere', False):
+                self.logger.error(f'training ended{at}: {type(error).__name__}: {error}{kept}')
             if error is e:
                 raise
             raise error from e
@@ -141,11 +148,13 @@ class DurableRunner(Runner):
         # once: a second reader could take the same bytes for something else.
         checkpoint = load_file(filename)
         strict = strict or self._strict
+        if 'state_dict' not in checkpoint:  # weights alone, or an official file
+            under_model = isinstance(checkpoint.get('model'), Mapping)
+            checkpoint = dict(state_dict=checkpoint['model'] if under_model else checkpoint)
         if not strict:
             self._check_backbone(checkpoint, filename)
-        if 'state_dict' not in checkpoint:  # weights alone, or an official file
-            checkpoint = dict(state_dict=checkpoint)
         checkpoint['state_dict'] = plain_keys(checkpoint['state_dict'])
+        check_finite(checkpoint['state_dict'], filename)
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         state = checkpoint['state_dict']
         for pattern, replacement in revise_keys:
@@ -156,10 +165,9 @@ class DurableRunner(Runner):
         self.logger.info(f'loaded {filename}')
         return checkpoint
 
-    def _check_backbone(self, content: Any, filename: str) -> None:
+    def _check_backbone(self, content: Mapping[str, Any], filename: str) -> None:
         """Check that a checkpoint holds the backbone, whatever its heads are."""
-        found = content.get('state_dict', content) if isinstance(content, Mapping) else {}
-        found = plain_keys(found)
+        found = plain_keys(content['state_dict'])
         own = unwrapped(self.model).state_dict()
         own = {key: own[key] for key in own if key.startswith('backbone.')} or own
         lacking = [

@@ -18,7 +18,7 @@ from gfnet_dense.models.checkpoint import find_state_dict, find_weights
 from gfnet_dense.models.gfnet import official_network
 from gfnet_dense.models.hub import OFFICIAL_WEIGHTS
 from gfnet_dense.openmmlab import find_config
-from gfnet_dense.serialization import CheckpointError, load_file
+from gfnet_dense.serialization import CheckpointError, check_finite, load_file
 
 TASKS = ('segmentation', 'detection', 'instance segmentation', 'classification')
 
@@ -59,6 +59,7 @@ def load_model(
         raise FileNotFoundError(f'no checkpoint at {checkpoint}')
     content = load_file(checkpoint, mmap=True)
     state = find_state_dict(content, checkpoint)
+    check_finite(state, checkpoint)
 
     options = copy.deepcopy(cfg.model)
     options.pop('pretrained', None)
@@ -163,6 +164,8 @@ def _dataset_meta(cfg: Config, meta: Mapping[str, Any], count: int | None) -> di
     if not meta.get('classes') and (data := find_test_data(cfg)) is not None:
         meta = data.metainfo
     classes = meta.get('classes') or ()
+    if isinstance(classes, str):  # its letters are no names
+        classes = ()
     if not classes and count == 1000 and find_task(cfg) == 'classification':
         classes = ImageNetInfo().label_descriptions()  # official weights are all of ImageNet
     count = count or len(classes)

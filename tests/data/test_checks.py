@@ -377,3 +377,10 @@ def test_label_maps_of_one_name_are_found_before_the_test(tmp_path):
     (fault,) = find_evaluation([LabelMaps(tmp_path)], Samples(images), 'test')
     assert '/x/a.png and /y/a.png would both be written' in fault
     assert [*find_evaluation([LabelMaps(tmp_path)], Samples(images[:1]), 'test')] == []
+
+
+def test_another_error_of_a_data_set_is_not_laid_to_its_prefix(digits):
+    prefix = dict(img_path='images/training', seg_map_path='annotations/training')
+    options = dict(data_root=str(digits), data_prefix=prefix, metainfo=dict(classes=('no', 'such')))
+    with pytest.raises(ValueError, match='classes'):
+        build_dataset(dict(type='mmseg.ADE20KDataset', **options))

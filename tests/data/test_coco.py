@@ -1,14 +1,21 @@
+import copy
 import json
+import re
+import shutil
+import sys
+import types
 
 import numpy as np
 import pytest
 from mmdet.datasets import CocoDataset
+from mmengine.config import Config
 from mmengine.dataset import ConcatDataset, RepeatDataset, pseudo_collate
 from mmengine.registry import TRANSFORMS
 from PIL import Image
 from pycocotools import mask
 from torch.utils.data import DataLoader
 
+from gfnet_dense.data import check_data
 from gfnet_dense.data.build import build_dataset
 from gfnet_dense.data.coco import check_coco, check_file, check_objects, check_part, is_coco
 from gfnet_dense.data.contents import read_contents
@@ -301,6 +308,111 @@ def test_data_sets_of_other_layouts_are_not_read_as_coco():
 
     found = [is_coco(kind()) for kind in (LVISDataset, MyObjects, XMLDataset, Panoptic)]
     assert found == [False, False, False, True]
+
+
+@pytest.fixture
+def panoptic(tmp_path, monkeypatch):
+    """Return a file of two images of two segments, and a function that builds its data set."""
+    # mmdet asks for a package that comes from no registry. Of it the loading step takes this.
+    utils = types.ModuleType('panopticapi.utils')
+    utils.rgb2id = lambda colours: colours.astype(np.uint32) @ np.array([1, 256, 256**2], np.uint32)
+    package = types.ModuleType('panopticapi')
+    package.utils = utils
+    monkeypatch.setitem(sys.modules, 'panopticapi', package)
+    monkeypatch.setitem(sys.modules, 'panopticapi.utils', utils)
+    segments = [
+        dict(id=300, category_id=7, bbox=[0, 0, 20, 20], area=400, iscrowd=0),
+        dict(id=70000, category_id=9, bbox=[20, 0, 20, 20], area=400, iscrowd=0),
+    ]
+    content = {
+        'images': [dict(id=i, file_name=f'{i}.jpg', width=40, height=20) for i in (1, 2)],
+        'categories': [dict(id=7, name='cat', isthing=1), dict(id=9, name='sky', isthing=0)],
+        'annotations': [
+            dict(image_id=i, file_name=f'{i}.png', segments_info=copy.deepcopy(segments))
+            for i in (1, 2)
+        ],
+    }
+    for i in (1, 2):
+        ids = np.where(np.arange(40) < 20, 300, 70000) * np.ones((20, 1), int)
+        colours = np.stack([ids % 256, ids // 256 % 256, ids // 256**2], axis=-1)
+        Image.fromarray(colours.astype(np.uint8)).save(tmp_path / f'{i}.png')
+        Image.fromarray(colours.astype(np.uint8)).save(tmp_path / f'{i}.jpg')
+
+    def find() -> list:
+        (tmp_path / 'panoptic.json').write_text(json.dumps(content))
+        steps = [dict(type='LoadImageFromFile'), dict(type='LoadPanopticAnnotations'),
+                 dict(type='PackDetInputs')]  # fmt: skip
+        names = dict(classes=('cat', 'sky'), thing_classes=('cat',), stuff_classes=('sky',))
+        dataset = dict(
+            type='CocoPanopticDataset', data_root=str(tmp_path), ann_file='panoptic.json',
+            data_prefix=dict(img='', seg=''), metainfo=names, pipeline=steps,
+        )  # fmt: skip
+        sampler = dict(type='DefaultSampler', shuffle=False)
+        loader = dict(batch_size=2, num_workers=0, sampler=sampler, dataset=dataset)
+        (report,) = check_data(Config(dict(default_scope='mmdet', train_dataloader=loader)))
+        if not report.faults:
+            sample = report.loader.dataset[0]['data_samples']
+            assert len(sample.gt_instances) == (content['categories'][0]['isthing'] == 1)
+            assert sample.gt_sem_seg.sem_seg.unique().tolist() == [0, 1]
+        return report.findings
+
+    return content, find
+
+
+def test_panoptic_data_pass(panoptic):
+    content, find = panoptic
+    assert all('do not occur' in note for note in find())  # the stuff is no object
+    content['categories'][0]['isthing'] = 0
+    assert not any(isinstance(finding, Fault) for finding in find())
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'says'),
+    [
+        (lambda c, root: c['categories'][1].pop('isthing'), '1 of 2 categories .* no isthing'),
+        (lambda c, root: c['annotations'][1].pop('image_id'), '2 of 4 annotations .* no image_id'),
+        *[
+            (lambda c, root, k=key: c['annotations'][0]['segments_info'][1].pop(k), f'no {key}')
+            for key in ('id', 'category_id', 'bbox', 'area')
+        ],
+        (
+            lambda c, root: c['annotations'][0]['segments_info'][0].update(category_id=8),
+            'category_id that is not one of its categories: 8',
+        ),
+        (lambda c, root: (root / '2.png').unlink(), r'no map of segments, first .*2\.png'),
+        (lambda c, root: (root / '2.png').write_bytes(b''), r'2\.png cannot be read'),
+        (lambda c, root: shutil.copy(root / '2.jpg', root / '2.png'), 'has its id in a pixel'),
+        (lambda c, root: Image.new('RGB', (20, 20)).save(root / '1.png'), r'1\.png has 20x20'),
+    ],
+)  # fmt: skip
+def test_faulty_panoptic_data(panoptic, tmp_path, spoil, says):
+    content, find = panoptic
+    spoil(content, tmp_path)
+    faults = [finding for finding in find() if isinstance(finding, Fault)]
+    assert len(faults) == 1 and re.search(says, faults[0]), faults
+
+
+def test_a_panoptic_file_for_boxes(panoptic, tmp_path):
+    panoptic[1]()  # writes it
+    dataset = dict(type='CocoDataset', data_root=str(tmp_path), ann_file='panoptic.json',
+                   data_prefix=dict(img=''), metainfo=dict(classes=('cat', 'sky')))  # fmt: skip
+    with pytest.raises(DataError, match='has panoptic segments, other than CocoDataset reads'):
+        build_dataset(dataset)
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'says'),
+    [
+        (lambda c: c['annotations'].append(None), '1 of 4 annotations in .* are no dicts'),
+        (lambda c: c['images'][0].update(file_name=7), 'file_name of a wrong type, first 7'),
+        (lambda c: c['annotations'][0].update(image_id=[7]), r'image_id of a wrong type, first .7'),
+        (lambda c: c['categories'][0].update(id={}), 'id of a wrong type, first {}'),
+    ],
+)
+def test_values_of_wrong_types_are_named(content, spoil, says):
+    spoil(content)
+    faults = [f for f in check_file(content, 'a.json') if isinstance(f, Fault)]
+    assert len(faults) == 1 and re.search(says, faults[0]), faults
 
 
 def test_a_faulty_file_inside_wrappers_is_named(build, content, tmp_path):

@@ -246,7 +246,7 @@ def test_a_file_that_cannot_be_decoded_is_named(root, damage):
     dataset = folder(root)
     path = Path(dataset.get_data_info(3)['img_path'])
     damage(path)
-    with pytest.raises(DataError, match=rf'{path} cannot be decoded: .*; replace or remove it'):
+    with pytest.raises(DataError, match=rf'{path} cannot be read: .*; replace or remove it'):
         dataset[3]
     assert dataset[2]['data_samples'].img_path.endswith('10_0.JPEG')
 

@@ -12,9 +12,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from faults import FAULTS, apply, make_config, scans, write_data
 from toy import LossesHook, losses, toy_config
 
-from gfnet_dense.data import DataError
+from gfnet_dense import cli
+from gfnet_dense.data import DataError, report
 from gfnet_dense.durable import data_checks
 from gfnet_dense.durable.ranks import on_main_process
 from gfnet_dense.openmmlab import evaluate, train
@@ -179,6 +181,33 @@ def the_first_process_checks_the_data_for_both(folder: Path) -> None:
         assert 'DataError: an annotation is broken' in output, output
 
 
+def the_first_process_says_what_is_wrong_with_files(folder: Path) -> None:
+    """It alone opens them and prints the fault, and both end at once."""
+    root = write_data(folder / 'data')
+    fault = FAULTS['truncated_scan']
+    cfg = apply(make_config('classification', root), fault.make(root))
+    cfg.custom_hooks = []
+    cfg.dump(folder / 'config.py')
+
+    def run() -> None:
+        def noted(*args: object, **kwargs: object) -> object:
+            (folder / f'read{os.environ["RANK"]}').touch()
+            return read(*args, **kwargs)
+
+        read, report.read_contents = report.read_contents, noted
+        options = ['--work-dir', str(folder / 'run'), '--launcher', 'pytorch']
+        sys.argv = ['train.py', str(folder / 'config.py'), *options]
+        sys.exit(cli.main('train'))
+
+    begun = time.monotonic()
+    assert ended(start(folder, run)) == [1, 1]
+    assert time.monotonic() - begun < 60
+    assert [path.name for path in folder.glob('read*')] == ['read0']
+    first, second = [(folder / f'rank{rank}').read_text() for rank in range(2)]
+    assert first.count(f'\nDataError: {scans(root)[3]} {fault.says}') == 1, first
+    assert 'DataError' not in second and fault.says not in second, second
+
+
 def checks_may_take_longer_than_a_collective(folder: Path) -> None:
     """The others wait for the first process, and see its error."""
 
@@ -246,6 +275,7 @@ def main(folder: Path) -> None:
     a_signal_to_one_stops_both(folder / 'signal', two)
     a_process_that_stops_answering_is_not_awaited_for_ever(folder / 'silent')
     the_first_process_checks_the_data_for_both(folder / 'checks')
+    the_first_process_says_what_is_wrong_with_files(folder / 'files')
     checks_may_take_longer_than_a_collective(folder / 'long')
     a_loss_that_is_not_finite_in_one_process_is_no_step_in_both(folder / 'finite')
 

@@ -1,3 +1,5 @@
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -31,3 +33,14 @@ def test_the_report_the_picture_and_the_exit_status(tmp_path):
     # In training and in validation data, whose test data are the same.
     assert done.stdout.count('FAULT      decode_head of the model has num_classes=7') == 2
     assert done.stdout.endswith('2 faults\n')
+
+
+def test_the_benchmark_makes_data_without_a_fault(monkeypatch, capsys):
+    monkeypatch.setenv('XDG_CACHE_HOME', 'put back after this test')
+    for name, text in (('ade20k', '20 images, ADE20KDataset'), ('coco', 'objects    50: ')):
+        options = ['--images', '20', '--boxes', '50']
+        monkeypatch.setattr(sys, 'argv', ['benchmark_checks.py', name, *options])
+        runpy.run_path(str(ROOT / 'tools/benchmark_checks.py'), run_name='__main__')
+        out = capsys.readouterr().out
+        assert text in out and 'FAULT' not in out
+        assert len(re.findall(r'building.* s, .* s of processors, peak ', out)) == 3
