@@ -16,6 +16,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from PIL import Image
 
+from gfnet_dense.cli import main
 from gfnet_dense.demo import CLASSES, PALETTE, write_digit_scans, write_digits
 from gfnet_dense.inference import ExportError, export_model, load_model
 from gfnet_dense.inference import export as exporting
@@ -305,6 +306,23 @@ def test_killed_before_the_proof_it_leaves_no_file(trained, tmp_path):
     )
     assert subprocess.run([sys.executable, '-c', code]).returncode == -signal.SIGKILL
     assert not out.exists() and len([*tmp_path.iterdir()]) == 1  # what the next run overwrites
+
+
+def test_a_job_that_is_ended_leaves_no_file(trained, tmp_path, monkeypatch):
+    without_exporter(monkeypatch, 1.0)
+    monkeypatch.setattr(exporting, 'runs_of', lambda *_: signal.raise_signal(signal.SIGTERM))
+    config, weights = trained(CLASSIFIER)
+    out = tmp_path / 'model.pt2'
+    arguments = ['gfnet', 'export', config, weights, out, '--shape', 64, 64]
+    monkeypatch.setattr('sys.argv', [*map(str, arguments)])
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as end:
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert end.value.code == 128 + signal.SIGTERM
+    assert not [*tmp_path.iterdir()]
 
 
 def test_accuracy_is_that_of_mmseg():

@@ -300,6 +300,38 @@ def test_photos_are_never_replaced_by_links(tmp_path, monkeypatch):
     assert sorted(link.resolve() for link in links) == [p.resolve() for p in photos[1:]]
 
 
+def test_what_earlier_runs_wrote_is_no_class(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('cat', 'dog'):
+        for i in range(3):
+            save(photograph(), Path(name, f'{i}.png'))
+    Path('work_dirs').mkdir()
+    for name in ('pets', 'pets', 'others'):
+        written = new_config(name, images='.', arch='nano', batch=2, iterations=4, force=True)
+        assert written.config.model.backbone.num_classes == 2
+        assert '2 classes: cat, dog' in str(written)
+
+
+def test_coco_files_with_relative_roots(tmp_path, monkeypatch):
+    digits = write_digits(tmp_path / 'digits', num_training=3, num_validation=1)
+    file = digits / 'annotations/instances_training.json'
+    content = json.loads(file.read_text())
+    for image in content['images']:
+        image['file_name'] = f'../photos/{image["file_name"]}'
+    (digits / 'images/training').rename(tmp_path / 'photos')
+    (tmp_path / 'marks').mkdir()
+    (tmp_path / 'marks/a.json').write_text(json.dumps(content))
+    (tmp_path / 'work').mkdir()
+    monkeypatch.chdir(tmp_path / 'work')
+    options = dict(arch='nano', batch=2, iterations=4)
+    written = new_config('a', coco='../marks/a.json', **options)
+    monkeypatch.chdir(tmp_path)  # training may start anywhere
+    with DATASETS.switch_scope_and_registry('mmdet'):
+        dataset = DATASETS.build(written.config.train_dataloader.dataset)
+    paths = [Path(dataset.get_data_info(i)['img_path']).resolve() for i in range(len(dataset))]
+    assert len(paths) == 2 and {path.parent for path in paths} == {tmp_path / 'photos'}
+
+
 def test_inputs_are_never_overwritten(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_digits(tmp_path / 'digits', num_training=5, num_validation=1)
