@@ -234,6 +234,20 @@ def test_detection_by_the_command_line(tmp_path):
     assert cfg.train_cfg.max_epochs == 2
     assert cfg.val_evaluator.ann_file == str(tmp_path / 'digits_val.json')
 
+    trained = by_command('digits.py', '--work-dir', 'run', cwd=tmp_path, verb='train')
+    assert trained.returncode == 0, trained.stdout[-3000:]
+    assert 'coco/bbox_mAP' in trained.stdout
+    found = by_command(
+        'digits.py', 'run/epoch_2.pth', digits / 'images/validation', '--out', 'results',
+        cwd=tmp_path, verb='predict',
+    )  # fmt: skip
+    assert found.returncode == 0, found.stdout[-3000:]
+    images = json.loads((tmp_path / 'results/images.json').read_text())
+    assert len(images['images']) == 1
+    assert [item['name'] for item in images['categories']] == cfg.metainfo['classes']
+    results = json.loads((tmp_path / 'results/predictions.json').read_text())
+    assert {'bbox', 'score', 'segmentation'} <= {*results[0]}
+
 
 @pytest.mark.slow
 def test_classification_by_the_command_line(tmp_path):
