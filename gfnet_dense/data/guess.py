@@ -223,6 +223,7 @@ def look_at_coco(file: Path, images: Path | None, val_file: Path | None) -> Boxe
         found.notes.append(f'no split: {len(val)} images, drawn at random, are for validation')
     categories = sorted(content['categories'], key=lambda category: category['id'])
     found.classes = [str(category['name']) for category in categories]
+    found.notes.append(f'{len(found.classes)} classes: {join_first(found.classes, 8)}')
     found.has_masks = bool(content['annotations']) and all(
         annotation.get('segmentation') for annotation in content['annotations']
     )

@@ -59,6 +59,8 @@ def read_video(path: Path) -> tuple[Fraction, int, Iterator[Array]]:
 
 def _declared_end(file: Any) -> float:
     """Return when the video ends by its header, in seconds; 0 if the header does not say."""
+    if not file.format.name.startswith(('mov', 'matroska')):  # FFmpeg guesses from the file's size
+        return 0.0
     stream = file.streams.video[0]
     if stream.duration:
         return float(((stream.start_time or 0) + stream.duration) * stream.time_base)

@@ -222,6 +222,8 @@ def test_detection_by_the_command_line(tmp_path):
         '--iterations', 4, '--batch', 2, cwd=tmp_path,
     )  # fmt: skip
     assert out.returncode == 0, out.stdout[-3000:]
+    assert '10 classes: zero, one' in out.stdout
+    assert 'creating index' not in out.stdout and 'OneDL' not in out.stdout
     assert 'Mask R-CNN' in (tmp_path / 'digits.py').read_text()
     whole = json.loads(file.read_text())
     parts = [json.loads((tmp_path / f'digits_{use}.json').read_text()) for use in ('train', 'val')]
