@@ -5,12 +5,14 @@ is the help: a line that says what it does, then examples. The table VERBS names
 """
 
 import argparse
+import contextlib
+import io
 import os
 import signal
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +135,12 @@ def _batch_size(text: str) -> int | None:
         raise argparse.ArgumentTypeError(f"a number or 'dynamic', but got {text!r}") from None
 
 
-def _ignore_openmmlab_warnings() -> None:
-    # Warnings about how OpenMMLab's parts are configured are for who trains.
+@contextlib.contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Drop what OpenMMLab and pycocotools print about themselves, which is for who trains."""
     warnings.filterwarnings('ignore', module=r'(mmcv|mmengine|mmseg|mmdet)\.')
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
 
 
 # Verbs
@@ -263,16 +268,16 @@ def _predict(parser: argparse.ArgumentParser) -> Run:
     def run(args: argparse.Namespace) -> int:
         from gfnet_dense.inference import load, predict_files
 
-        _ignore_openmmlab_warnings()
-        predictor = load(
-            args.config,
-            args.checkpoint,
-            args.device,
-            batch_size=args.batch,
-            classes=args.classes,
-            tta=args.tta,
-            tile='auto' if args.tile == 0 else args.tile,
-        )
+        with _without_chatter():
+            predictor = load(
+                args.config,
+                args.checkpoint,
+                args.device,
+                batch_size=args.batch,
+                classes=args.classes,
+                tta=args.tta,
+                tile='auto' if args.tile == 0 else args.tile,
+            )
         report = predict_files(
             predictor,
             args.inputs,
@@ -307,7 +312,8 @@ def _check_data(parser: argparse.ArgumentParser) -> Run:
 
         config = Config.fromfile(find_config(args.config))
         config.merge_from_dict(args.cfg_options or {})
-        reports = check_data(config)
+        with _without_chatter():
+            reports = check_data(config)
         print(*reports, sep='\n')
         if args.plot:
             print(f'pictures: {plot_reports(reports, Path(args.plot))}')
@@ -369,8 +375,9 @@ def _export(parser: argparse.ArgumentParser) -> Run:
     def run(args: argparse.Namespace) -> None:
         from gfnet_dense.inference import export_model
 
-        _ignore_openmmlab_warnings()
-        print(*export_model(**vars(args)), sep='\n')
+        with _without_chatter():
+            exported = export_model(**vars(args))
+        print(*exported, sep='\n')
 
     return run
 
@@ -478,11 +485,11 @@ def _new(parser: argparse.ArgumentParser) -> Run:
         from gfnet_dense.data import check_data
         from gfnet_dense.openmmlab import new_config
 
-        # Warnings about how OpenMMLab's parts are configured are for who trains.
-        warnings.filterwarnings('ignore', module=r'(mmcv|mmengine|mmseg|mmdet)\.')
-        written = new_config(**vars(args))
+        with _without_chatter():
+            written = new_config(**vars(args))
         print(written)
-        reports = check_data(written.config)
+        with _without_chatter():
+            reports = check_data(written.config)
         print(*reports, sep='\n')
         if faults := sum(len(report.faults) for report in reports):
             print(f'{faults} faults in the data: correct them, then train:')

@@ -223,6 +223,7 @@ def look_at_coco(file: Path, images: Path | None, val_file: Path | None) -> Boxe
         found.notes.append(f'no split: {len(val)} images, drawn at random, are for validation')
     categories = sorted(content['categories'], key=lambda category: category['id'])
     found.classes = [str(category['name']) for category in categories]
+    found.notes.append(f'{len(found.classes)} classes: {join_first(found.classes, 8)}')
     found.has_masks = bool(content['annotations']) and all(
         annotation.get('segmentation') for annotation in content['annotations']
     )
@@ -252,8 +253,10 @@ def look_at_folders(root: Path) -> Folders:
     Raises:
         DataError: If there are none.
     """
-    folders = _subfolders(root)
-    found = Folders(root, train=_images_in(root))
+    names = [name for name in _images_in(root) if os.sep in name]
+    folders = sorted({name.split(os.sep)[0] for name in names})
+    folders = [folder for folder in folders if not _is_written(root / folder)]
+    found = Folders(root, train=[name for name in names if name.split(os.sep)[0] in folders])
     train = [name for name in folders if name.lower() in _TRAINING]
     val = [name for name in folders if name.lower() in _VALIDATION | {'test'}]
     if train and val:
@@ -264,7 +267,8 @@ def look_at_folders(root: Path) -> Folders:
         found.notes.append(f'training in {train[0]}, validation in {found.names[1]}')
     else:
         found.classes = folders
-        found.train, found.val = _held_out([n for n in found.train if os.sep in n])
+        found.notes.append(f'{len(folders)} classes: {join_first(folders, 8)}')
+        found.train, found.val = _held_out(found.train)
         found.notes.append(
             f'no split: {len(found.val)} images, drawn at random, are for validation'
         )
@@ -275,6 +279,12 @@ def look_at_folders(root: Path) -> Folders:
         )
     found.side = _median_side([root / name for name in _spread(found.train)], found)
     return found
+
+
+def _is_written(folder: Path) -> bool:
+    """Return whether `gfnet new` wrote a folder: it divides images of classes by links."""
+    files = (path for path in folder.rglob('*') if not path.is_dir())
+    return {*os.listdir(folder)} == {'train', 'val'} and all(path.is_symlink() for path in files)
 
 
 def _read_coco(file: Path) -> dict[str, Any]:

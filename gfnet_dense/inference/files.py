@@ -21,6 +21,7 @@ from .predictor import Predictor, in_parallel
 from .video import read_video, write_video
 
 _WRITERS = 4  # threads, and as many files wait for each
+_WAITING = 2**29  # bytes of the results that wait
 _DISK_ERRORS = errno.ENOSPC, errno.EIO, errno.EROFS  # no later result could be written, either
 
 
@@ -121,10 +122,10 @@ class _Run:
         return Report(self.images, self.kept, seconds, self.failures, written)
 
     def _predict_images(self, inputs: Inputs, pool: ThreadPoolExecutor) -> None:
-        writing: deque[tuple[Input, Future[dict[str, Any]]]] = deque()
+        writing: deque[tuple[Input, int, Future[dict[str, Any]]]] = deque()
 
         def finish_first() -> None:
-            source, future = writing.popleft()
+            source, _, future = writing.popleft()
             try:
                 self.outputs.add(future.result())
             except Exception as e:  # drawing or encoding this one result fails
@@ -139,9 +140,10 @@ class _Run:
             if isinstance(result, Exception):
                 self._fail(source, result)
             else:
-                writing.append((source, pool.submit(self.outputs.write, source, result)))
+                future = pool.submit(self.outputs.write, source, result)
+                writing.append((source, result.nbytes, future))
             self.bar.update()
-            if len(writing) > 2 * _WRITERS:
+            while len(writing) > 2 * _WRITERS or sum(size for _, size, _ in writing) > _WAITING:
                 finish_first()
         while writing:
             finish_first()
@@ -176,7 +178,8 @@ class _Run:
 
         bar = tqdm(total=count or None, unit=' frames', desc=source.path.name, smoothing=0.05)
         with bar, write_video(path, rate) as add:
-            for record, picture in in_parallel(pool, write, enumerate(results, 1), 2 * _WRITERS):
+            ahead = 1 if self.outputs.task == 'instance segmentation' else 2 * _WRITERS
+            for record, picture in in_parallel(pool, write, enumerate(results, 1), ahead):
                 self.outputs.add(record)
                 add(picture)
                 self.images += 1

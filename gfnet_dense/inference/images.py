@@ -9,6 +9,8 @@ from torch import Tensor
 
 Array = np.ndarray[Any, Any]
 
+_SAMPLES = 277  # TIFF's number of bands
+
 
 class InputError(ValueError):
     """An input cannot be read as an image."""
@@ -48,6 +50,9 @@ def read_image(source: Any) -> Array:
         )
     try:
         with Image.open(source) as file:
+            # Pillow reads the first of two bands of a TIFF as grey.
+            if file.mode == 'L' and getattr(file, 'tag_v2', {}).get(_SAMPLES, 1) > 1:
+                raise InputError('more than one band, but no colours and no transparency')
             return _from_pillow(file)
     except InputError as e:
         raise InputError(f'{source}: {e}') from None

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gfnet_dense.data.errors import join_first
 from gfnet_dense.serialization import write_whole
 
 from .images import Array
@@ -21,6 +22,7 @@ from .predictor import Predictor
 
 _TOP = 5  # classes of an image in a table
 _RECORDS = '.records.jsonl'
+_ORIGIN = '.made_by.json'  # what made the results; older ones beside it are of something else
 _JPEG_SIDE = 65_500  # the longest that a JPEG can have
 
 
@@ -40,10 +42,12 @@ class Outputs:
         opacity: See :meth:`Prediction.draw`.
         as_annotations: Write labels of segmentation in the coding of the config's annotations,
             that is, before `reduce_zero_label` and a change of classes.
-        resume: Keep the results that are there. Without this, they are replaced.
+        resume: Keep the results that are there, if the same model and options made them. Without
+            this, they are replaced.
 
     Raises:
-        ValueError: If the config does not say how its annotations are coded.
+        ValueError: If the config does not say how its annotations are coded, or another model or
+            other options made the results to keep.
         OSError: If the folder cannot be written to.
     """
 
@@ -63,7 +67,11 @@ class Outputs:
         folder.mkdir(parents=True, exist_ok=True)
         self._records = folder / _RECORDS
         self._done: set[str] = set()
-        self._resume = resume
+        origin = predictor.origin() | dict(opacity=opacity, as_annotations=as_annotations)
+        self._resume = resume and self._has_origin(origin)
+        if not self._resume:
+            self._write_lines(_ORIGIN, iter([json.dumps(origin)]))
+        self._oldest = (folder / _ORIGIN).stat().st_mtime_ns
         detects = self.task in ('detection', 'instance segmentation')
         self._coco = _CocoNumbers(predictor) if detects else None
         self._next_id = max(self._coco.images.values(), default=0) + 1 if self._coco else 1
@@ -74,8 +82,26 @@ class Outputs:
         """Return whether to leave out an input, because its results are there."""
         if self.task != 'segmentation' and not source.is_video:
             return str(source.name) in self._done
-        there = self._resume and self.picture(source).exists()
-        return there and (source.is_video or self._labels(source.name).exists())
+        files = [self.picture(source)]
+        if not source.is_video:
+            files.append(self._labels(source.name))
+        return self._resume and all(map(self._is_kept, files))
+
+    def _is_kept(self, file: Path) -> bool:
+        return file.exists() and file.stat().st_mtime_ns >= self._oldest
+
+    def _has_origin(self, origin: dict[str, Any]) -> bool:
+        """Return whether the results that are there have an origin, which must be this one."""
+        file = self.folder / _ORIGIN
+        if not file.is_file():
+            return False
+        before = json.loads(file.read_text())
+        if differing := [key for key, value in origin.items() if before.get(key) != value]:
+            raise ValueError(
+                f'{self.folder} holds results of other {join_first(differing)}: choose another '
+                'folder, or replace them without --resume'
+            )
+        return True
 
     def picture(self, source: Input) -> Path:
         """Return the path of the picture or video over an input."""

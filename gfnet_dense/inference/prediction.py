@@ -38,7 +38,9 @@ class Prediction:
             than 255 classes, uint16; :func:`no_class_label` is for pixels whose class is not
             among those asked for. For detection one for each of the N objects, `(N,)`. For
             classification those asked for, all by default, the most probable one first.
-        scores: From 0 to 1, one for each of the labels, falling; None for segmentation.
+        scores: The probability of each label, from 0 to 1, float32. For segmentation `(H, W)`, 0
+            where the label stands for no class; None with test-time augmentation. Otherwise
+            falling.
         boxes: Left, top, right and bottom of each object in pixels, `(N, 4)`, float32; None
             without detection.
         masks: Pixels of each object, `(N, H, W)`, bool; None without instance segmentation.
@@ -52,6 +54,12 @@ class Prediction:
     scores: Array | None = None
     boxes: Array | None = None
     masks: Array | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """What the arrays take in memory."""
+        arrays = self.image, self.labels, self.scores, self.boxes, self.masks
+        return sum(array.nbytes for array in arrays if array is not None)
 
     def draw(self, opacity: float = 0.5, threshold: float = 0.3) -> Image.Image:
         """Draw the prediction over the image.
@@ -105,7 +113,7 @@ class Prediction:
             top, width and height in pixels and, where there are masks, `segmentation`, a mask as
             COCO's run-length encoding. Empty for segmentation.
         """
-        if self.scores is None:
+        if self.task == 'segmentation' or self.scores is None:
             return []
         found: list[dict[str, Any]] = [
             {'label': label, 'class': self.classes[label], 'score': score}
@@ -127,7 +135,7 @@ class Prediction:
 
         Pixels of a segmentation count by class, the most frequent one first.
         """
-        if self.scores is not None:
+        if self.task != 'segmentation' and self.scores is not None:
             return [
                 (int(label), f'{score:.2f}')
                 for label, score in zip(self.labels, self.scores, strict=True)

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import os
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,9 +28,9 @@ from .images import Array, InputError, read_image
 from .loading import find_task, load_model, unwrapped_dataset
 from .prediction import Prediction, no_class_label
 
-# The most images that wait for others of their size, in batches and in pixels.
+# The most images that wait for others of their size, in batches and, with results, in bytes.
 _WINDOW = 4
-_WINDOW_PIXELS = 100_000_000
+_WINDOW_BYTES = 2**29
 # Numbers of a score map that are resized at a time, 256 MB.
 _NUMBERS = 2**26
 
@@ -158,6 +159,22 @@ class Predictor:
         if tile is not None and self._load_file is not _read:
             raise ValueError(f'tiles are for images that Pillow reads, not by {cfg.filename}')
 
+    def origin(self) -> dict[str, Any]:
+        """Return what results depend on beside the images, as plain values."""
+        weights = 0
+        for value in self.model.state_dict().values():
+            content = value.cpu().contiguous().flatten().view(torch.uint8)
+            weights = zlib.crc32(content.numpy(), weights)
+        pipeline = (unwrapped_dataset(self.cfg) or {}).get('pipeline')
+        config = repr([self.cfg.model, pipeline, self.cfg.get('tta_pipeline')])
+        return dict(
+            weights=weights,
+            config=zlib.crc32(config.encode()),
+            classes=self._chosen,
+            tta=self._tta,
+            tile=self.tile,
+        )
+
     def predict(self, images: Any) -> Any:
         """Predict from one image or several.
 
@@ -213,7 +230,8 @@ class Predictor:
                     if len(group) == self.batch_size or sample.shapes is None:
                         self._run(groups.pop(sample.shapes))
                 pixels = sum(each.image.size // 3 for each in queue if each.image is not None)
-                if len(queue) > _WINDOW * self.batch_size or pixels > _WINDOW_PIXELS:
+                too_large = pixels * self._bytes_of_pixel > _WINDOW_BYTES
+                if len(queue) > _WINDOW * self.batch_size or too_large:
                     self._run_all(groups)
                 while queue and (result := queue[0].result) is not None:
                     yield queue.popleft().source, result
@@ -223,6 +241,11 @@ class Predictor:
                 yield sample.source, sample.result
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    def _bytes_of_pixel(self) -> int:
+        """What an image and its result take: masks of about 100 objects, or labels and scores."""
+        return 103 if self.task == 'instance segmentation' else 8
 
     def _load(self, source: Any) -> _Sample:
         try:
@@ -261,16 +284,16 @@ class Predictor:
     @torch.no_grad()
     def _predict(self, batch: Sequence[Any]) -> Iterator[Prediction]:
         if batch[0].data is None:
-            yield self._segmentation(batch[0].image, self._blend_tiles(batch[0].image))
+            yield self._segmentation(batch[0].image, *self._blend_tiles(batch[0].image))
             return
         outputs = self._test_step([sample.data for sample in batch])
         for sample, output in zip(batch, outputs, strict=True):
             if self.task == 'segmentation':
                 if self._tta:  # has no scores of all views together
-                    labels = output.pred_sem_seg.data.squeeze(0)
+                    yield self._segmentation(sample.image, output.pred_sem_seg.data.squeeze(0))
                 else:
-                    labels = self._labels(output.seg_logits.data, sample.image.shape[:2])
-                yield self._segmentation(sample.image, labels)
+                    found = self._resized(output.seg_logits.data, sample.image.shape[:2])
+                    yield self._segmentation(sample.image, *found)
             elif self.task == 'classification':
                 scores, labels = output.pred_score.sort(descending=True)
                 yield self._prediction(sample.image, labels, scores)
@@ -301,6 +324,8 @@ class Predictor:
         boxes: Tensor | None = None,
         masks: Tensor | None = None,
     ) -> Prediction:
+        for values in (scores, *([] if boxes is None else [boxes])):
+            _check_finite(values)
         kept = slice(None) if self._chosen is None else np.isin(labels.cpu(), self._chosen)
         found: list[Any] = [
             None if value is None else value.cpu().numpy()[kept]
@@ -310,38 +335,53 @@ class Predictor:
 
     # Segmentation
 
-    def _segmentation(self, image: Array, labels: Tensor) -> Prediction:
+    def _segmentation(
+        self, image: Array, labels: Tensor, scores: Tensor | None = None
+    ) -> Prediction:
         no_class = no_class_label(len(self.classes))
         array = labels.cpu().numpy().astype(np.min_scalar_type(no_class))
+        probabilities = None if scores is None else scores.cpu().numpy()
         if self._chosen is not None:
-            array[~np.isin(array, self._chosen)] = no_class
-        return Prediction(self.task, image, self.classes, self.palette, array)
+            left_out = ~np.isin(array, self._chosen)
+            array[left_out] = no_class
+            if probabilities is not None:
+                probabilities[left_out] = 0
+        return Prediction(self.task, image, self.classes, self.palette, array, probabilities)
 
-    def _scores(self, output: Tensor) -> Tensor:
-        """Return scores `(C, h, w)` that can be resized, from those that mmseg returns."""
+    def _logits(self, output: Tensor) -> Tensor:
+        """Return logits `(C, h, w)`, which can be resized, from what mmseg returns."""
         if len(output) > 1:
             return output
-        # One channel is a probability by then, and compared with a threshold.
-        threshold = self.model.decode_head.threshold
-        logits = torch.logit(output.float(), eps=1e-6) - float(np.log(threshold / (1 - threshold)))
+        logits = torch.logit(output.float(), eps=1e-6)  # one channel is a probability by then
         return torch.cat([torch.zeros_like(logits), logits])
 
-    def _labels(self, output: Tensor, shape: Sequence[int]) -> Tensor:
-        """Resize scores to an image's height and width, and return the best class, `(H, W)`."""
-        scores = self._scores(output)
-        rows = max(1, _NUMBERS // (len(scores) * shape[1]))
-        pieces = [
-            _resize_rows(scores, first, min(first + rows, shape[0]), shape, self._corners)
+    def _decided(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the class of each pixel and its probability, `(H, W)`, of logits `(C, H, W)`."""
+        best, labels = logits.max(dim=0)
+        if self.model.decode_head.out_channels == 1:  # compared with a threshold, perhaps not 0.5
+            threshold = self.model.decode_head.threshold
+            labels = (logits.softmax(dim=0)[1] > threshold).long()
+            best = logits.gather(0, labels[None])[0]
+        _check_finite(best)
+        return labels.short(), (best - logits.logsumexp(dim=0)).exp()
+
+    def _resized(self, output: Tensor, shape: Sequence[int]) -> tuple[Tensor, ...]:
+        """Resize what mmseg returns to an image's height and width, and decide its classes."""
+        logits = self._logits(output)
+        rows = max(1, _NUMBERS // (len(logits) * shape[1]))
+        pieces = (
+            _resize_rows(logits, first, min(first + rows, shape[0]), shape, self._corners)
             for first in range(0, shape[0], rows)
-        ]
-        return torch.cat([piece.argmax(dim=0).short() for piece in pieces])
+        )
+        labels, scores = zip(*map(self._decided, pieces), strict=True)
+        return torch.cat(labels), torch.cat(scores)
 
     @property
     def _corners(self) -> bool:
         return bool(self.model.align_corners)
 
-    def _blend_tiles(self, image: Array) -> Tensor:
-        """Segment an image window by window; return the class of each pixel, `(H, W)`.
+    def _blend_tiles(self, image: Array) -> tuple[Tensor, Tensor]:
+        """Segment an image window by window; return each pixel's class and probability, `(H, W)`.
 
         Of a window's probabilities, those that no later window adds to are decided at once. Those
         on its right wait for the next window, those at its bottom for the next row of windows.
@@ -350,6 +390,7 @@ class Predictor:
         height, width = (min(self.tile, side) for side in image.shape[:2])
         tops, lefts = (_starts(side, self.tile) for side in image.shape[:2])
         labels = torch.empty(image.shape[:2], dtype=torch.int16)
+        probabilities = torch.empty(image.shape[:2])
         above: list[Tensor] = []  # what waits at the bottom of the last row, column by column
         for top, next_top in itertools.pairwise([*tops, image.shape[0]]):
             below: list[Tensor] = []
@@ -362,11 +403,12 @@ class Predictor:
                 done, right = scores.split([next_left - left, width - (next_left - left)], dim=2)
                 if above:
                     done[:, : above[i].shape[1]] += above[i]
-                labels[top:next_top, left:next_left] = done[:, : next_top - top].argmax(dim=0)
+                part = np.s_[top:next_top, left:next_left]
+                labels[part], probabilities[part] = self._decided(done[:, : next_top - top].log())
                 below.append(done[:, next_top - top :].clone())
                 right = right.clone()
             above = below
-        return labels
+        return labels, probabilities
 
     def _window_scores(
         self, image: Array, top: int, lefts: Sequence[int], height: int, width: int
@@ -376,13 +418,13 @@ class Predictor:
         weights = [_ramp(side, self.tile // 4) for side in (height, width)]
         pipeline: Any = self._prepare
         # Windows keep the resolution of the image.
-        prepare = Compose([step for step in pipeline.transforms if type(step).__name__ != 'Resize'])
+        prepare = Compose([s for s in pipeline.transforms if 'Resize' not in type(s).__name__])
         for batch in _batches(lefts, self.batch_size):
             windows = [image[top : top + height, left : left + width] for left in batch]
             prepared = [prepare(_results(window)) for window in windows]
             for output in self._test_step(prepared):
                 scores = functional.interpolate(
-                    self._scores(output.seg_logits.data)[None].float(),
+                    self._logits(output.seg_logits.data)[None].float(),
                     (height, width),
                     mode='bilinear',
                     align_corners=self._corners,
@@ -401,6 +443,11 @@ class Predictor:
                 f'{join_first(self.classes, 200)}'
             )
         return [i for i, name in enumerate(self.classes) if name in names]  # two may share one
+
+
+def _check_finite(values: Tensor) -> None:
+    if not values.isfinite().all():
+        raise FloatingPointError('what it computes is NaN or infinite')
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

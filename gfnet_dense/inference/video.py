@@ -8,11 +8,13 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from gfnet_dense.serialization import write_whole
 
 from .images import Array, InputError
+
+_MISSING = 1.0  # seconds at the end of a video that may be missing
 
 
 def read_video(path: Path) -> tuple[Fraction, int, Iterator[Array]]:
@@ -37,14 +39,34 @@ def read_video(path: Path) -> tuple[Fraction, int, Iterator[Array]]:
     def frames() -> Iterator[Array]:
         try:
             with av.open(str(path)) as file:
-                file.streams.video[0].thread_type = 'AUTO'
-                for frame in file.decode(video=0):
+                stream = file.streams.video[0]
+                stream.thread_type = 'AUTO'
+                end = 0.0
+                for frame in file.decode(stream):
+                    end = float(((frame.pts or 0) + (frame.duration or 0)) * stream.time_base)
                     array = frame.to_ndarray(format='rgb24')
                     yield np.ascontiguousarray(np.rot90(array, round(frame.rotation / 90) % 4))
+                # Of a file that is cut, FFmpeg decodes what is there and says nothing.
+                if (declared := _declared_end(file)) > end + _MISSING:
+                    raise InputError(
+                        f'{path} ends after {end:.1f} of {declared:.1f} seconds: a part is missing'
+                    )
         except av.error.FFmpegError as e:
             raise InputError(f'{path} cannot be decoded: {e}') from e
 
     return rate, count, frames()
+
+
+def _declared_end(file: Any) -> float:
+    """Return when the video ends by its header, in seconds; 0 if the header does not say."""
+    if not file.format.name.startswith(('mov', 'matroska')):  # FFmpeg guesses from the file's size
+        return 0.0
+    stream = file.streams.video[0]
+    if stream.duration:
+        return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
+    if file.duration and len(file.streams) == 1:
+        return float((max(0, file.start_time or 0) + file.duration) / 1e6)
+    return 0.0
 
 
 @contextmanager
@@ -52,7 +74,8 @@ def write_video(path: Path, rate: Fraction) -> Iterator[Callable[[Image.Image], 
     """Open an MP4 in H.264 that appears at `path` when the block ends, and not if it raises.
 
     Yields:
-        A function that appends a picture. All of them have one size.
+        A function that appends a picture. The video has the size of the first one, in which others
+        are fitted.
 
     Raises:
         InputError: If there are no pictures, or they cannot be encoded.
@@ -73,15 +96,18 @@ def _encoded(av: Any, file: Any, rate: Fraction) -> Iterator[Callable[[Image.Ima
     stream = file.add_stream('libx264', rate=rate, options={'crf': '18'})
     stream.pix_fmt = 'yuv420p'
 
+    size: list[int] = []
+
     def add(picture: Image.Image) -> None:
-        # Players want even sides.
-        width, height = (side + side % 2 for side in picture.size)
+        size[:] = size or picture.size
+        if picture.size != tuple(size):
+            picture = ImageOps.pad(picture, (size[0], size[1]))
         array = np.asarray(picture)
-        padding = ((0, height - array.shape[0]), (0, width - array.shape[1]), (0, 0))
-        frame = av.VideoFrame.from_ndarray(np.pad(array, padding, 'edge'), format='rgb24')
+        padding = ((0, size[1] % 2), (0, size[0] % 2), (0, 0))  # players want even sides
+        array = np.pad(array, padding, 'edge')
         if not stream.codec_context.is_open:
-            stream.width, stream.height = width, height
-        file.mux(stream.encode(frame))
+            stream.height, stream.width = array.shape[:2]
+        file.mux(stream.encode(av.VideoFrame.from_ndarray(array, format='rgb24')))
 
     yield add
     if not stream.codec_context.is_open:

@@ -57,6 +57,18 @@ def test_objects_are_those_of_mmdet(detector, images, tmp_path):
     assert found[0]['class'] == CLASSES[1:][found[0]['label']]
 
 
+def test_large_images_are_not_segmented_together(detector, images, monkeypatch):
+    batches = []
+    predict = detector._predict
+    monkeypatch.setattr(detector, '_predict', lambda b: batches.append(len(b)) or predict(b))
+    same = [images[0], images[2], images[5]]  # of one size
+    detector.predict(same)
+    # Masks of one image alone reach the limit.
+    monkeypatch.setattr('gfnet_dense.inference.predictor._WINDOW_BYTES', 100 * 64 * 64)
+    detector.predict(same)
+    assert batches == [2, 1, 1, 1, 1]
+
+
 def test_a_detector_averages_views(images, tmp_path):
     path = random_checkpoint(DETECTOR, tmp_path)
     averaged = gfnet_dense.load(DETECTOR, path, 'cpu', tta=True)

@@ -16,6 +16,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from PIL import Image
 
+from gfnet_dense.cli import main
 from gfnet_dense.demo import CLASSES, PALETTE, write_digit_scans, write_digits
 from gfnet_dense.inference import ExportError, export_model, load_model
 from gfnet_dense.inference import export as exporting
@@ -135,7 +136,14 @@ def test_segmentor_in_onnx_runtime(trained, tmp_path):
     quantized = onnx.load_from_string(content)
     assert onnx.TensorProto.INT8 in {tensor.data_type for tensor in quantized.graph.initializer}
     assert quantized.metadata_props == model.metadata_props
-    (rounded,) = exporting.runs_of(content, '.onnx')[0]['ONNX Runtime'](np.stack(images))
+    # Filters stay in float32, four products with one Fourier matrix each in each of four blocks.
+    sizes = {tensor.name: tensor.dims for tensor in quantized.graph.initializer}
+    products = [node for node in quantized.graph.node if node.op_type == 'MatMul']
+    matrices = [sizes[node.input[0]] for node in products if node.input[0] in sizes]
+    assert [len(size) for size in matrices] == 16 * [2]
+    runs, failures = exporting.runs_of(content, '.onnx')
+    assert not failures  # of OpenVINO, where it is installed
+    (rounded,) = runs['ONNX Runtime'](np.stack(images))
     error = np.abs(rounded - logits).max() / np.abs(logits).max()
     assert 1e-4 < error < BOUNDS['int8'].difference
 
@@ -298,6 +306,23 @@ def test_killed_before_the_proof_it_leaves_no_file(trained, tmp_path):
     )
     assert subprocess.run([sys.executable, '-c', code]).returncode == -signal.SIGKILL
     assert not out.exists() and len([*tmp_path.iterdir()]) == 1  # what the next run overwrites
+
+
+def test_a_job_that_is_ended_leaves_no_file(trained, tmp_path, monkeypatch):
+    without_exporter(monkeypatch, 1.0)
+    monkeypatch.setattr(exporting, 'runs_of', lambda *_: signal.raise_signal(signal.SIGTERM))
+    config, weights = trained(CLASSIFIER)
+    out = tmp_path / 'model.pt2'
+    arguments = ['gfnet', 'export', config, weights, out, '--shape', 64, 64]
+    monkeypatch.setattr('sys.argv', [*map(str, arguments)])
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as end:
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert end.value.code == 128 + signal.SIGTERM
+    assert not [*tmp_path.iterdir()]
 
 
 def test_accuracy_is_that_of_mmseg():

@@ -3,6 +3,7 @@
 import cv2
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -75,6 +76,13 @@ def test_grey_of_16_and_32_bits(tmp_path, rgb):
         Image.fromarray(dark.astype(dtype)).save(tmp_path / 'grey.tif')
         with pytest.raises(InputError, match=r'grey\.tif: mode [IF], of 32 bits, has no 8-bit'):
             read_image(tmp_path / 'grey.tif')
+
+
+def test_two_bands_are_no_colours(tmp_path, rgb):
+    path = tmp_path / 'radar.tif'
+    tifffile.imwrite(path, rgb[:, :, :2], photometric='minisblack', extrasamples=['unspecified'])
+    with pytest.raises(InputError, match=r'radar\.tif: more than one band'):
+        read_image(path)
 
 
 def test_the_first_frame_is_taken(tmp_path, rgb):

@@ -12,6 +12,7 @@ from mmengine.config import Config
 from PIL import Image
 from random_models import (
     CLASSIFIER,
+    DETECTOR,
     INSTANCE_SEGMENTOR,
     SEGMENTOR,
     SIZES,
@@ -111,6 +112,73 @@ def test_an_image_on_which_the_network_fails_costs_no_other_one(segmentor, image
     results = [result for _, result in segmentor.stream([images[0], black, images[2]])]
     assert [type(result) for result in results] == [Prediction, RuntimeError, Prediction]
     assert str(results[1]) == 'an image (ndarray): the network fails: RuntimeError: black'
+
+
+def test_scores_are_the_probabilities_of_the_labels(segmentor, checkpoint, images, monkeypatch):
+    from mmseg.apis import inference_model, init_model
+
+    model = init_model(str(find_config(SEGMENTOR)), str(checkpoint), device='cpu')
+    for i in (0, 1):
+        prediction = segmentor.predict(images[i])
+        bgr = np.ascontiguousarray(images[i][:, :, ::-1])
+        expected = inference_model(model, bgr).seg_logits.data.softmax(dim=0).max(dim=0).values
+        assert prediction.scores.dtype == np.float32
+        np.testing.assert_allclose(prediction.scores, expected, atol=1e-4)
+    chosen = gfnet_dense.load(SEGMENTOR, checkpoint, 'cpu', classes=[CLASSES[0]])
+    prediction = chosen.predict(images[0])
+    np.testing.assert_array_equal(prediction.scores == 0, prediction.labels == 255)
+
+    # A window by itself, within a larger image
+    tiled = gfnet_dense.load(SEGMENTOR, checkpoint, 'cpu', tile=64)
+    found = tiled.predict(np.tile(images[0], (2, 2, 1))).scores[:32, :32]
+    np.testing.assert_allclose(found, segmentor.predict(images[0]).scores[:32, :32], atol=1e-4)
+
+    # One channel, beside a threshold of 0.3
+    head = segmentor.model.decode_head
+    monkeypatch.setattr(head, 'out_channels', 1)
+    monkeypatch.setattr(head, 'threshold', 0.3)
+    labels, scores = segmentor._resized(torch.tensor([[[0.2, 0.35, 0.9]]]), (1, 3))
+    assert labels.tolist() == [[0, 1, 1]]
+    torch.testing.assert_close(scores, torch.tensor([[0.8, 0.35, 0.9]]))
+
+
+def test_nan_reaches_no_result(images, tmp_path):
+    for name in (SEGMENTOR, DETECTOR, CLASSIFIER):
+        path = random_checkpoint(name, tmp_path)
+        model = gfnet_dense.load(name, path, 'cpu', batch_size=2)
+        network, test_step = model._network, model._network.test_step
+
+        def broken(data, test_step=test_step):
+            """As after an overflow: the second image of the batch is black."""
+            outputs = test_step(data)
+            for inputs, output in zip(data['inputs'], outputs, strict=True):
+                if not inputs.any():
+                    if 'seg_logits' in output:
+                        values = output.seg_logits.data
+                    elif 'pred_instances' in output:
+                        values = output.pred_instances.bboxes
+                    else:
+                        values = output.pred_score
+                    values[:] = float('nan')
+            return outputs
+
+        network.test_step = broken
+        black = np.zeros_like(images[0])
+        results = [result for _, result in model.stream([images[0], black, images[2]])]
+        assert [type(result) for result in results] == [Prediction, RuntimeError, Prediction]
+        assert 'NaN or infinite' in str(results[1])
+
+
+def test_windows_keep_the_resolution_of_the_image(checkpoint):
+    cfg = Config.fromfile(find_config(SEGMENTOR))
+    steps = cfg.test_dataloader.dataset.pipeline
+    steps.insert(2, dict(type='ResizeToMultiple', size_divisor=32))
+    tiled = gfnet_dense.load(cfg, checkpoint, 'cpu', tile=48)
+    shapes = []
+    tiled._test_step = lambda data: shapes.extend(d['inputs'].shape for d in data) or [][0]
+    with pytest.raises(IndexError):
+        next(tiled._window_scores(np.zeros((48, 96, 3), np.uint8), 0, [0], 48, 48))
+    assert shapes == [(3, 48, 48)]
 
 
 def test_large_maps_are_resized_piece_by_piece(segmentor, images, monkeypatch):
@@ -342,6 +410,11 @@ def test_files_that_are_no_weights_of_the_model(checkpoint, tmp_path, monkeypatc
         CheckpointError, match=r'short\.pth does not fit.* lacks backbone\.pos_embed'
     ):
         gfnet_dense.load(SEGMENTOR, 'short.pth')
+    content = torch.load(checkpoint)
+    content['state_dict']['backbone.pos_embed'][0, 0] = float('nan')
+    torch.save(content, 'diverged.pth')
+    with pytest.raises(CheckpointError, match=r'holds NaN in backbone\.pos_embed'):
+        gfnet_dense.load(SEGMENTOR, 'diverged.pth')
     Path('evil.pth').write_bytes(pickle.dumps(Evil()))
     with pytest.raises(CheckpointError, match=r'not safe|not a checkpoint'):
         gfnet_dense.load(SEGMENTOR, 'evil.pth')

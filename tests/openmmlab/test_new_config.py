@@ -222,6 +222,8 @@ def test_detection_by_the_command_line(tmp_path):
         '--iterations', 4, '--batch', 2, cwd=tmp_path,
     )  # fmt: skip
     assert out.returncode == 0, out.stdout[-3000:]
+    assert '10 classes: zero, one' in out.stdout
+    assert 'creating index' not in out.stdout and 'OneDL' not in out.stdout
     assert 'Mask R-CNN' in (tmp_path / 'digits.py').read_text()
     whole = json.loads(file.read_text())
     parts = [json.loads((tmp_path / f'digits_{use}.json').read_text()) for use in ('train', 'val')]
@@ -233,6 +235,20 @@ def test_detection_by_the_command_line(tmp_path):
     )
     assert cfg.train_cfg.max_epochs == 2
     assert cfg.val_evaluator.ann_file == str(tmp_path / 'digits_val.json')
+
+    trained = by_command('digits.py', '--work-dir', 'run', cwd=tmp_path, verb='train')
+    assert trained.returncode == 0, trained.stdout[-3000:]
+    assert 'coco/bbox_mAP' in trained.stdout
+    found = by_command(
+        'digits.py', 'run/epoch_2.pth', digits / 'images/validation', '--out', 'results',
+        cwd=tmp_path, verb='predict',
+    )  # fmt: skip
+    assert found.returncode == 0, found.stdout[-3000:]
+    images = json.loads((tmp_path / 'results/images.json').read_text())
+    assert len(images['images']) == 1
+    assert [item['name'] for item in images['categories']] == cfg.metainfo['classes']
+    results = json.loads((tmp_path / 'results/predictions.json').read_text())
+    assert {'bbox', 'score', 'segmentation'} <= {*results[0]}
 
 
 @pytest.mark.slow
@@ -298,6 +314,38 @@ def test_photos_are_never_replaced_by_links(tmp_path, monkeypatch):
     new_config('pets', images='fl_data/train', **options)
     links = [*Path('pets_data').glob('*/*/*.png')]
     assert sorted(link.resolve() for link in links) == [p.resolve() for p in photos[1:]]
+
+
+def test_what_earlier_runs_wrote_is_no_class(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('cat', 'dog'):
+        for i in range(3):
+            save(photograph(), Path(name, f'{i}.png'))
+    Path('work_dirs').mkdir()
+    for name in ('pets', 'pets', 'others'):
+        written = new_config(name, images='.', arch='nano', batch=2, iterations=4, force=True)
+        assert written.config.model.backbone.num_classes == 2
+        assert '2 classes: cat, dog' in str(written)
+
+
+def test_coco_files_with_relative_roots(tmp_path, monkeypatch):
+    digits = write_digits(tmp_path / 'digits', num_training=3, num_validation=1)
+    file = digits / 'annotations/instances_training.json'
+    content = json.loads(file.read_text())
+    for image in content['images']:
+        image['file_name'] = f'../photos/{image["file_name"]}'
+    (digits / 'images/training').rename(tmp_path / 'photos')
+    (tmp_path / 'marks').mkdir()
+    (tmp_path / 'marks/a.json').write_text(json.dumps(content))
+    (tmp_path / 'work').mkdir()
+    monkeypatch.chdir(tmp_path / 'work')
+    options = dict(arch='nano', batch=2, iterations=4)
+    written = new_config('a', coco='../marks/a.json', **options)
+    monkeypatch.chdir(tmp_path)  # training may start anywhere
+    with DATASETS.switch_scope_and_registry('mmdet'):
+        dataset = DATASETS.build(written.config.train_dataloader.dataset)
+    paths = [Path(dataset.get_data_info(i)['img_path']).resolve() for i in range(len(dataset))]
+    assert len(paths) == 2 and {path.parent for path in paths} == {tmp_path / 'photos'}
 
 
 def test_inputs_are_never_overwritten(tmp_path, monkeypatch):

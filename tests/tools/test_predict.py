@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
 from PIL import Image
 from pycocotools.coco import COCO
@@ -21,6 +23,7 @@ from random_models import CLASSIFIER, DETECTOR, SEGMENTOR, random_checkpoint
 import gfnet_dense
 from gfnet_dense.cli import VERBS, main
 from gfnet_dense.demo import CLASSES, write_digits
+from gfnet_dense.inference.video import write_video
 from gfnet_dense.openmmlab import evaluate, find_config
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +92,8 @@ def run_tool(*arguments: object, digits: Path, cwd: Path) -> subprocess.Complete
 
 
 def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file()}
+    paths = (path for path in folder.rglob('*') if path.is_file() and path.name[0] != '.')
+    return {str(path.relative_to(folder)) for path in paths}
 
 
 def labels(path: Path) -> np.ndarray:
@@ -132,6 +136,25 @@ def test_resuming_leaves_out_what_is_there(photos, segmentor, call, tmp_path):
     assert kept.stat().st_mtime_ns == before
     call(*arguments)
     assert kept.stat().st_mtime_ns > before
+
+
+def test_resuming_never_mixes_results(photos, images, segmentor, call, tmp_path):
+    other = tmp_path / 'other.pth'
+    content = torch.load(segmentor)
+    content['state_dict']['backbone.pos_embed'] += 1
+    torch.save(content, other)
+    first, second, *_ = images
+    call('predict', SEGMENTOR, segmentor, first, second, '--out', 'out')
+    for changed in ((other, first), (segmentor, first, '--as-annotations')):
+        status, _, error = call('predict', SEGMENTOR, *changed, '--out', 'out', '--resume')
+        assert status == 1 and len(error.strip().splitlines()) == 1
+        assert re.search('out holds results of other (weights|as_annotations): choose an', error)
+    # The second image's result is of the other weights now, and never counts as there.
+    before = (tmp_path / f'out/labels/{second.stem}.png').stat().st_mtime_ns
+    call('predict', SEGMENTOR, other, first, '--out', 'out')
+    status, out, _ = call('predict', SEGMENTOR, other, first, second, '--out', 'out', '--resume')
+    assert status == 0 and '1 images' in out and '1 were there' in out
+    assert (tmp_path / f'out/labels/{second.stem}.png').stat().st_mtime_ns > before
 
 
 def test_labels_in_the_coding_of_the_annotations(segmentor, digits, images, call, tmp_path):
@@ -291,6 +314,56 @@ def test_videos(segmentor, digits, call, tmp_path):
     assert 80 < frames[4].astype(int).mean() - frames[0].mean() < 120
     status, out, _ = call(*arguments, '--resume')
     assert '1 were there' in out
+
+
+def test_videos_with_faults(segmentor, call, tmp_path):
+    av = pytest.importorskip('av')
+
+    def write(name: str, count: int, height: int, width: int) -> Path:
+        options = dict(movflags='faststart') if name.endswith('.mp4') else {}  # its header first
+        with av.open(name, 'w', options=options) as file:
+            stream = file.add_stream('libx264', rate=8)
+            stream.width, stream.height, stream.pix_fmt = width, height, 'yuv444p'
+            for i in range(count):
+                array = np.random.default_rng(i).integers(0, 255, (height, width, 3), np.uint8)
+                file.mux(stream.encode(av.VideoFrame.from_ndarray(array, format='rgb24')))
+            file.mux(stream.encode())
+        return Path(name)
+
+    write('odd.mkv', 3, 45, 63)
+    for suffix in ('mkv', 'mp4'):
+        content = write(f'whole.{suffix}', 32, 64, 64).read_bytes()
+        Path(f'cut.{suffix}').write_bytes(content[: len(content) // 3])
+    Path('empty.mp4').touch()
+    with av.open('none.avi', 'w') as file:  # a video without frames
+        stream = file.add_stream('mjpeg', rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, 'yuvj444p'
+        file.start_encoding()
+    names = ('odd.mkv', 'cut.mkv', 'cut.mp4', 'empty.mp4', 'none.avi')
+    status, out, _ = call('predict', SEGMENTOR, segmentor, *names, '--out', 'out')
+    assert status == 1 and '4 inputs failed' in out, out
+    for name in ('cut.mkv', 'cut.mp4'):
+        assert re.search(
+            rf'{name} (ends after 1\.\d of 4\.0 seconds: a part is|cannot be dec)', out
+        )
+    with av.open('out/overlays/odd.mkv.mp4') as file:
+        assert [(f.height, f.width) for f in file.decode(video=0)] == 3 * [(46, 64)]
+    assert labels(tmp_path / 'out/labels/odd.mkv/000003.png').shape == (45, 63)
+    # No video stands for one that is not whole.
+    assert {path.name for path in (tmp_path / 'out/overlays').iterdir()} == {'odd.mkv.mp4'}
+
+
+def test_frames_of_different_sizes(tmp_path):
+    av = pytest.importorskip('av')
+    with write_video(tmp_path / 'a.mp4', Fraction(8)) as add:
+        for size in ((64, 48), (80, 32), (64, 48)):
+            add(Image.new('RGB', size, 'red'))
+    with av.open(str(tmp_path / 'a.mp4')) as file:
+        frames = [frame.to_ndarray(format='rgb24') for frame in file.decode(video=0)]
+    assert [frame.shape for frame in frames] == 3 * [(48, 64, 3)]
+    # The wide frame is shrunk to 64 x 26, amid black.
+    red = frames[1][..., 0] > 128
+    assert red[12:36].all() and not red[:10].any() and not red[38:].any()
 
 
 def test_videos_without_pyav_are_explained(segmentor, call, monkeypatch):
