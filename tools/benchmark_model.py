@@ -3,7 +3,7 @@
 By default, GFNet-H-S as it is, with the filter computed by its definition (the baseline of all
 ratios), and two networks of timm of its size. With --scaling, the time of a pixel as images grow.
 With --resizing, what it costs that images of COCO are seldom two alike. With --profile, which
-operators take the time of GFNet-H-S.
+operators take the time of GFNet-H-S, or of a config's model.
 """
 
 import argparse
@@ -11,10 +11,13 @@ from collections.abc import Callable
 
 import timm
 import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
 from torch import nn
 
 from gfnet_dense.benchmark import machine, measure, milliseconds, speedup
 from gfnet_dense.models import GFNetPyramid, GlobalFilter
+from gfnet_dense.openmmlab import find_config
 from gfnet_dense.spectral import global_filter
 from gfnet_dense.spectral.reference import reference_filter
 
@@ -128,14 +131,23 @@ def compare_resizing(args: argparse.Namespace) -> None:
 
 
 def profile(args: argparse.Namespace) -> None:
-    """Print the operators that take most of the time of GFNet-H-S in inference."""
-    run = inference(GFNetPyramid('h-s', num_classes=0).to(args.device), images(args))
-    run()
+    """Print what part of inference the backbone takes, and the operators that take most time."""
+    model: nn.Module = GFNetPyramid('h-s', num_classes=0)
+    if args.config:
+        config = Config.fromfile(find_config(args.config))
+        with MODELS.switch_scope_and_registry(config.get('default_scope')) as registry:
+            model = registry.build(config.model)
+    model, x = model.to(args.device), images(args)
+    tasks = {'whole': inference(model, x)}
+    if args.config:
+        tasks['backbone'] = inference(model.backbone, x)
+    times = measure(tasks, args.repeats, args.seconds, args.device)
+    print(', '.join(f'{name} {milliseconds(times, name)} ms' for name in tasks))
     with torch.profiler.profile(acc_events=True) as profiler:
         for _ in range(args.repeats):
-            run()
+            tasks['whole']()
     time = 'cuda' if args.device.startswith('cuda') else 'cpu'
-    print(profiler.key_averages().table(f'self_{time}_time_total', row_limit=10))
+    print(profiler.key_averages().table(f'self_{time}_time_total', row_limit=12))
 
 
 def parse_args() -> argparse.Namespace:
@@ -149,6 +161,7 @@ def parse_args() -> argparse.Namespace:
     what.add_argument('--scaling', action='store_true', help='time a pixel as images grow')
     what.add_argument('--resizing', action='store_true', help='time filters of another grid')
     what.add_argument('--profile', action='store_true', help='list the operators that take time')
+    parser.add_argument('--config', help='profile this segmentor or one-stage detector')
     parser.add_argument('--repeats', type=int, default=7, help='turns of each contender, 2 or more')
     parser.add_argument('--seconds', type=float, default=0.2, help='the least length of a turn')
     return parser.parse_args()
