@@ -4,6 +4,7 @@ import functools
 import gc
 import importlib.util
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,3 +67,29 @@ def relative_error() -> 'Callable[[Tensor, Tensor], float]':
         return ((actual - expected).abs().max() / expected.abs().max()).item()
 
     return measure
+
+
+@pytest.fixture
+def gfnet(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Return a function that runs a verb in this process: exit status, output and errors."""
+    from mmengine.logging import MMLogger
+    from mmengine.visualization import Visualizer
+
+    from gfnet_dense.cli import main
+
+    monkeypatch.setenv('LOCAL_RANK', '0')  # which verbs that know launchers set
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr('sys.argv', ['gfnet', *map(str, arguments)])
+        # Runs of one config and one second have one name. They would share what writes and draws.
+        for kind in (MMLogger, Visualizer):
+            kind._instance_dict.clear()
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            status = main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run

@@ -1,5 +1,3 @@
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +6,7 @@ import torch
 from mmengine.config import Config
 from mmengine.optim import AmpOptimWrapper
 from mmengine.optim.optimizer import amp_optimizer_wrapper
+from processes import run
 from toy import toy_config
 
 from gfnet_dense.demo import write_digits
@@ -115,18 +114,9 @@ def watch(runner, computed_in):
 @pytest.mark.slow
 def test_a_step_of_two_processes_equals_one_with_the_joined_batch(tmp_path):
     digits = write_digits(tmp_path / 'digits', num_training=8, num_validation=1)
-    environment = {**os.environ, 'DIGITS_ROOT': str(digits), 'OMP_NUM_THREADS': '1'}
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
     for name, arguments in (('one', []), ('two', torchrun)):
-        result = subprocess.run(
-            [sys.executable, *arguments, str(STEP), str(tmp_path / name), '8'],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=250,
-        )
-        assert result.returncode == 0, result.stdout[-3000:]
+        run(sys.executable, *arguments, STEP, tmp_path / name, 8, DIGITS_ROOT=digits)
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ('one', 'two'))
     assert one.keys() == two.keys()
     for key in one:

@@ -2,21 +2,18 @@
 
 import importlib
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from filter_oracle import ERRORS
-
-TOOLS = Path(__file__).resolve().parents[2] / 'tools'
+from processes import ROOT, run_tool
 
 
 @pytest.fixture(scope='module')
 def tool():
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(TOOLS)
+        patch.syspath_prepend(ROOT / 'tools')
         yield importlib.import_module('gpu_report')
 
 
@@ -83,8 +80,6 @@ def test_times_are_kept_continued_and_rendered(tool, tmp_path, monkeypatch):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize('part', [1, 2, 3, 4])
 def test_rehearses_on_a_cpu_with_the_interpreter(tool, tmp_path, part):
-    command = [sys.executable, TOOLS / 'gpu_report.py', '--rehearse', '--out', tmp_path]
-    options = ['--part', str(part), '--minutes', '14']
-    run = subprocess.run([*command, *options], capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
+    options = '--rehearse', '--out', tmp_path, '--part', part, '--minutes', 14
+    run_tool('gpu_report.py', *options)
     assert len(tool.read(tmp_path)) == len([*tool.PARTS[part](tool.CPU)])

@@ -1,19 +1,11 @@
 """The model zoo says what the configs say."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import yaml
-
-ROOT = Path(__file__).resolve().parents[2]
+from processes import ROOT, run_tool
 
 
 def test_the_model_zoo_is_up_to_date():
-    result = subprocess.run(
-        [sys.executable, ROOT / 'tools/model_zoo.py', '--check'], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    run_tool('model_zoo.py', '--check')
 
 
 def test_every_config_is_on_the_page():
