@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 hypothesis.settings.register_profile('repeatable', deadline=None, database=None, derandomize=True)
 hypothesis.settings.load_profile('repeatable')
 
+# Two processes of tests, and what they start, share two cores: each computes in one thread.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
 # Nothing leaves this machine, of subprocesses neither: the proxy is a port where nobody answers.
 os.environ |= {f'{scheme}_proxy': 'http://127.0.0.1:9' for scheme in ('http', 'https')}
 os.environ['no_proxy'] = '127.0.0.1'
@@ -72,8 +75,7 @@ def relative_error() -> 'Callable[[Tensor, Tensor], float]':
 @pytest.fixture
 def gfnet(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     """Return a function that runs a verb in this process: exit status, output and errors."""
-    from mmengine.logging import MMLogger
-    from mmengine.visualization import Visualizer
+    from mmengine.utils import ManagerMixin
 
     from gfnet_dense.cli import main
 
@@ -81,9 +83,12 @@ def gfnet(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr('sys.argv', ['gfnet', *map(str, arguments)])
-        # Runs of one config and one second have one name. They would share what writes and draws.
-        for kind in (MMLogger, Visualizer):
+        # As in a new process, nothing is left of other runs. Those of one config and one second
+        # have one name, by which they would share loggers and visualizers.
+        kinds = [ManagerMixin]
+        for kind in kinds:
             kind._instance_dict.clear()
+            kinds += kind.__subclasses__()
         handler = signal.getsignal(signal.SIGTERM)
         try:
             status = main()

@@ -19,10 +19,10 @@ def run(
 ) -> subprocess.CompletedProcess:
     """Run a command that has to end with an exit status; it prints errors to its output.
 
-    It finds this checkout's package and the helpers of the tests, and computes in one thread.
+    It finds this checkout's package and the helpers of the tests.
     """
     path = os.pathsep.join([str(HERE), str(ROOT), os.environ.get('PYTHONPATH', '')])
-    changes = {'PYTHONPATH': path, 'OMP_NUM_THREADS': '1', 'PYTHON': sys.executable, **environment}
+    changes = {'PYTHONPATH': path, 'PYTHON': sys.executable, **environment}
     result = subprocess.run(
         [str(part) for part in command],
         env={**os.environ, **{key: str(value) for key, value in changes.items()}},

@@ -45,7 +45,6 @@ def data(tmp_path_factory):
         digits = write_digits(root / 'digits', num_training=8, num_validation=5)
         patch.setenv('DIGITS_ROOT', str(digits))
         patch.setenv('DIGIT_SCANS_ROOT', str(write_digit_scans(root / 'scans')))
-        patch.setenv('OMP_NUM_THREADS', '1')
         yield digits
 
 

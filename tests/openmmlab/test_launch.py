@@ -1,3 +1,4 @@
+import runpy
 import sys
 from pathlib import Path
 
@@ -112,11 +113,13 @@ def watch(runner, computed_in):
 
 
 @pytest.mark.slow
-def test_a_step_of_two_processes_equals_one_with_the_joined_batch(tmp_path):
+def test_a_step_of_two_processes_equals_one_with_the_joined_batch(tmp_path, monkeypatch):
     digits = write_digits(tmp_path / 'digits', num_training=8, num_validation=1)
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    for name, arguments in (('one', []), ('two', torchrun)):
-        run(sys.executable, *arguments, STEP, tmp_path / name, 8, DIGITS_ROOT=digits)
+    torchrun = '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2'
+    run(sys.executable, *torchrun, STEP, tmp_path / 'two', 8, DIGITS_ROOT=digits)
+    monkeypatch.setenv('DIGITS_ROOT', str(digits))
+    monkeypatch.setattr('sys.argv', [str(STEP), str(tmp_path / 'one'), '8'])
+    runpy.run_path(str(STEP))
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ('one', 'two'))
     assert one.keys() == two.keys()
     for key in one:

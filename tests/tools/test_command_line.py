@@ -56,7 +56,6 @@ def start(*command, until: str) -> tuple[subprocess.Popen, str]:
     """Start a command; return it, and its output up to a line that holds a pattern."""
     process = subprocess.Popen(
         [str(c) for c in command],
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

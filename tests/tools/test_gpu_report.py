@@ -2,8 +2,11 @@
 
 import importlib
 import json
+import subprocess
 import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from filter_oracle import ERRORS
@@ -78,8 +81,22 @@ def test_times_are_kept_continued_and_rendered(tool, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize('part', [1, 2, 3, 4])
-def test_rehearses_on_a_cpu_with_the_interpreter(tool, tmp_path, part):
-    options = '--rehearse', '--out', tmp_path, '--part', part, '--minutes', 14
-    run_tool('gpu_report.py', *options)
-    assert len(tool.read(tmp_path)) == len([*tool.PARTS[part](tool.CPU)])
+def test_rehearses_on_a_cpu_with_the_interpreter(tool, tmp_path, monkeypatch, gfnet):
+    """Of the trainings, the first and the interrupted one run as processes, others in this one."""
+
+    def train_here(command: list[str], **options) -> subprocess.CompletedProcess:
+        arguments = command[command.index(str(ROOT / 'tools/train.py')) + 1 :]
+        arguments.remove('--launcher=pytorch')
+        status, out, err = gfnet('train', *arguments)
+        return subprocess.CompletedProcess(command, status, out, err)
+
+    trainings = [*tool.products(tool.CPU)]
+    here = [row for row in trainings[1:] if 'SIGTERM' not in row.label]
+    assert len(here) == len(trainings) - 2
+    with monkeypatch.context() as patch:
+        patch.setattr(tool, 'subprocess', SimpleNamespace(run=train_here))
+        patch.setitem(tool.PARTS, 4, lambda at: here)
+        measured(tool, 4, tmp_path)
+    run_tool('gpu_report.py', '--rehearse', '--out', tmp_path, '--minutes', 14)
+    planned = [row.label for part in tool.PARTS.values() for row in part(tool.CPU)]
+    assert Counter(row['label'] for row in tool.read(tmp_path)) == Counter(planned)

@@ -215,7 +215,7 @@ def test_killed_in_the_middle(segmentor, digits, images, call, tmp_path):
         before = len(list(out.rglob('*.png')))
         process = subprocess.Popen(
             [sys.executable, ROOT / 'tools/predict.py', *map(str, arguments), *more],
-            env={**os.environ, 'DIGITS_ROOT': str(digits), 'OMP_NUM_THREADS': '1'},
+            env={**os.environ, 'DIGITS_ROOT': str(digits)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
