@@ -210,6 +210,7 @@ def test_other_outputs(trained):
     assert 0 < (rounded - expected).abs().max() < BOUNDS['float16'].difference * expected.max()
 
 
+@pytest.mark.slow
 def test_refused(trained, tmp_path):
     out = tmp_path / 'model.onnx'
     for shapes, arguments, message in (
