@@ -4,6 +4,7 @@ import functools
 import gc
 import importlib.util
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 # The same examples on every machine, and no folder of examples left behind.
 hypothesis.settings.register_profile('repeatable', deadline=None, database=None, derandomize=True)
 hypothesis.settings.load_profile('repeatable')
+
+# Two processes of tests, and what they start, share two cores: each computes in one thread.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 # Nothing leaves this machine, of subprocesses neither: the proxy is a port where nobody answers.
 os.environ |= {f'{scheme}_proxy': 'http://127.0.0.1:9' for scheme in ('http', 'https')}
@@ -66,3 +70,31 @@ def relative_error() -> 'Callable[[Tensor, Tensor], float]':
         return ((actual - expected).abs().max() / expected.abs().max()).item()
 
     return measure
+
+
+@pytest.fixture
+def gfnet(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Return a function that runs a verb in this process: exit status, output and errors."""
+    from mmengine.utils import ManagerMixin
+
+    from gfnet_dense.cli import main
+
+    monkeypatch.setenv('LOCAL_RANK', '0')  # which verbs that know launchers set
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr('sys.argv', ['gfnet', *map(str, arguments)])
+        # As in a new process, nothing is left of other runs. Those of one config and one second
+        # have one name, by which they would share loggers and visualizers.
+        kinds = [ManagerMixin]
+        for kind in kinds:
+            kind._instance_dict.clear()
+            kinds += kind.__subclasses__()
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            status = main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run

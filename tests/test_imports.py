@@ -42,6 +42,7 @@ PACKAGES = {
 KERNELS = PACKAGE / 'spectral' / 'triton' / 'kernels.py'
 
 
+@functools.cache
 def imported_names(path: Path, at_import_time: bool = False) -> set[str]:
     """Return the full names of what a file imports, relative imports resolved.
 

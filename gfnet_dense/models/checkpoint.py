@@ -5,7 +5,6 @@ the norms of the outputs and the channels of the images may differ from the file
 must be there and be used. What the parameters of a network are called is asked of the network.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -167,7 +166,9 @@ def backbone_weights(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 def _is_output(key: str) -> bool:
     """Tell whether a parameter belongs to a head or a norm of an output, which may differ."""
-    return re.fullmatch(r'(head|norm\d*)\.(weight|bias)', key) is not None
+    module, _, parameter = key.rpartition('.')
+    is_output = module == 'head' or module.rstrip('0123456789') == 'norm'
+    return is_output and parameter in ('weight', 'bias')
 
 
 def _resize(state: dict[str, Tensor], model: 'GFNetBase') -> list[str]:

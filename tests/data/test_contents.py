@@ -184,6 +184,7 @@ def check(cfg, **changes):
     return found
 
 
+@pytest.mark.slow
 def test_masks_with_a_label_map(root):
     """Labels of detection are loaded after the image, as in HTC."""
     cfg = make_config('masks', root)

@@ -1,9 +1,7 @@
 import json
-import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,13 +10,13 @@ import numpy as np
 import pytest
 import sklearn.datasets
 from PIL import Image
+from processes import ROOT, run_tool
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-import gfnet_dense
 from gfnet_dense.demo import CLASSES, PALETTE, digits, write_digit_scans, write_digits
 
-TOOL = Path(__file__).parents[2] / 'tools' / 'make_digits.py'
+TOOL = ROOT / 'tools' / 'make_digits.py'
 SMALL = {'num_training': 40, 'num_validation': 12, 'seed': 3}
 TINY = {'num_training': 3, 'num_validation': 2, 'image_size': 48}
 
@@ -411,16 +409,7 @@ def test_scans_are_written_once_and_whole(scans, tmp_path, monkeypatch):
 def test_the_tool_writes_data_and_preview(tmp_path):
     arguments = ['--num-training', '3', '--num-validation', '2', '--image-size', '48']
     arguments += ['--preview', 'sheets/preview.png']
-    # The package under test, whether it is installed or not.
-    environment = {**os.environ, 'PYTHONPATH': str(Path(gfnet_dense.__file__).parents[1])}
-    run = subprocess.run(
-        [sys.executable, TOOL, *arguments],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
+    run = run_tool('make_digits.py', *arguments, cwd=tmp_path)
     assert 'data/digits: 3 training and 2 validation scenes of 48x48 pixels' in run.stdout
     assert 'sheets/preview.png' in run.stdout
     assert contents(tmp_path / 'data/digits') == contents(write_digits(tmp_path / 'same', **TINY))

@@ -9,19 +9,12 @@ from pycocotools import mask as coco_mask
 from random_models import (
     DETECTOR,
     INSTANCE_SEGMENTOR,
-    SIZES,
     random_checkpoint,
-    random_images,
 )
 
 import gfnet_dense
 from gfnet_dense.demo import CLASSES
 from gfnet_dense.inference import Predictor
-
-
-@pytest.fixture(scope='module')
-def images() -> list[np.ndarray]:
-    return random_images(SIZES)
 
 
 @pytest.fixture(scope='module')

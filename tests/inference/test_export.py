@@ -15,6 +15,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from PIL import Image
+from processes import ROOT, run, run_tool
 
 from gfnet_dense.cli import main
 from gfnet_dense.demo import CLASSES, PALETTE, write_digit_scans, write_digits
@@ -22,7 +23,6 @@ from gfnet_dense.inference import ExportError, export_model, load_model
 from gfnet_dense.inference import export as exporting
 from gfnet_dense.inference.export import BOUNDS, Comparison, deploy
 
-ROOT = Path(__file__).parents[2]
 SEGMENTOR, DETECTOR, CLASSIFIER = (
     f'{head}gfnet_nano_digits' for head in ('upernet_', 'retinanet_', '')
 )
@@ -46,7 +46,6 @@ def data(tmp_path_factory):
         digits = write_digits(root / 'digits', num_training=8, num_validation=5)
         patch.setenv('DIGITS_ROOT', str(digits))
         patch.setenv('DIGIT_SCANS_ROOT', str(write_digit_scans(root / 'scans')))
-        patch.setenv('OMP_NUM_THREADS', '1')
         yield digits
 
 
@@ -72,18 +71,6 @@ def trained(data, tmp_path_factory):
     return make
 
 
-def export_by_command(*arguments) -> str:
-    result = subprocess.run(
-        [sys.executable, ROOT / 'tools/export.py', *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stdout[-5000:]
-    return result.stdout
-
-
 def picture(shape: tuple[int, int], number: int = 0) -> np.ndarray:
     """Return a photograph in RGB."""
     height, width = shape
@@ -104,7 +91,8 @@ def pixels(image: np.ndarray, bgr: bool = True) -> torch.Tensor:
 def test_segmentor_in_onnx_runtime(trained, tmp_path):
     config, weights = trained(SEGMENTOR)
     out = tmp_path / 'new' / 'model.onnx'
-    text = export_by_command(config, weights, out, '--shape', 48, 80, '--batch', 'dynamic')
+    options = '--shape', 48, 80, '--batch', 'dynamic'
+    text = run_tool('export.py', config, weights, out, *options).stdout
     assert 'ONNX Runtime' in text and 'labels equal' in text and 'mIoU' in text
     assert [path.name for path in out.parent.iterdir()] == ['model.onnx']
 
@@ -153,7 +141,7 @@ def test_classifier_in_half_precision_by_the_command_line(trained, tmp_path):
     config, weights = trained(CLASSIFIER)
     out = tmp_path / 'model.onnx'
     options = '--half', '--labels', '--num-images', 2
-    text = export_by_command(config, weights, out, '--shape', 64, 64, *options)
+    text = run_tool('export.py', config, weights, out, '--shape', 64, 64, *options).stdout
     assert 'float16' in text and '2 images of the test data' in text and 'top-1' in text
     kinds = {tensor.data_type for tensor in onnx.load(out).graph.initializer}
     assert onnx.TensorProto.FLOAT16 in kinds
@@ -168,7 +156,7 @@ def test_classifier_in_half_precision_by_the_command_line(trained, tmp_path):
 def test_detector_as_a_program_that_needs_torch_alone(trained, tmp_path):
     config, weights = trained(DETECTOR)
     out = tmp_path / 'model.pt2'
-    text = export_by_command(config, weights, out, '--shape', 64, 64)
+    text = run_tool('export.py', config, weights, out, '--shape', 64, 64).stdout
     assert 'torch.export' in text and 'boxes' in text
     image = picture((64, 64))
     np.save(tmp_path / 'image.npy', image)
@@ -182,8 +170,8 @@ def test_detector_as_a_program_that_needs_torch_alone(trained, tmp_path):
         'torch.save(program.module()(image[None]), "outputs.pth")\n'
         'print(extra["metadata.json"])\n'
     )
-    command = [sys.executable, '-W', 'ignore', '-c', code]
-    printed = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    command = sys.executable, '-W', 'ignore', '-c', code
+    printed = run(*command, cwd=tmp_path, stderr=subprocess.PIPE)
     assert 'non-maximum suppression' in json.loads(printed.stdout)['outputs']
     (boxes,), (scores,) = torch.load(tmp_path / 'outputs.pth')
 
@@ -230,6 +218,7 @@ def test_other_outputs(trained):
     assert 0 < (rounded - expected).abs().max() < BOUNDS['float16'].difference * expected.max()
 
 
+@pytest.mark.slow
 def test_refused(trained, tmp_path):
     out = tmp_path / 'model.onnx'
     for shapes, arguments, message in (
@@ -304,7 +293,7 @@ def test_killed_before_the_proof_it_leaves_no_file(trained, tmp_path):
         'exporting.runs_of = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n'
         f'exporting.export_model({str(config)!r}, {str(weights)!r}, {str(out)!r}, [(64, 64)])\n'
     )
-    assert subprocess.run([sys.executable, '-c', code]).returncode == -signal.SIGKILL
+    run(sys.executable, '-c', code, status=-signal.SIGKILL)
     assert not out.exists() and len([*tmp_path.iterdir()]) == 1  # what the next run overwrites
 
 

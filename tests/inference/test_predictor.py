@@ -17,7 +17,6 @@ from random_models import (
     SEGMENTOR,
     SIZES,
     random_checkpoint,
-    random_images,
 )
 from timm.data import create_transform
 
@@ -27,11 +26,6 @@ from gfnet_dense.inference import InputError, Prediction, Predictor, find_task, 
 from gfnet_dense.inference.drawing import draw_labels
 from gfnet_dense.openmmlab import find_config
 from gfnet_dense.serialization import CheckpointError
-
-
-@pytest.fixture(scope='module')
-def images() -> list[np.ndarray]:
-    return random_images(SIZES)
 
 
 @pytest.fixture(scope='module')

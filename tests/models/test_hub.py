@@ -7,7 +7,6 @@ import os
 import re
 import socket
 import stat
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run
 from torch import nn
 
 from gfnet_dense.models import GFNet, GFNetPyramid, hub
@@ -466,15 +466,8 @@ def test_a_file_put_there_by_hand_is_taken_as_it_is(server, folder, content):
 
 
 def run_processes(mode: str, server: Server) -> str:
-    result = subprocess.run(
-        [sys.executable, Path(__file__).parent / 'hub_processes.py', mode, server.address],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stdout
-    return result.stdout
+    script = Path(__file__).parent / 'hub_processes.py'
+    return run(sys.executable, script, mode, server.address).stdout
 
 
 @pytest.mark.slow

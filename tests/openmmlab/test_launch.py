@@ -1,5 +1,4 @@
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 from mmengine.config import Config
 from mmengine.optim import AmpOptimWrapper
 from mmengine.optim.optimizer import amp_optimizer_wrapper
+from processes import run
 from toy import toy_config
 
 from gfnet_dense.demo import write_digits
@@ -113,20 +113,13 @@ def watch(runner, computed_in):
 
 
 @pytest.mark.slow
-def test_a_step_of_two_processes_equals_one_with_the_joined_batch(tmp_path):
+def test_a_step_of_two_processes_equals_one_with_the_joined_batch(tmp_path, monkeypatch):
     digits = write_digits(tmp_path / 'digits', num_training=8, num_validation=1)
-    environment = {**os.environ, 'DIGITS_ROOT': str(digits), 'OMP_NUM_THREADS': '1'}
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    for name, arguments in (('one', []), ('two', torchrun)):
-        result = subprocess.run(
-            [sys.executable, *arguments, str(STEP), str(tmp_path / name), '8'],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=250,
-        )
-        assert result.returncode == 0, result.stdout[-3000:]
+    torchrun = '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2'
+    run(sys.executable, *torchrun, STEP, tmp_path / 'two', 8, DIGITS_ROOT=digits)
+    monkeypatch.setenv('DIGITS_ROOT', str(digits))
+    monkeypatch.setattr('sys.argv', [str(STEP), str(tmp_path / 'one'), '8'])
+    runpy.run_path(str(STEP))
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ('one', 'two'))
     assert one.keys() == two.keys()
     for key in one:

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,25 +11,14 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS
 from PIL import Image
+from processes import run, run_tool
 
 from gfnet_dense.data import DataError
 from gfnet_dense.data.guess import look_at_coco, look_at_folders, look_at_masks, read_classes
 from gfnet_dense.demo import write_digits
 from gfnet_dense.openmmlab import LoadCodedAnnotations, new_config
 
-ROOT = Path(__file__).parents[2]
 COLOURS = [(0, 0, 0), (128, 64, 128), (70, 70, 70)]
-
-
-def by_command(*arguments, cwd: Path, verb: str = 'new') -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, ROOT / f'tools/{verb}.py', *map(str, arguments)],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
 
 
 def save(array: np.ndarray, path: Path) -> None:
@@ -188,14 +176,13 @@ def test_values_of_masks_become_labels(tmp_path):
 
 
 @pytest.mark.slow
-def test_segmentation_by_the_command_line(tmp_path):
+def test_segmentation_by_the_command_line(tmp_path, monkeypatch, gfnet):
     write_masks(tmp_path, COLOURS)
-    out = by_command(
-        'stripes', '--images', 'images', '--masks', 'masks', '--arch', 'nano', '--iterations', 2,
-        '--batch', 2, cwd=tmp_path,
-    )  # fmt: skip
-    assert out.returncode == 0, out.stdout[-3000:]
-    assert 'The data have no faults' in out.stdout and 'gfnet train stripes.py' in out.stdout
+    out = run_tool(
+        'new.py', 'stripes', '--images', 'images', '--masks', 'masks', '--arch', 'nano',
+        '--iterations', 2, '--batch', 2, cwd=tmp_path,
+    ).stdout  # fmt: skip
+    assert 'The data have no faults' in out and 'gfnet train stripes.py' in out
     assert not [*tmp_path.glob('*.partial')]
     cfg = Config.fromfile(tmp_path / 'stripes.py')
     assert cfg.model.decode_head.num_classes == cfg.model.auxiliary_head.num_classes == 3
@@ -206,22 +193,21 @@ def test_segmentation_by_the_command_line(tmp_path):
     # Colours in their order are black, grey, purple; stripes are black, purple, grey.
     assert [int(labels[0, y, 0]) for y in (5, 30, 60)] == [0, 2, 1]
 
-    trained = by_command('stripes.py', '--work-dir', 'run', cwd=tmp_path, verb='train')
-    assert trained.returncode == 0, trained.stdout[-3000:]
+    run_tool('train.py', 'stripes.py', '--work-dir', 'run', cwd=tmp_path)
     assert (tmp_path / 'run/iter_2.pth').is_file()
-    again = by_command('stripes', '--images', 'images', '--masks', 'masks', cwd=tmp_path)
-    assert again.returncode == 1 and 'stripes.py exists' in again.stdout
+    monkeypatch.chdir(tmp_path)
+    status, _, err = gfnet('new', 'stripes', '--images', 'images', '--masks', 'masks')
+    assert status == 1 and 'stripes.py exists' in err
 
 
 @pytest.mark.slow
 def test_detection_by_the_command_line(tmp_path):
     digits = write_digits(tmp_path / 'digits', num_training=5, num_validation=1)
     file = digits / 'annotations/instances_training.json'
-    out = by_command(
-        'digits', '--coco', file, '--images', digits / 'images/training', '--arch', 'nano',
-        '--iterations', 4, '--batch', 2, cwd=tmp_path,
+    out = run_tool(
+        'new.py', 'digits', '--coco', file, '--images', digits / 'images/training',
+        '--arch', 'nano', '--iterations', 4, '--batch', 2, cwd=tmp_path,
     )  # fmt: skip
-    assert out.returncode == 0, out.stdout[-3000:]
     assert '10 classes: zero, one' in out.stdout
     assert 'creating index' not in out.stdout and 'OneDL' not in out.stdout
     assert 'Mask R-CNN' in (tmp_path / 'digits.py').read_text()
@@ -236,14 +222,12 @@ def test_detection_by_the_command_line(tmp_path):
     assert cfg.train_cfg.max_epochs == 2
     assert cfg.val_evaluator.ann_file == str(tmp_path / 'digits_val.json')
 
-    trained = by_command('digits.py', '--work-dir', 'run', cwd=tmp_path, verb='train')
-    assert trained.returncode == 0, trained.stdout[-3000:]
+    trained = run_tool('train.py', 'digits.py', '--work-dir', 'run', cwd=tmp_path)
     assert 'coco/bbox_mAP' in trained.stdout
-    found = by_command(
-        'digits.py', 'run/epoch_2.pth', digits / 'images/validation', '--out', 'results',
-        cwd=tmp_path, verb='predict',
+    run_tool(
+        'predict.py', 'digits.py', 'run/epoch_2.pth', digits / 'images/validation',
+        '--out', 'results', cwd=tmp_path,
     )  # fmt: skip
-    assert found.returncode == 0, found.stdout[-3000:]
     images = json.loads((tmp_path / 'results/images.json').read_text())
     assert len(images['images']) == 1
     assert [item['name'] for item in images['categories']] == cfg.metainfo['classes']
@@ -257,8 +241,7 @@ def test_classification_by_the_command_line(tmp_path):
         for i in range(5):
             save(photograph(), tmp_path / f'pets/{name}/{i}.png')
     arguments = '--images', 'pets', '--arch', 'nano', '--iterations', 4
-    out = by_command('pets_config', *arguments, cwd=tmp_path)
-    assert out.returncode == 0, out.stdout[-3000:]
+    run_tool('new.py', 'pets_config', *arguments, cwd=tmp_path)
     cfg = Config.fromfile(tmp_path / 'pets_config.py')
     assert cfg.model.backbone.num_classes == 2 and cfg.model.type == 'ImageClassifier'
     links = [*(tmp_path / 'pets_config_data').glob('*/*/*.png')]
@@ -398,6 +381,7 @@ def test_memory_decides_the_batch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_masks(tmp_path, [0, 1], count=40)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0')  # loggers look for their GPU
     batches = []
     for memory in (1, 4, 2**20):
         monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda memory=memory: (memory << 30, 0))
@@ -414,8 +398,7 @@ def test_killed_while_it_writes_it_leaves_no_half_file(tmp_path):
         'os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)\n'
         'new_config("a", images="images", masks="masks", batch=2, iterations=9)\n'
     )
-    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path)
-    assert done.returncode == -signal.SIGKILL
+    run(sys.executable, '-c', code, status=-signal.SIGKILL, cwd=tmp_path)
     files = [path.name for path in tmp_path.iterdir() if path.is_file()]
     assert len(files) == 1 and files[0].endswith('.partial')
 

@@ -2,37 +2,25 @@ import re
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 from faults import write_data
-
-ROOT = Path(__file__).parents[2]
-
-
-def run(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, ROOT / 'tools/check_data.py', *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
+from processes import ROOT, run_tool
 
 
-def test_the_report_the_picture_and_the_exit_status(tmp_path):
+def test_the_report_the_picture_and_the_exit_status(tmp_path, monkeypatch, gfnet):
     root = write_data(tmp_path) / 'digits'
     options = [f'{use}_dataloader.dataset.data_root={root}' for use in ('train', 'val', 'test')]
     command = 'upernet_gfnet_nano_digits', '--plot', 'data.png', '--cfg-options', *options
-    done = run(*command, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_tool('check_data.py', *command, cwd=tmp_path, stderr=subprocess.PIPE)
     assert f'Training data: 8 images, BaseSegDataset in {root}' in done.stdout
     assert done.stdout.endswith('pictures: data.png\n0 faults\n')
     assert (tmp_path / 'data.png').exists()
-    done = run(*command, 'model.decode_head.num_classes=7', cwd=tmp_path)
-    assert done.returncode == 1
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = gfnet('check-data', *command, 'model.decode_head.num_classes=7')
+    assert status == 1
     # In training and in validation data, whose test data are the same.
-    assert done.stdout.count('FAULT      decode_head of the model has num_classes=7') == 2
-    assert done.stdout.endswith('2 faults\n')
+    assert out.count('FAULT      decode_head of the model has num_classes=7') == 2
+    assert out.endswith('2 faults\n')
 
 
 def test_the_benchmark_makes_data_without_a_fault(monkeypatch, capsys):

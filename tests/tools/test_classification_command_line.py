@@ -1,10 +1,7 @@
 """Pretraining by the command line, and what is made of it: evaluation, dense configs, figures."""
 
-import os
 import re
 import runpy
-import socket
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +10,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from processes import ROOT, free_port, run_tool
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -20,7 +18,6 @@ from gfnet_dense.demo import write_digit_scans
 from gfnet_dense.openmmlab import evaluate, find_config, train
 from gfnet_dense.serialization import load_file
 
-ROOT = Path(__file__).parents[2]
 NANO = 'gfnet_nano_digits'
 DENSE = sorted(path.stem for path in (ROOT / 'configs').glob('*_gfnet_nano_digits.py'))
 
@@ -34,27 +31,13 @@ def scans(tmp_path_factory) -> Path:
 def pretrained(scans, tmp_path_factory) -> tuple[Path, str]:
     """Two processes train an epoch of 2 batches and evaluate on 9 images, 5 and 4 of them."""
     work_dir = tmp_path_factory.mktemp('pretrained')
-    with socket.socket() as server:
-        server.bind(('127.0.0.1', 0))
-        port = str(server.getsockname()[1])
-    result = subprocess.run(
-        [
-            'bash', ROOT / 'tools/dist_train.sh', 'gfnet_nano_digits', '2', '--seed', '0',
-            '--work-dir', work_dir, '--cfg-options', 'train_cfg.max_epochs=1',
-            'train_dataloader.dataset.indices=128', 'val_dataloader.dataset.indices=9',
-            'test_dataloader.dataset.indices=9', 'val_dataloader.batch_size=2',
-        ],
-        env={
-            **os.environ, 'DIGIT_SCANS_ROOT': str(scans), 'OMP_NUM_THREADS': '1',
-            'MASTER_PORT': port, 'PYTHON': sys.executable,
-        },
-        cwd=work_dir,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
+    result = run_tool(
+        'dist_train.sh', 'gfnet_nano_digits', 2, '--seed', 0, '--work-dir', work_dir,
+        '--cfg-options', 'train_cfg.max_epochs=1',
+        'train_dataloader.dataset.indices=128', 'val_dataloader.dataset.indices=9',
+        'test_dataloader.dataset.indices=9', 'val_dataloader.batch_size=2',
+        cwd=work_dir, DIGIT_SCANS_ROOT=scans, MASTER_PORT=free_port(),
     )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-5000:]
     return work_dir / 'epoch_1.pth', result.stdout
 
 

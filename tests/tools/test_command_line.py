@@ -5,21 +5,22 @@ import os
 import pickle
 import re
 import runpy
-import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.hooks import DistSamplerSeedHook
 from PIL import Image
+from processes import ROOT, free_port, run_tool
 
 from gfnet_dense.demo import CLASSES, write_digits
 from gfnet_dense.openmmlab import GFNetPyramid
 
-ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / 'configs' / 'upernet_gfnet_nano_digits.py'
 ARCH = Config.fromfile(CONFIG).model.backbone.arch
 SHORT = (
@@ -43,41 +44,18 @@ def digits(tmp_path_factory) -> Path:
     )
 
 
-@pytest.fixture(scope='module')
-def environment(digits) -> dict[str, str]:
-    return {
-        **os.environ,
-        'DIGITS_ROOT': str(digits),
-        'OMP_NUM_THREADS': '1',
-        'PYTHON': sys.executable,
-    }
+@pytest.fixture(scope='module', autouse=True)
+def digits_root(digits) -> Iterator[None]:
+    """Name the data in the environment of this process and of those that it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('DIGITS_ROOT', str(digits))
+        yield
 
 
-def free_port() -> str:
-    with socket.socket() as server:
-        server.bind(('127.0.0.1', 0))
-        return str(server.getsockname()[1])
-
-
-def run(*command, environment, cwd) -> str:
-    result = subprocess.run(
-        [str(c) for c in command],
-        env=environment,
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stdout[-5000:]
-    return result.stdout
-
-
-def start(*command, environment, until: str) -> tuple[subprocess.Popen, str]:
+def start(*command, until: str) -> tuple[subprocess.Popen, str]:
     """Start a command; return it, and its output up to a line that holds a pattern."""
     process = subprocess.Popen(
         [str(c) for c in command],
-        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -91,15 +69,14 @@ def start(*command, environment, until: str) -> tuple[subprocess.Popen, str]:
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory, environment) -> tuple[Path, str]:
+def trained(tmp_path_factory) -> tuple[Path, str]:
     """Train four iterations, from a folder that is not the checkout; config by name."""
     cwd = tmp_path_factory.mktemp('elsewhere')
-    out = run(
-        sys.executable, ROOT / 'tools/train.py', 'upernet_gfnet_nano_digits',
-        '--work-dir', 'run', '--seed', '3', '--cfg-options', 'train_cfg.max_iters=4', *SHORT,
-        environment=environment, cwd=cwd,
+    result = run_tool(
+        'train.py', 'upernet_gfnet_nano_digits', '--work-dir', 'run', '--seed', '3',
+        '--cfg-options', 'train_cfg.max_iters=4', *SHORT, cwd=cwd,
     )  # fmt: skip
-    return cwd / 'run', out
+    return cwd / 'run', result.stdout
 
 
 def test_training_says_what_it_does_and_saves(trained, digits):
@@ -145,21 +122,20 @@ def test_a_segmentors_checkpoint_is_read_safely_into_a_backbone(trained):
         assert torch.equal(value, state[f'backbone.{key}']), key
 
 
-def test_a_killed_run_resumes_from_its_latest_checkpoint(tmp_path, environment):
-    command = [
-        sys.executable, ROOT / 'tools/train.py', CONFIG, '--work-dir', tmp_path,
-        '--cfg-options', *SHORT, 'train_cfg.val_interval=100',
+def test_a_killed_run_resumes_from_its_latest_checkpoint(tmp_path, gfnet):
+    arguments = [
+        CONFIG, '--work-dir', tmp_path, '--cfg-options', *SHORT, 'train_cfg.val_interval=100',
     ]  # fmt: skip
     process, _ = start(
-        *command, 'train_cfg.max_iters=10000', environment=environment, until=r'train\) \[ *3/'
-    )
+        sys.executable, ROOT / 'tools/train.py', *arguments, 'train_cfg.max_iters=10000',
+        until=r'train\) \[ *3/',
+    )  # fmt: skip
     process.kill()
     process.communicate()
     saved = int(re.search(r'iter_(\d+)', (tmp_path / 'last_checkpoint').read_text())[1])
 
-    out = run(
-        *command, f'train_cfg.max_iters={saved + 2}', '--resume', environment=environment, cwd=ROOT
-    )
+    status, out, _ = gfnet('train', *arguments, f'train_cfg.max_iters={saved + 2}', '--resume')
+    assert status == 0
     assert f'iter_{saved}.pth' in out
     iterations = [int(i) for i in re.findall(r'Iter\(train\) \[\s*(\d+)/', out)]
     assert iterations == [saved + 1, saved + 2]
@@ -168,43 +144,43 @@ def test_a_killed_run_resumes_from_its_latest_checkpoint(tmp_path, environment):
     assert steps == {saved + 2}
 
 
-def test_an_image_that_is_deleted_during_the_run_is_named(tmp_path, environment):
+def test_an_image_that_is_deleted_during_the_run_is_named(tmp_path, gfnet, monkeypatch):
     digits = write_digits(tmp_path / 'digits', num_training=8, num_validation=1)
-    command = [
-        sys.executable, ROOT / 'tools/train.py', CONFIG, '--work-dir', tmp_path / 'run',
+    monkeypatch.setenv('DIGITS_ROOT', str(digits))
+    gone = sorted((digits / 'images/training').iterdir())[3]
+
+    def delete(hook, runner, *args, **kwargs) -> None:
+        if runner.iter == 2:
+            gone.unlink()
+
+    monkeypatch.setattr(DistSamplerSeedHook, 'after_train_iter', delete)
+    status, out, err = gfnet(
+        'train', CONFIG, '--work-dir', tmp_path / 'run',
         '--cfg-options', *SHORT, 'train_cfg.val_interval=10000', 'train_cfg.max_iters=10000',
         'train_dataloader.num_workers=1',
-    ]  # fmt: skip
-    process, output = start(
-        *command, environment={**environment, 'DIGITS_ROOT': str(digits)}, until=r'train\) \[ *3/'
-    )
-    (gone := sorted((digits / 'images/training').iterdir())[3]).unlink()
-    output += process.communicate(timeout=100)[0]
-    assert process.returncode != 0
-    last = output.strip().splitlines()[-1]
-    assert 'DataError' in last and f'{gone} cannot be loaded: FileNotFoundError' in last
-    assert 'The last checkpoint is' in output
-
-
-def test_an_unknown_head_is_named(tmp_path, environment):
-    result = subprocess.run(
-        [sys.executable, ROOT / 'tools/train.py', CONFIG, '--work-dir', tmp_path,
-         '--cfg-options', 'model.decode_head.type=FooHead'],
-        env=environment, capture_output=True, text=True,
     )  # fmt: skip
-    assert result.returncode != 0
-    assert "KeyError: 'FooHead is not in the mmseg::model registry" in result.stderr
+    assert status == 1 and not gone.exists()
+    last = err.strip().splitlines()[-1]
+    assert 'DataError' in last and f'{gone} cannot be loaded: FileNotFoundError' in last
+    assert 'The last checkpoint is' in out
 
 
-def test_evaluation_predicts_draws_and_averages(trained, digits, environment, tmp_path):
+def test_an_unknown_head_is_named(tmp_path, gfnet):
+    status, _, err = gfnet(
+        'train', CONFIG, '--work-dir', tmp_path,
+        '--cfg-options', 'model.decode_head.type=FooHead',
+    )  # fmt: skip
+    assert status == 1
+    assert "KeyError: 'FooHead is not in the mmseg::model registry" in err
+
+
+def test_evaluation_predicts_draws_and_averages(trained, digits, tmp_path, gfnet):
     work_dir, trained_out = trained
     labels, pictures, dump = tmp_path / 'labels', tmp_path / 'pictures', tmp_path / 'all.pkl'
-    base = [sys.executable, ROOT / 'tools/test.py', CONFIG, work_dir / 'iter_4.pth']
+    base = [CONFIG, work_dir / 'iter_4.pth']
     options = ['--work-dir', tmp_path / 'work', '--cfg-options', *SHORT]
 
-    out = run(
-        *base, '--out', labels, '--show-dir', pictures, *options, environment=environment, cwd=ROOT
-    )
+    out = run_tool('test.py', *base, '--out', labels, '--show-dir', pictures, *options).stdout
     # mmengine loads a file without any safety when its own list of safe types does not do.
     assert 'safely load' not in out
     pattern = r'mIoU: (\d+\.\d+)'
@@ -225,75 +201,68 @@ def test_evaluation_predicts_draws_and_averages(trained, digits, environment, tm
             ious.append((in_truth & in_found).sum() / (in_truth | in_found).sum())
     assert 100 * np.mean(ious) == pytest.approx(float(re.findall(pattern, out)[-1]), abs=0.006)
 
-    out = run(*base, '--tta', '--out', dump, *options, environment=environment, cwd=ROOT)
+    status, out, _ = gfnet('test', *base, '--tta', '--out', dump, *options)
+    assert status == 0
     assert re.search(pattern, out)
     with dump.open('rb') as file:
         assert len(pickle.load(file)) == len(names)
 
 
-def test_a_checkpoint_that_does_not_fit_is_not_evaluated(environment, tmp_path):
+def test_a_checkpoint_that_does_not_fit_is_not_evaluated(tmp_path, gfnet, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     checkpoint = tmp_path / 'other.pth'
     torch.save({'state_dict': {'foo': torch.zeros(1)}}, checkpoint)
-    result = subprocess.run(
-        [sys.executable, ROOT / 'tools/test.py', CONFIG, checkpoint, '--cfg-options', *SHORT],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode != 0
-    assert 'foo' in result.stderr
-    assert not re.search(r'mIoU: \d', result.stdout)
+    status, out, err = gfnet('test', CONFIG, checkpoint, '--cfg-options', *SHORT)
+    assert status == 1
+    assert 'foo' in err
+    assert not re.search(r'mIoU: \d', out)
 
 
-def test_learning_rate_scales_with_the_batch(environment, tmp_path):
-    out = run(
-        sys.executable, ROOT / 'tools/train.py', CONFIG, '--work-dir', tmp_path, '--auto-scale-lr',
-        '--cfg-options', 'train_cfg.max_iters=1', *SHORT, environment=environment, cwd=tmp_path,
+def test_learning_rate_scales_with_the_batch(tmp_path, gfnet):
+    status, out, _ = gfnet(
+        'train', CONFIG, '--work-dir', tmp_path, '--auto-scale-lr',
+        '--cfg-options', 'train_cfg.max_iters=1', *SHORT,
     )  # fmt: skip
+    assert status == 0
     # Made for 32 images at 0.002; there are 4.
     assert re.search(r'learning rate +0\.00025, scaled', out)
     assert re.search(r'total batch +4 ', out)
 
 
-def test_two_processes_train_evaluate_and_save(tmp_path, environment):
+def test_two_processes_train_validate_and_save(tmp_path, gfnet):
     arguments = ['--work-dir', tmp_path, '--cfg-options', 'train_cfg.max_iters=2', *SHORT]
-    out = run(
-        'bash', ROOT / 'tools/dist_train.sh', CONFIG, 2, *arguments, 'train_cfg.val_interval=2',
-        environment={**environment, 'MASTER_PORT': free_port()}, cwd=tmp_path,
-    )  # fmt: skip
+    out = run_tool(
+        'dist_train.sh', CONFIG, 2, *arguments, 'train_cfg.val_interval=2',
+        cwd=tmp_path, MASTER_PORT=free_port(),
+    ).stdout  # fmt: skip
     assert re.search(r'total batch +8 \(4 in each of 2 processes\)', out)
     trained_miou = re.findall(r'mIoU: (\d+\.\d+)', out)[-1]
     checkpoint = tmp_path / 'iter_2.pth'
     state = torch.load(checkpoint, weights_only=False)['state_dict']
     assert not any(key.startswith('module.') for key in state)
 
-    out = run(
-        'bash', ROOT / 'tools/dist_test.sh', CONFIG, checkpoint, 2, '--work-dir', tmp_path / 'test',
-        environment={**environment, 'MASTER_PORT': free_port()}, cwd=tmp_path,
-    )  # fmt: skip
-    assert re.findall(r'mIoU: (\d+\.\d+)', out)[-1] == trained_miou
     # One process says the same, although two do not divide the five images.
-    out = run(
-        sys.executable, ROOT / 'tools/test.py', CONFIG, checkpoint, '--work-dir', tmp_path / 'one',
-        environment=environment, cwd=tmp_path,
-    )  # fmt: skip
+    status, out, _ = gfnet('test', CONFIG, checkpoint, '--work-dir', tmp_path / 'one')
+    assert status == 0
     assert re.findall(r'mIoU: (\d+\.\d+)', out)[-1] == trained_miou
 
 
-def test_an_ade20k_config_trains_from_official_weights(tmp_path, digits, environment, monkeypatch):
+def test_an_ade20k_config_trains_from_official_weights(tmp_path, digits, gfnet, monkeypatch):
     """The digits are in the layout of ADE20K, with fewer labels."""
     file = tmp_path / 'torch' / 'hub' / 'checkpoints' / 'gfnet-h-ti.pth'
     file.parent.mkdir(parents=True)
     official = GFNetPyramid('h-ti', num_classes=1000).state_dict()
     torch.save({'model': official, 'args': argparse.Namespace(lr=1e-3), 'epoch': 299}, file)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('ADE20K_ROOT', str(digits))
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     command = [
-        sys.executable, ROOT / 'tools/train.py', 'fpn_gfnet_h_ti_ade20k', '--work-dir', 'run',
+        'train', 'fpn_gfnet_h_ti_ade20k', '--work-dir', tmp_path / 'run',
         '--cfg-options', 'train_cfg.max_iters=1', *SHORT, 'train_dataloader.batch_size=2',
         'train_cfg.val_interval=1', 'val_dataloader.dataset.indices=1',
     ]  # fmt: skip
-    environment = {**environment, 'ADE20K_ROOT': str(digits), 'TORCH_HOME': str(tmp_path / 'torch')}
-    out = run(*command, environment=environment, cwd=tmp_path)
+    status, out, _ = gfnet(*command)
+    assert status == 0
     assert re.search(rf'weights +backbone from {file}', out)
     assert 'resized from grid (56, 56) to (128, 128), bicubic: pos_embed' in out
     assert re.search(r'resized from grid \(7, 7\) to \(16, 16\), bilinear: blocks\.3\.0', out)
@@ -302,18 +271,21 @@ def test_an_ade20k_config_trains_from_official_weights(tmp_path, digits, environ
     assert re.search(r'mIoU: \d', out)
 
     file.unlink()
-    infer_with_classes_of_ade20k(tmp_path / 'run' / 'iter_1.pth', digits, monkeypatch)
+    with monkeypatch.context() as patch:
+        infer_with_classes_of_ade20k(tmp_path / 'run' / 'iter_1.pth', digits, patch)
 
-    command[command.index('run')] = 'again'
-    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode != 0
-    assert 'DownloadError: the official weights gfnet-h-ti cannot be downloaded' in result.stderr
-    assert 'cloud.tsinghua.edu.cn' in result.stderr and str(file) in result.stderr
+    command[command.index(tmp_path / 'run')] = tmp_path / 'again'
+    status, _, err = gfnet(*command)
+    assert status == 1
+    assert 'DownloadError: the official weights gfnet-h-ti cannot be downloaded' in err
+    assert 'cloud.tsinghua.edu.cn' in err and str(file) in err
 
 
 def infer_with_classes_of_ade20k(checkpoint, digits, monkeypatch):
     """From another folder, without data and without official weights."""
     monkeypatch.chdir(digits)
+    monkeypatch.delenv('ADE20K_ROOT')
+    monkeypatch.delenv('DIGITS_ROOT')
     segmentation = runpy.run_path(str(Path(__file__).with_name('inference.py')))['segmentation']
     config = ROOT / 'configs' / 'fpn_gfnet_h_ti_ade20k.py'
     image = digits / 'images/validation/ADE_val_00000002.jpg'
@@ -329,10 +301,7 @@ def infer_with_classes_of_ade20k(checkpoint, digits, monkeypatch):
 
 @pytest.mark.parametrize('script', ['dist_train', 'dist_test', 'slurm_train', 'slurm_test'])
 def test_scripts_say_how_they_are_used(script):
-    result = subprocess.run(
-        ['bash', ROOT / f'tools/{script}.sh'], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 2
+    result = run_tool(f'{script}.sh', status=2, stderr=subprocess.PIPE)
     assert result.stderr.startswith('usage:')
 
 
@@ -340,13 +309,10 @@ def test_slurm_scripts_ask_for_what_they_are_told(tmp_path):
     srun = tmp_path / 'srun'
     srun.write_text('#!/bin/sh\necho "$@"\n')
     srun.chmod(0o755)
-    environment = {
-        **os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'GPUS': '16', 'PYTHON': 'python'
-    }  # fmt: skip
-    out = run(
-        'bash', ROOT / 'tools/slurm_train.sh', 'part', 'job', 'c.py', 'work', '--amp',
-        environment=environment, cwd=tmp_path,
-    ).split()  # fmt: skip
+    environment = {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'GPUS': 16, 'PYTHON': 'python'}
+    out = run_tool(
+        'slurm_train.sh', 'part', 'job', 'c.py', 'work', '--amp', cwd=tmp_path, **environment
+    ).stdout.split()
     assert {'--partition=part', '--job-name=job', '--ntasks=16', '--ntasks-per-node=8'} <= set(out)
     script = next(i for i, word in enumerate(out) if word.endswith('tools/train.py'))
     assert out[script + 1 :] == ['c.py', '--work-dir', 'work', '--amp', '--launcher', 'slurm']

@@ -1,34 +1,33 @@
 import importlib.util
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import ROOT, run_tool
 
 from gfnet_dense.demo import CLASSES, write_digits
 
-DEMO = Path(__file__).parents[2] / 'tools' / 'demo.py'
+
+@pytest.fixture(scope='module')
+def demo():
+    spec = importlib.util.spec_from_file_location('demo', ROOT / 'tools' / 'demo.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_the_demo_ends_with_its_results_and_reuses_them(tmp_path):
-    root = write_digits(tmp_path / 'digits')
-    command = [sys.executable, DEMO, '--data-root', root, '--work-dir', tmp_path / 'run']
-    for again in (False, True):
-        result = subprocess.run(
-            [*map(str, command), '--iterations', '2'],
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=250,
-        )
-        assert result.returncode == 0, result.stdout[-3000:]
-        assert ('done before' in result.stdout) == again
-        end = result.stdout[result.stdout.rindex('mIoU over 11 classes') :]
+def test_the_demo_ends_with_its_results_and_reuses_them(demo, tmp_path, monkeypatch, capsys):
+    arguments = ['--data-root', 'digits', '--work-dir', str(tmp_path / 'run'), '--iterations', '2']
+    first = run_tool('demo.py', *arguments, cwd=tmp_path).stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('sys.argv', ['demo.py', *arguments])
+    demo.main()
+    for printed, again in ((first, False), (capsys.readouterr().out, True)):
+        assert ('done before' in printed) == again
+        end = printed[printed.rindex('mIoU over 11 classes') :]
         assert re.search(r"always 'background' +7\.\d %", end)
         for name in ('checkpoint', 'log', 'picture'):
             assert Path(re.search(rf'{name} +([^\s:]+)', end)[1]).is_file()
@@ -37,12 +36,9 @@ def test_the_demo_ends_with_its_results_and_reuses_them(tmp_path):
     assert picture.std() > 10
 
 
-def test_the_constant_answer_is_scored_as_mmseg_scores(tmp_path):
+def test_the_constant_answer_is_scored_as_mmseg_scores(demo, tmp_path):
     from mmseg.evaluation import IoUMetric
 
-    spec = importlib.util.spec_from_file_location('demo', DEMO)
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
     root = write_digits(tmp_path / 'digits', num_training=20, num_validation=60)
     name, miou = demo.constant_miou(root)
     assert name == 'background'

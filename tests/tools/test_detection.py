@@ -1,12 +1,9 @@
 """Detection on the command line, and OpenMMLab's inference functions on what was trained here."""
 
 import json
-import os
 import pickle
 import re
 import runpy
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,11 +12,11 @@ import pytest
 import torch
 from mmengine.config import Config
 from PIL import Image
+from processes import ROOT, free_port, run, run_tool
 
 from gfnet_dense.demo import CLASSES, PALETTE, write_digits
 from gfnet_dense.openmmlab import evaluate, train
 
-ROOT = Path(__file__).parents[2]
 DETECTOR = ROOT / 'configs' / 'mask_rcnn_gfnet_nano_digits.py'
 SEGMENTOR = ROOT / 'configs' / 'upernet_gfnet_nano_digits.py'
 # What mmengine says when it turns the safety of loading off.
@@ -30,30 +27,6 @@ UNSAFE = 'safely load'
 def digits(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp('data') / 'digits'
     return write_digits(root, num_training=4, num_validation=3)
-
-
-@pytest.fixture(scope='module')
-def environment(digits) -> dict[str, str]:
-    return {
-        **os.environ,
-        'DIGITS_ROOT': str(digits),
-        'OMP_NUM_THREADS': '1',
-        'PYTHON': sys.executable,
-    }
-
-
-def run(*command, environment, cwd) -> str:
-    result = subprocess.run(
-        [str(c) for c in command],
-        env=environment,
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stdout[-5000:]
-    return result.stdout
 
 
 def metrics(out: str) -> dict[str, float]:
@@ -123,7 +96,7 @@ def test_evaluation_predicts_boxes_and_masks(trained, evaluated):
         assert all(mask['size'] == [64, 64] for mask in instances['masks'])
 
 
-def test_two_processes_evaluate_to_the_same(trained, evaluated, digits, environment, tmp_path):
+def test_two_processes_evaluate_to_the_same(trained, evaluated, digits, tmp_path):
     """Three images on two processes: one of them is seen twice, and must count once.
 
     The truth is made of predictions, so that there is a mAP to compare.
@@ -133,17 +106,14 @@ def test_two_processes_evaluate_to_the_same(trained, evaluated, digits, environm
     one = evaluate(
         detector(digits, truth), trained[0], work_dir=str(tmp_path), out=str(tmp_path / '1.pkl')
     )
-    with socket.socket() as server:
-        server.bind(('127.0.0.1', 0))
-        port = str(server.getsockname()[1])
-    out = run(
-        'bash', ROOT / 'tools/dist_test.sh', DETECTOR, trained[0], 2, '--out', '2.pkl',
+    out = run_tool(
+        'dist_test.sh', DETECTOR, trained[0], 2, '--out', '2.pkl',
         '--show-dir', 'pictures', '--cfg-options', f'test_evaluator.ann_file={truth}',
         f'test_dataloader.dataset.ann_file={truth}', 'test_dataloader.num_workers=0',
         'test_dataloader.persistent_workers=False',
         'default_hooks.visualization.score_thr=0.05',  # untrained scores are low
-        environment={**environment, 'MASTER_PORT': port}, cwd=tmp_path,
-    )  # fmt: skip
+        cwd=tmp_path, MASTER_PORT=free_port(), DIGITS_ROOT=digits,
+    ).stdout  # fmt: skip
     assert UNSAFE not in out
     assert 0.1 < one['coco/bbox_mAP'] < 0.9
     assert metrics(out) == pytest.approx(one)
@@ -187,20 +157,17 @@ def truth_of(predictions: list[dict]) -> dict:
     return dict(images=images, annotations=annotations, categories=categories)
 
 
-def infer(task: str, config: Path, checkpoint: Path, image: Path, environment, cwd) -> dict:
+def infer(task: str, config: Path, checkpoint: Path, image: Path, cwd: Path) -> dict:
     # Somewhere without data and without our package among what is imported at the start.
-    environment = {key: value for key, value in environment.items() if key != 'DIGITS_ROOT'}
     script = Path(__file__).with_name('inference.py')
-    out = run(
-        sys.executable, script, task, config, checkpoint, image, environment=environment, cwd=cwd
-    )
+    out = run(sys.executable, script, task, config, checkpoint, image, cwd=cwd).stdout
     assert UNSAFE not in out
     return json.loads(out.splitlines()[-1])
 
 
-def test_mmdets_inference_functions(trained, evaluated, digits, environment, tmp_path):
+def test_mmdets_inference_functions(trained, evaluated, digits, tmp_path):
     image = digits / 'images/validation/ADE_val_00000002.jpg'
-    found = infer('detection', DETECTOR, trained[0], image, environment, tmp_path)
+    found = infer('detection', DETECTOR, trained[0], image, tmp_path)
     expected = evaluated[0][1]['pred_instances']
     for key in ('bboxes', 'scores', 'labels'):
         np.testing.assert_allclose(found['init_detector'][key], expected[key], rtol=1e-4, atol=1e-4)
@@ -316,10 +283,10 @@ def segmentor(digits, tmp_path_factory) -> tuple[Path, Path]:
     return checkpoint, labels
 
 
-def test_mmsegs_inference_functions(segmentor, digits, environment, tmp_path):
+def test_mmsegs_inference_functions(segmentor, digits, tmp_path):
     checkpoint, labels = segmentor
     image = digits / 'images/validation/ADE_val_00000002.jpg'
-    found = infer('segmentation', SEGMENTOR, checkpoint, image, environment, tmp_path)
+    found = infer('segmentation', SEGMENTOR, checkpoint, image, tmp_path)
     expected = np.asarray(Image.open(labels / 'ADE_val_00000002.png')).astype(int) - 1
     for name in ('init_model', 'MMSegInferencer'):
         np.testing.assert_array_equal(found[name], expected)

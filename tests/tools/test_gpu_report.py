@@ -3,20 +3,20 @@
 import importlib
 import json
 import subprocess
-import sys
 import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from filter_oracle import ERRORS
-
-TOOLS = Path(__file__).resolve().parents[2] / 'tools'
+from processes import ROOT, run_tool
 
 
 @pytest.fixture(scope='module')
 def tool():
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(TOOLS)
+        patch.syspath_prepend(ROOT / 'tools')
         yield importlib.import_module('gpu_report')
 
 
@@ -81,10 +81,22 @@ def test_times_are_kept_continued_and_rendered(tool, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize('part', [1, 2, 3, 4])
-def test_rehearses_on_a_cpu_with_the_interpreter(tool, tmp_path, part):
-    command = [sys.executable, TOOLS / 'gpu_report.py', '--rehearse', '--out', tmp_path]
-    options = ['--part', str(part), '--minutes', '14']
-    run = subprocess.run([*command, *options], capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert len(tool.read(tmp_path)) == len([*tool.PARTS[part](tool.CPU)])
+def test_rehearses_on_a_cpu_with_the_interpreter(tool, tmp_path, monkeypatch, gfnet):
+    """Of the trainings, the first and the interrupted one run as processes, others in this one."""
+
+    def train_here(command: list[str], **options) -> subprocess.CompletedProcess:
+        arguments = command[command.index(str(ROOT / 'tools/train.py')) + 1 :]
+        arguments.remove('--launcher=pytorch')
+        status, out, err = gfnet('train', *arguments)
+        return subprocess.CompletedProcess(command, status, out, err)
+
+    trainings = [*tool.products(tool.CPU)]
+    here = [row for row in trainings[1:] if 'SIGTERM' not in row.label]
+    assert len(here) == len(trainings) - 2
+    with monkeypatch.context() as patch:
+        patch.setattr(tool, 'subprocess', SimpleNamespace(run=train_here))
+        patch.setitem(tool.PARTS, 4, lambda at: here)
+        measured(tool, 4, tmp_path)
+    run_tool('gpu_report.py', '--rehearse', '--out', tmp_path, '--minutes', 14)
+    planned = [row.label for part in tool.PARTS.values() for row in part(tool.CPU)]
+    assert Counter(row['label'] for row in tool.read(tmp_path)) == Counter(planned)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from PIL import Image
+from processes import ROOT, run_tool
 from pycocotools.coco import COCO
 from random_models import CLASSIFIER, DETECTOR, SEGMENTOR, random_checkpoint
 
@@ -25,9 +26,6 @@ from gfnet_dense.cli import VERBS, main
 from gfnet_dense.demo import CLASSES, write_digits
 from gfnet_dense.inference.video import write_video
 from gfnet_dense.openmmlab import evaluate, find_config
-
-ROOT = Path(__file__).parents[2]
-TOOL = ROOT / 'tools' / 'predict.py'
 
 
 @pytest.fixture(scope='module')
@@ -60,35 +58,19 @@ def photos(tmp_path, images) -> Path:
 
 
 @pytest.fixture
-def call(tmp_path, digits, monkeypatch, capsys):
-    """Return a function that runs a verb in this process."""
+def call(tmp_path, digits, monkeypatch, gfnet):
+    """Return a function that runs a verb in this process, in a folder of the test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('DIGITS_ROOT', str(digits))
-    # mmengine's loggers hold the standard output of earlier tests, which is closed.
-    monkeypatch.setattr('logging.raiseExceptions', False)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr('sys.argv', ['gfnet', *map(str, arguments)])
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            status = main()
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return run
+    return gfnet
 
 
-def run_tool(*arguments: object, digits: Path, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, TOOL, *map(str, arguments)],
-        env={**os.environ, 'DIGITS_ROOT': str(digits), 'OMP_NUM_THREADS': '1'},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+def predict(*arguments: object, digits: Path, cwd: Path) -> subprocess.CompletedProcess:
+    """Run the tool on inputs of which one is broken."""
+    return run_tool(
+        'predict.py', *arguments, '--out', 'out',
+        status=1, stderr=subprocess.PIPE, cwd=cwd, DIGITS_ROOT=digits,
+    )  # fmt: skip
 
 
 def files(folder: Path) -> set[str]:
@@ -101,8 +83,7 @@ def labels(path: Path) -> np.ndarray:
 
 
 def test_segmentation(photos, segmentor, digits, images, tmp_path):
-    result = run_tool(SEGMENTOR, segmentor, 'photos', '--out', 'out', digits=digits, cwd=tmp_path)
-    assert result.returncode == 1, result.stderr
+    result = predict(SEGMENTOR, segmentor, 'photos', digits=digits, cwd=tmp_path)
     lines = result.stdout.splitlines()
     assert re.match(r'4 images in [\d.]+ s \([\d.]+ images/s\)$', lines[-5])
     assert lines[-4:-1] == ['  out/labels', '  out/overlays', '1 inputs failed:']
@@ -181,8 +162,7 @@ def test_labels_in_the_coding_of_the_annotations(segmentor, digits, images, call
 def test_detection(photos, digits, images, tmp_path):
     checkpoint = random_checkpoint(DETECTOR, tmp_path)
     inputs = ('photos', digits / 'images/validation')
-    result = run_tool(DETECTOR, checkpoint, *inputs, '--out', 'out', digits=digits, cwd=tmp_path)
-    assert result.returncode == 1, result.stderr
+    result = predict(DETECTOR, checkpoint, *inputs, digits=digits, cwd=tmp_path)
     assert 'photos/broken.png cannot be read' in result.stdout
 
     truth = json.loads((digits / 'annotations/instances_validation.json').read_text())
@@ -210,9 +190,7 @@ def test_detection(photos, digits, images, tmp_path):
 
 def test_classification(photos, digits, tmp_path):
     checkpoint = random_checkpoint(CLASSIFIER, tmp_path)
-    arguments = (CLASSIFIER, checkpoint, 'photos', '--out', 'out')
-    result = run_tool(*arguments, digits=digits, cwd=tmp_path)
-    assert result.returncode == 1, result.stderr
+    predict(CLASSIFIER, checkpoint, 'photos', digits=digits, cwd=tmp_path)
     rows = list(csv.DictReader((tmp_path / 'out/predictions.csv').open()))
     paths = sorted(str(path.relative_to(tmp_path)) for path in photos.glob('*/*.jpg'))
     assert [row['file'] for row in rows] == paths
@@ -259,8 +237,8 @@ def test_killed_in_the_middle(segmentor, digits, images, call, tmp_path):
     def start(*more: str) -> subprocess.Popen:
         before = len(list(out.rglob('*.png')))
         process = subprocess.Popen(
-            [sys.executable, TOOL, *map(str, arguments), *more],
-            env={**os.environ, 'DIGITS_ROOT': str(digits), 'OMP_NUM_THREADS': '1'},
+            [sys.executable, ROOT / 'tools/predict.py', *map(str, arguments), *more],
+            env={**os.environ, 'DIGITS_ROOT': str(digits)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
