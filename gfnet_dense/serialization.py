@@ -3,6 +3,7 @@
 import argparse
 import errno
 import io
+import math
 import os
 import pickle
 import re
@@ -82,10 +83,11 @@ def check_finite(state: Mapping[str, Any], path: str | Path) -> None:
     Raises:
         CheckpointError: If one is.
     """
+    # Masks of attention may hold minus infinity.
     broken = [
         key
         for key, value in state.items()
-        if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all()
+        if isinstance(value, Tensor) and value.is_floating_point() and not (value < math.inf).all()
     ]
     if broken:
         more = f' and {len(broken) - 3} more' if len(broken) > 3 else ''

@@ -10,9 +10,9 @@ Above 1 the contender is faster. The baseline leaves its result in memory channe
 backends leave theirs in the layout of the map; 'contiguous' is the baseline followed by the copy to
 that layout. With --against, the filters of other checkouts of this repository take part.
 
-On a GPU the turns replay CUDA graphs, which excludes the time to launch kernels. Every ratio is
-followed by two figures: the least memory traffic of the operator over its time, in per cent of the
-rate of a copy on the same device; and the peak memory of a run beyond its inputs.
+Every ratio is followed by the least memory traffic of the operator over its time, in per cent of
+the rate of a copy on the same device. On a GPU the turns replay CUDA graphs, which excludes the
+time to launch kernels, and the peak memory of a run beyond its inputs comes last.
 """
 
 import argparse
@@ -133,7 +133,7 @@ def moved(x: Tensor, weight: Tensor, backward: bool) -> int:
 
 
 def copy_rate(device: str) -> float:
-    """Return the bytes per second that a copy on a GPU reads and writes."""
+    """Return the bytes per second that a copy of 256 MB reads and writes."""
     source = torch.empty(2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = measure({'copy': lambda: target.copy_(source)}, 9, 0.05, device)
@@ -197,11 +197,12 @@ def main() -> None:
     operators = contenders(torch.empty(1, 1, 1, 1, device=device, dtype=dtype))
     operators |= {folder.resolve().name: filter_of(folder) for folder in args.against}
     print(f'{machine(device)}; {args.dtype}')
-    print('Speed relative to the baseline: median over the turns (quartiles)')
     if on_gpu:
         torch.cuda.set_device(device)
-        rate = copy_rate(device)
-        print(f'Then per cent of the rate of a copy ({rate / 1e9:.0f} GB/s), and peak memory in MB')
+    rate = copy_rate(device)
+    print('Speed relative to the baseline: median over the turns (quartiles)')
+    memory = ', and peak memory in MB' if on_gpu else ''
+    print(f'Then per cent of the rate of a copy ({rate / 1e9:.0f} GB/s){memory}')
     names = ' | '.join(list(operators)[1:])
     print('\n| B x H x W x C | pass | baseline ms |', names, '|')
     print('|---|---|---|' + '---|' * (len(operators) - 1))
@@ -212,15 +213,15 @@ def main() -> None:
         weight = torch.randn(height, width // 2 + 1, channels, 2, device=device)
         for backward in (False, True):
             tasks = {name: task(f, x, weight, backward) for name, f in operators.items()}
-            details = {}
+            peaks = {}
             if on_gpu:
-                peaks = {name: peak(run, device) for name, run in tasks.items()}
+                peaks = {name: f', {peak(run, device):.0f}' for name, run in tasks.items()}
                 tasks = {name: captured(run) for name, run in tasks.items()}
             times = measure(tasks, args.repeats, args.seconds, device)
-            if on_gpu:
-                for name in tasks:
-                    reached = moved(x, weight, backward) / statistics.median(times[name])
-                    details[name] = f', {100 * reached / rate:.0f} %, {peaks[name]:.0f}'
+            details = {}
+            for name in tasks:
+                reached = moved(x, weight, backward) / statistics.median(times[name])
+                details[name] = f', {100 * reached / rate:.0f} %{peaks.get(name, "")}'
             label = 'forward + backward' if backward else 'forward'
             print_row(f'{batch}x{size} | {label}', times, details)
     if on_gpu and args.all:

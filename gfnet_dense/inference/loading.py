@@ -141,12 +141,6 @@ def _load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: str | 
             faults.append(f'it lacks {join_first(result.missing_keys)}')
         if result.unexpected_keys:
             faults.append(f'it holds {join_first(result.unexpected_keys)}')
-    broken = [key for key, value in state.items() if value.isnan().any()]
-    if broken and not faults:
-        raise CheckpointError(
-            f'{path} holds NaN in {join_first(broken)}: its training diverged. Take an earlier '
-            'checkpoint'
-        )
     if faults:
         raise CheckpointError(
             f'{path} does not fit {type(model).__name__} of the config: {join_first(faults, 2)}. '

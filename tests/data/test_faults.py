@@ -67,12 +67,13 @@ def test_sound_data_pass_without_a_fault(root, task):
         assert report.contents
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name',
-    [marked(name, FAULTS[name].task) for name in (
+    [
         'nothing_labelled', 'turned_by_180', 'truncated_image', 'bands_tiff', 'no_folder',
         'box_half_outside', 'evaluated_polygon_of_4_numbers', 'single_class',
-    )],
+    ],
 )  # fmt: skip
 def test_a_picture_is_drawn_of_faulty_data_too(name, root, tmp_path):
     fault = FAULTS[name]
@@ -141,6 +142,7 @@ def weights(tmp_path_factory) -> Callable[[Config], Path]:
     return write
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', FAULTS)
 def test_prediction_names_the_image_or_sees_it_as_a_test_does(name, root, tmp_path, weights):
     fault = FAULTS[name]

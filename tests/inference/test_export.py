@@ -264,6 +264,7 @@ def test_a_file_that_computes_something_else_is_not_written(trained, tmp_path, m
     assert out.read_bytes() == b'before' and [*tmp_path.iterdir()] == [out]
 
 
+@pytest.mark.slow
 def test_several_sizes_and_images_of_the_user(trained, tmp_path, monkeypatch):
     without_exporter(monkeypatch, 1.0)
     first, second = export_model(
@@ -283,6 +284,7 @@ def test_several_sizes_and_images_of_the_user(trained, tmp_path, monkeypatch):
     assert comparison.accuracy('segmentation') is None
 
 
+@pytest.mark.slow
 def test_killed_before_the_proof_it_leaves_no_file(trained, tmp_path):
     config, weights = trained(CLASSIFIER)
     out = tmp_path / 'model.pt2'

@@ -390,6 +390,7 @@ def test_memory_decides_the_batch(tmp_path, monkeypatch):
     assert batches[0] == 1 < batches[1] < batches[2] == 16
 
 
+@pytest.mark.slow
 def test_killed_while_it_writes_it_leaves_no_half_file(tmp_path):
     write_masks(tmp_path, [0, 1])
     code = (

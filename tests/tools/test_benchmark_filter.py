@@ -22,7 +22,7 @@ def test_prints_a_ratio_for_every_contender_and_says_where():
     rows = [line for line in lines if re.match(r'\| [13]x(4x6x2|5x3x1) \| forward', line)]
     assert len(rows) == 8
     for row in rows:
-        assert len(re.findall(r'\d+\.\d\d \(\d+\.\d\d-\d+\.\d\d\)', row)) == len(names)
+        assert len(re.findall(r'\d+\.\d\d \(\d+\.\d\d-\d+\.\d\d\), \d+ %', row)) == len(names)
 
 
 def test_the_filter_of_another_checkout_takes_part():
