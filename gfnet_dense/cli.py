@@ -7,6 +7,7 @@ is the help: a line that says what it does, then examples. The table VERBS names
 import argparse
 import contextlib
 import io
+import logging
 import os
 import signal
 import sys
@@ -138,9 +139,24 @@ def _batch_size(text: str) -> int | None:
 @contextlib.contextmanager
 def _without_chatter() -> Iterator[None]:
     """Drop what OpenMMLab and pycocotools print about themselves, which is for who trains."""
+    from mmengine.logging import MMLogger
+
+    # A logger keeps the stream that was standard output when it was made.
+    consoles = [
+        handler
+        for handler in MMLogger.get_current_instance().handlers
+        if not isinstance(handler, logging.FileHandler)
+    ]
+    levels = [handler.level for handler in consoles]
     warnings.filterwarnings('ignore', module=r'(mmcv|mmengine|mmseg|mmdet)\.')
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
+    try:
+        for handler in consoles:
+            handler.setLevel(logging.WARNING)
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        for handler, level in zip(consoles, levels, strict=True):
+            handler.setLevel(level)
 
 
 # Verbs

@@ -87,7 +87,9 @@ def check_finite(state: Mapping[str, Any], path: str | Path) -> None:
     broken = [
         key
         for key, value in state.items()
-        if isinstance(value, Tensor) and value.is_floating_point() and not (value < math.inf).all()
+        if isinstance(value, Tensor)
+        and value.is_floating_point()
+        and not (value.float() < math.inf).all()
     ]
     if broken:
         more = f' and {len(broken) - 3} more' if len(broken) > 3 else ''

@@ -17,7 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from .contents import keep_random_state
 from .errors import DataError, Fault, Findings, raise_first
-from .files import is_empty
+from .files import LIBRARIES, is_empty
 
 _PROBED = 4  # samples that are brought through the pipeline into one batch
 _LOOKED_AT = 2000  # samples among which images of different sizes are looked for
@@ -111,7 +111,10 @@ def find_heads(model: nn.Module, dataset: Any) -> Findings:
         outputs = getattr(module, 'out_channels', None)
         for some in losses:
             weights = getattr(some, 'class_weight', None)
-            if isinstance(weights, list | tuple) and outputs not in (None, 1, len(weights)):
+            # Heads without this layer classify masks, and may have a weight for "no object".
+            if not isinstance(weights, list | tuple) or not hasattr(module, 'conv_seg'):
+                continue
+            if outputs not in (None, 1, len(weights)):
                 yield Fault(
                     f'class_weight of {type(some).__name__} in {name} has {len(weights)} numbers, '
                     f'but there are {outputs} classes: write one for each class'
@@ -190,7 +193,10 @@ def _find_channels(loader: DataLoader[Any], model: nn.Module) -> Findings:
             return
     if not isinstance(inputs, Tensor) or inputs.ndim != 3:
         return
-    count, mean = len(inputs), getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
+    preprocessor = getattr(model, 'data_preprocessor', None)
+    if type(preprocessor).__module__.partition('.')[0] not in LIBRARIES:
+        return  # the user's may normalise some channels alone
+    count, mean = len(inputs), getattr(preprocessor, 'mean', None)
     numbers = mean.numel() if isinstance(mean, Tensor) else 1
     remedy = (
         'set mean and std of the data_preprocessor and in_channels of the backbone, or load other '

@@ -370,12 +370,17 @@ def loaders(
     labels = next((i for i, step in enumerate(steps) if getattr(step, 'with_seg', False)), None)
     load_labels = None
     if has_labels and labels is not None:
-        load_labels = _Loading([steps[labels]], 'gt_seg_map')
+        final = all(_is_known(step) for step in steps[labels:])
+        load_labels = _Loading([steps[labels]], 'gt_seg_map', final)
     elif has_labels and (found := _find(steps, info, 'gt_seg_map')) is not None:
         labels, load_labels = found, _Loading(steps[: found + 1], 'gt_seg_map')
     # Steps between the two may bring the image to the size of the labels.
     same_size = use != 'train' or (first is not None and labels == first + 1)
     return None if first is None else _Loading(steps[: first + 1], 'img'), load_labels, same_size
+
+
+def _is_known(step: Any) -> bool:
+    return type(step).__module__.partition('.')[0] in (*_THREAD_SAFE, 'mmengine')
 
 
 def _find(steps: Sequence[Any], info: Mapping[str, Any], key: str) -> int | None:
@@ -399,6 +404,7 @@ class _Loading:
 
     steps: Sequence[Any]
     key: str
+    final: bool = True  # no step of the user's follows, which may change labels
 
     def __call__(self, info: Mapping[str, Any]) -> Any:
         results: Any = _copy(info)
@@ -556,7 +562,7 @@ def _read_labels(
         found = {label: count for label, count in enumerate(counts) if count}
         # A transform of its own may read other labels than these eight bits of the file.
         by_library = type(load.steps[-1]).__module__.partition('.')[0] in _LIBRARIES
-        fault = fault or (_coding_fault(path, load) if by_library else None)
+        fault = fault or (_coding_fault(path, load) if by_library and load.final else None)
     else:
         found = {
             int(k): int(n) for k, n in zip(*np.unique(labels, return_counts=True), strict=True)

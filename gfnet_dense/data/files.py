@@ -11,7 +11,7 @@ from .contents import keep_random_state
 from .errors import DataError, not_permitted
 
 _REMOTE = 64  # files on another machine that are looked for
-_LIBRARIES = 'mmengine', 'mmcv', 'mmseg', 'mmdet', 'gfnet_dense'
+LIBRARIES = 'mmengine', 'mmcv', 'mmseg', 'mmdet', 'gfnet_dense'
 
 
 def is_empty(folder: str | os.PathLike[str]) -> bool:
@@ -71,7 +71,7 @@ def can_load(load: Callable[[Any], Any] | None, info: Mapping[str, Any]) -> bool
 
 def has_own_steps(part: Any) -> bool:
     """Tell whether a pipeline has steps of the user, which may load anything."""
-    return any(type(step).__module__.partition('.')[0] not in _LIBRARIES for step in _steps(part))
+    return any(type(step).__module__.partition('.')[0] not in LIBRARIES for step in _steps(part))
 
 
 def loads_annotations(part: Any) -> bool:

@@ -27,8 +27,11 @@ def check_files(part: Any, use: str, **_: Any) -> Findings:
     """Find images and label maps that do not exist, and files that were left out."""
     for name in ('img_suffix', 'seg_map_suffix'):
         if not isinstance(suffix := getattr(part, name, ''), str):
-            yield Fault(f'{name} of {part.data_root} is {suffix!r}: write one text, such as ".jpg"')
-            return
+            if _adds_suffixes(part):
+                yield Fault(
+                    f'{name} of {part.data_root} is {suffix!r}: write one text, such as ".jpg"'
+                )
+            return  # what follows compares texts
     infos = listed_infos(part)
     absent = absent_infos(part, infos, 'img_path')
     if absent and not can_load(_loaders(part, absent[0], use)[0], absent[0]):
@@ -66,6 +69,13 @@ def check_files(part: Any, use: str, **_: Any) -> Findings:
         yield Fault(
             f'training needs annotations: set seg_map_path of data_prefix, {part.data_root}'
         )
+
+
+def _adds_suffixes(part: Any) -> bool:
+    """Tell whether mmseg's own code adds suffixes to names; listing a folder takes several."""
+    own = type(part).load_data_list.__qualname__ == 'BaseSegDataset.load_data_list'
+    listed = os.path.isfile(getattr(part, 'ann_file', None) or '')
+    return own and (listed or (part.data_prefix or {}).get('seg_map_path') is not None)
 
 
 def _loaders(part: Any, info: Any, use: str) -> tuple[Any, Any, bool]:
@@ -168,7 +178,9 @@ def check_labels(
     if classes:
         # Other parts, and images that `indices` leaves out, may have the other classes.
         alone = alone and getattr(part, '_indices', None) is None
-        kind = Fault if use == 'train' and alone else Note
+        # A step of the user's may change labels after they were loaded.
+        certain = use == 'train' and alone and not has_own_steps(part)
+        kind = Fault if certain else Note
         yield from _training_on_nothing(part, contents, classes, ignored, kind)
 
 

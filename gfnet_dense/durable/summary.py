@@ -42,7 +42,10 @@ class RunSummaryHook(Hook):
 
 
 def show_on_console(logger: logging.Logger, *, overview: bool) -> None:
-    """Keep long messages that are no warnings off the console (`overview`), or show them again."""
+    """Keep long messages that are no warnings off the console (`overview`), or show them again.
+
+    The log file gets all messages.
+    """
     for handler in logger.handlers:
         if not isinstance(handler, logging.FileHandler):
             (handler.addFilter if overview else handler.removeFilter)(_is_short)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +20,8 @@ from .inputs import Input
 from .loading import find_test_data, unwrapped_dataset
 from .prediction import Prediction, no_class_label
 from .predictor import Predictor
+
+_logger = logging.getLogger(__name__)
 
 _TOP = 5  # classes of an image in a table
 _RECORDS = '.records.jsonl'
@@ -70,6 +73,7 @@ class Outputs:
         origin = predictor.origin() | dict(opacity=opacity, as_annotations=as_annotations)
         self._resume = resume and self._has_origin(origin)
         if not self._resume:
+            self._records.unlink(missing_ok=True)
             self._write_lines(_ORIGIN, iter([json.dumps(origin)]))
         self._oldest = (folder / _ORIGIN).stat().st_mtime_ns
         detects = self.task in ('detection', 'instance segmentation')
@@ -92,10 +96,14 @@ class Outputs:
 
     def _has_origin(self, origin: dict[str, Any]) -> bool:
         """Return whether the results that are there have an origin, which must be this one."""
-        file = self.folder / _ORIGIN
-        if not file.is_file():
+        try:
+            before = json.loads((self.folder / _ORIGIN).read_text())
+        except (FileNotFoundError, ValueError):
+            if (self.folder / 'overlays').exists():
+                _logger.warning(
+                    '%s does not say what made its results: they are replaced', self.folder
+                )
             return False
-        before = json.loads(file.read_text())
         if differing := [key for key, value in origin.items() if before.get(key) != value]:
             raise ValueError(
                 f'{self.folder} holds results of other {join_first(differing)}: choose another '
@@ -204,7 +212,7 @@ class Outputs:
                 for line in file:
                     if line.endswith('\n'):
                         record = json.loads(line)
-                        if Path(record['picture']).exists():
+                        if self._is_kept(Path(record['picture'])):
                             yield record
 
     def _csv(self) -> Iterator[str]:

@@ -358,9 +358,11 @@ class Predictor:
     def _decided(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return the class of each pixel and its probability, `(H, W)`, of logits `(C, H, W)`."""
         best, labels = logits.max(dim=0)
-        if self.model.decode_head.out_channels == 1:  # compared with a threshold, perhaps not 0.5
-            threshold = self.model.decode_head.threshold
-            labels = (logits.softmax(dim=0)[1] > threshold).long()
+        head = self.model.decode_head
+        if isinstance(head, nn.ModuleList):  # a cascade
+            head = head[-1]
+        if head.out_channels == 1:  # compared with a threshold, perhaps not 0.5
+            labels = (logits.softmax(dim=0)[1] > head.threshold).long()
             best = logits.gather(0, labels[None])[0]
         _check_finite(best)
         return labels.short(), (best - logits.logsumexp(dim=0)).exp()

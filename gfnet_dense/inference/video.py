@@ -65,7 +65,7 @@ def _declared_end(file: Any) -> float:
     if stream.duration:
         return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
     if file.duration and len(file.streams) == 1:
-        return float((max(0, file.start_time or 0) + file.duration) / 1e6)
+        return float(file.duration / 1e6)  # in Matroska an absolute time
     return 0.0
 
 

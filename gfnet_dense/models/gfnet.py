@@ -796,7 +796,9 @@ def _entry_point(network: type[GFNetBase], size: str) -> Callable[..., nn.Module
         return _create(network, size, pretrained, **kwargs)
 
     create.__name__ = create.__qualname__ = f'gfnet_{size.replace("-", "_")}'
-    create.__doc__ = f'GFNet of size {size}; `kwargs` are those of :class:`GFNetBase` and of timm.'
+    create.__doc__ = (
+        f'{network.__name__} {size}; `kwargs` are those of :class:`GFNetBase` and of timm.'
+    )
     return register_model(create)
 
 

@@ -76,15 +76,17 @@ class GlobalFilter(nn.Module):
 
     def spectrum(self, size: tuple[int, int]) -> Tensor:
         """Return the spectrum for maps of `size` `(H, W)`, of shape `(H, W // 2 + 1, C, 2)`."""
-        grid = int(size[0]), int(size[1])
+        height, width = size
+        grid = int(height), int(width)
         weight = self.complex_weight
         if grid == self.grid:
             return weight
         learning = torch.is_grad_enabled() and weight.requires_grad
         # A graph that is being captured can neither compare values nor hold cached tensors;
         # transforms of torch.func replace the parameter by tensors of their own.
-        in_cuda_graph = weight.is_cuda and torch.cuda.is_current_stream_capturing()
-        ordinary = isinstance(weight, nn.Parameter) and not in_cuda_graph
+        ordinary = isinstance(weight, nn.Parameter) and not (
+            weight.is_cuda and torch.cuda.is_current_stream_capturing()
+        )
         if self.training or learning or is_capturing() or not ordinary:
             return resize_spectrum(weight, self.grid, grid, self.resize)
         return self._cached_spectrum(grid)
@@ -124,10 +126,10 @@ class GlobalFilter(nn.Module):
         self._cache = None, {}
 
     def macs(self, shape: Sequence[int]) -> int:
-        """Count the multiply-accumulates for a map of `shape` `(B, H, W, C)` as the authors do.
+        """Count the multiply-accumulates for a map `(B, H, W, C)` as the authors do.
 
         A transform of N cells counts `N * C * ceil(log2(N))` (issues 3, 12 and 15 of the official
-        repository) and there are two; a complex product counts 4, whatever the backend.
+        repository) and there are two; a complex product counts 4. Backends count alike.
         """
         batch, height, width, channels = shape
         cells = height * width

@@ -57,7 +57,8 @@ class _AddressError(Exception):
 def fetch(name: str, check: Callable[[Path], None]) -> Path:
     """Return the path of official weights, downloaded on first use.
 
-    `check` raises a :class:`CheckpointError` if a downloaded file is not what the name says.
+    `name` is one of :data:`OFFICIAL_WEIGHTS`. `check` gets the path of a download before it is
+    kept, and raises a :class:`CheckpointError` if the file is not what the name says.
 
     Raises:
         DownloadError: If no address gives the file; says what went wrong at each, and where to

@@ -115,7 +115,7 @@ class ImageClassifier(BaseModel):
     ) -> None:
         network = MODELS.build(backbone)
         if not getattr(network, 'num_classes', 0):
-            raise ValueError(f'the backbone needs num_classes, but got {dict(backbone)}')
+            raise ValueError(f"a classifier's backbone needs num_classes, got {dict(backbone)}")
         told = dict(num_classes=network.num_classes, label_smoothing=label_smoothing)
         super().__init__(MODELS.build(data_preprocessor, default_args=told), init_cfg)
         self.backbone = network

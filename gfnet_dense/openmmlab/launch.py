@@ -85,7 +85,9 @@ def _resume(cfg: Config, checkpoint: str) -> None:
     if checkpoint == 'auto':
         found = latest_checkpoint(cfg.work_dir)
         if found is None:
-            raise FileNotFoundError(f'nothing to resume in {cfg.work_dir}: omit --resume')
+            raise FileNotFoundError(
+                f'nothing to resume in {cfg.work_dir}: omit --resume to start anew'
+            )
         checkpoint = str(found)
     content = load_file(checkpoint, mmap=True)
     if not isinstance(content, Mapping) or not {'meta', 'optimizer'} <= set(content):

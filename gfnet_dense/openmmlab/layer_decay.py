@@ -77,6 +77,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 def layer_ids(model: nn.Module, num_layers: int | None = None) -> dict[str, int]:
     """Return the layer of each parameter, see :class:`LayerDecayOptimWrapperConstructor`.
 
+    Without `num_layers` every block is a layer.
+
     Raises:
         ValueError: If the model's `backbone` has no `get_layer_depth`, or fewer blocks than
             `num_layers`.

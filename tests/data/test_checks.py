@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from gfnet_dense.data.build import build_dataset
-from gfnet_dense.data.checks import check_folders, check_heads, find_batches
+from gfnet_dense.data.checks import check_folders, check_heads, find_batches, find_heads
 from gfnet_dense.data.contents import Contents
 from gfnet_dense.data.errors import DataError, raise_first
 from gfnet_dense.data.evaluation import find_evaluation, number_names, wanted_numbers
@@ -228,6 +228,49 @@ def test_what_a_step_of_the_user_loads_need_not_be_a_file(digits):
         path.unlink()
     assert [*check_files(archived, 'train')] == []
     assert '6 of 6 images do not exist' in ' '.join(check_files(standard, 'train'))
+
+
+@TRANSFORMS.register_module()
+class Threshold:
+    """A transform of a user that makes labels of grey levels."""
+
+    def __call__(self, results):
+        results['gt_seg_map'] = (results['gt_seg_map'] > 127).astype(np.uint8)
+        return results
+
+
+def test_labels_that_a_step_of_the_user_makes_of_a_jpeg(digits):
+    for path in digits.glob('annotations/training/*.png'):
+        grey = np.kron([[250, 5], [5, 250]], np.ones((32, 32))).astype(np.uint8)
+        Image.fromarray(grey).save(path, 'JPEG')
+    load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', reduce_zero_label=False)]
+    for own, faults in (([], True), ([dict(type='Threshold')], False)):
+        dataset = part(
+            digits,
+            pipeline=[*load, *own, dict(type='PackSegInputs')],
+            reduce_zero_label=False,
+            metainfo=dict(classes=[str(i) for i in range(256)], palette=[(0, 0, 0)] * 256),
+        )
+        assert any('is a JPEG' in text for text in faults_of(dataset)) == faults
+
+
+def test_several_suffixes_of_images_alone(digits):
+    plain = [dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]
+    several = dict(img_suffix=('.jpg', '.png'), pipeline=plain)
+    images = part(digits, data_prefix=dict(img_path='images/training'), **several)
+    assert len(images) == 6
+    assert [*check_files(images, 'test')] == []
+
+
+def test_a_head_of_masks_may_weigh_what_is_no_object():
+    class Head(nn.Module):
+        out_channels = 2
+        loss_decode = SimpleNamespace(class_weight=[1.0, 1.0, 0.1])
+
+    model, dataset = nn.ModuleDict(dict(decode_head=Head())), SimpleNamespace(metainfo={})
+    assert [*find_heads(model, dataset)] == []
+    model.decode_head.conv_seg = nn.Conv2d(4, 2, 1)
+    assert 'has 3 numbers, but there are 2 classes' in ' '.join(find_heads(model, dataset))
 
 
 def test_label_maps_that_no_step_loads_are_not_demanded(digits):

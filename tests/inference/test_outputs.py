@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
 from PIL import Image
 from random_models import CLASSIFIER, random_checkpoint, random_images
@@ -72,3 +73,30 @@ def test_a_result_that_cannot_be_written_costs_no_other_one(tmp_path, monkeypatc
     fail_on_the_second(OSError(errno.ENOSPC, 'No space left on device'))
     with pytest.raises(OSError, match='No space left'):
         predict_files(predictor, [str(tmp_path)], tmp_path / 'out')
+
+
+def test_resuming_keeps_nothing_of_another_model(tmp_path, monkeypatch):
+    Image.fromarray(random_images([(64, 64)])[0]).save(tmp_path / '0.png')
+    path = random_checkpoint(CLASSIFIER, tmp_path)
+    content = torch.load(path)
+    for value in content['state_dict'].values():
+        value.mul_(-1.5)
+    torch.save(content, tmp_path / 'other.pth')
+
+    def predict(checkpoint, folder, **options):
+        predictor = gfnet_dense.load(CLASSIFIER, checkpoint, 'cpu')
+        predict_files(predictor, [str(tmp_path / '0.png')], folder, **options)
+        return (folder / 'predictions.csv').read_text()
+
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    first = predict(path, tmp_path / 'out')
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Outputs, '_open_records', interrupt)
+        predict(tmp_path / 'other.pth', tmp_path / 'out')
+    expected = predict(tmp_path / 'other.pth', tmp_path / 'fresh')
+    assert expected != first
+    assert predict(tmp_path / 'other.pth', tmp_path / 'out', resume=True) == expected
+    (tmp_path / 'out/.made_by.json').write_text('{')
+    assert predict(path, tmp_path / 'out', resume=True) == first

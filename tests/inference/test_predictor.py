@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS
 from PIL import Image
 from random_models import (
     CLASSIFIER,
@@ -134,6 +135,22 @@ def test_scores_are_the_probabilities_of_the_labels(segmentor, checkpoint, image
     labels, scores = segmentor._resized(torch.tensor([[[0.2, 0.35, 0.9]]]), (1, 3))
     assert labels.tolist() == [[0, 1, 1]]
     torch.testing.assert_close(scores, torch.tensor([[0.8, 0.35, 0.9]]))
+
+
+def test_a_cascade_decides_by_its_last_head(images, tmp_path):
+    cfg = Config.fromfile(find_config(SEGMENTOR))
+    last = dict(in_channels=cfg.model.decode_head.in_channels[-1], in_index=-1, channels=8)
+    common = dict(last, num_classes=len(CLASSES), norm_cfg=dict(type='BN'))
+    cfg.model.type, cfg.model.num_stages = 'CascadeEncoderDecoder', 2
+    cfg.model.decode_head = [
+        dict(common, type='FCNHead', num_convs=1, concat_input=False),
+        dict(common, type='OCRHead', ocr_channels=4),
+    ]
+    with MODELS.switch_scope_and_registry('mmseg') as registry:
+        model = registry.build(cfg.model)
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'cascade.pth')
+    result = gfnet_dense.load(cfg, tmp_path / 'cascade.pth', 'cpu').predict(images[0])
+    assert result.labels.shape == images[0].shape[:2]
 
 
 def test_nan_reaches_no_result(images, tmp_path):
