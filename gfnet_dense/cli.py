@@ -151,7 +151,7 @@ def _without_chatter() -> Iterator[None]:
     warnings.filterwarnings('ignore', module=r'(mmcv|mmengine|mmseg|mmdet)\.')
     try:
         for handler in consoles:
-            handler.setLevel(logging.WARNING)
+            handler.setLevel(logging.ERROR)
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
