@@ -27,8 +27,9 @@ CORE_TESTS := tests/spectral tests/models
 # Two processes. Each takes whole files, whose tests share what is trained for several of them.
 PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # The fast lane: what needs neither training runs nor mmcv's compiled operators.
-FAST := tests/spectral tests/models tests/data tests/demo tests/openmmlab tests/configs \
-  tests/inference tests/test_docs.py tests/test_imports.py tests/test_installation.py
+# Long files come first, so that no process is left with one at the end.
+FAST := tests/test_imports.py tests/data tests/spectral tests/models tests/configs \
+  tests/openmmlab tests/inference tests/demo tests/test_docs.py tests/test_installation.py
 NOT_FAST := --ignore=tests/configs/test_coco_configs.py \
   --ignore=tests/inference/test_detection.py \
   --ignore=tests/openmmlab/test_classification_runs.py --ignore=tests/openmmlab/test_detection.py \
