@@ -124,11 +124,11 @@ $(OPS): $(STACK) $(TOOLS)
 	$(PY) tools/install_mmcv_ops.py
 	@touch $@
 
-# --upgrade moves an environment from one version of torch to another.
+# Made anew for another torch: the CUDA libraries of two versions overwrite each other's files.
 $(CORE): pyproject.toml requirements-test.txt
+	rm -rf $(CORE_VENV)
 	$(PYTHON) -m venv $(CORE_VENV)
-	rm -f $(CORE_VENV)/.torch-*
-	$(CORE_PIP) install --upgrade -c requirements-test.txt 'torch$(TORCH:%===%)' timm numpy pytest \
+	$(CORE_PIP) install -c requirements-test.txt 'torch$(TORCH:%===%)' timm numpy pytest \
 	  pytest-timeout pytest-xdist hypothesis onnx onnxscript onnxruntime segmentation-models-pytorch
 	$(CORE_PIP) install --no-deps -e .
 	@touch $@
