@@ -85,6 +85,7 @@ def test_weight_decay_is_that_of_timm(name):
     assert {g['lr'] for g in optimizer.param_groups} == {5e-4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', PARAMETERS)
 def test_sizes_and_hyperparameters_are_the_official_ones(name):
     cfg = load(name)

@@ -38,6 +38,7 @@ def test_classifiers(name):
     assert complexity.macs.total() / 1e9 == pytest.approx(gmacs, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', SEMANTIC_FPN)
 def test_semantic_fpn(name):
     parameters, gmacs = SEMANTIC_FPN[name]
