@@ -66,7 +66,9 @@ def test_classifier_and_its_data_agree(name):
     assert cfg.train_dataloader.batch_size % 2 == 0, 'mixup pairs images'
 
 
-@pytest.mark.parametrize('name', FINER)
+@pytest.mark.parametrize(
+    'name', [pytest.param(n, marks=[pytest.mark.slow] * ('_xs_' not in n)) for n in FINER]
+)
 def test_parameters_at_384(name):
     assert sum(p.numel() for p in build(load(name)).parameters()) == FINER[name]
 

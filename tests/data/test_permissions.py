@@ -60,6 +60,7 @@ def permit(function, path, _):
 ANNOTATIONS = 'digits/annotations/instances_training.json'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('task', 'find', 'mode'),
     [

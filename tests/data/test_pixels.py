@@ -81,7 +81,14 @@ def load(loader: str, path) -> np.ndarray:
     return step(LOADERS[loader])(dict(img_path=str(path)))['img'][..., ::-1]
 
 
-@pytest.mark.parametrize('loader', [*LOADERS, 'ImageFolder'])
+# The fast lane leaves out the recipes, whose steps are those of the small configs.
+@pytest.mark.parametrize(
+    'loader',
+    [
+        *(pytest.param(k, marks=[pytest.mark.slow] * ('_h_' in v)) for k, v in LOADERS.items()),
+        'ImageFolder',
+    ],
+)
 def test_pixels_are_those_that_were_written(tmp_path, loader):
     for name, (write, expected) in KINDS.items():
         write(tmp_path / name)

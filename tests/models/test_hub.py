@@ -274,7 +274,14 @@ FAULTS = {
         'what came is not safe to read: it asks for posix.mkdir',
     ),
 }
-faults = pytest.mark.parametrize(('fault', 'reason'), FAULTS.values(), ids=FAULTS)
+WAITED_FOR = ('stalled', 'silent', 'trickling')
+faults = pytest.mark.parametrize(
+    ('fault', 'reason'),
+    [
+        pytest.param(*fault, id=name, marks=[pytest.mark.slow] * (name in WAITED_FOR))
+        for name, fault in FAULTS.items()
+    ],
+)
 
 
 # When it works

@@ -29,7 +29,9 @@ SEMANTIC_FPN = {
 PYRAMID = dict(embed_dims=(4, 8), depths=(1, 2), layer_scale_init_value=1.0)
 
 
-@pytest.mark.parametrize('name', CLASSIFIERS)
+@pytest.mark.parametrize(
+    'name', [pytest.param(n, marks=[pytest.mark.slow] * (n[-2:] != 'ti')) for n in CLASSIFIERS]
+)
 def test_classifiers(name):
     parameters, gmacs = CLASSIFIERS[name]
     complexity = measure_complexity(name)

@@ -377,6 +377,7 @@ def test_colours_of_a_palette(tmp_path):
     assert found.palette == [tuple(colours[value].tolist()) for value in found.values]
 
 
+@pytest.mark.slow
 def test_memory_decides_the_batch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_masks(tmp_path, [0, 1], count=40)

@@ -13,10 +13,14 @@ from gfnet_dense.spectral.reference import reference_filter
 from gfnet_dense.spectral.tracing import operator_unsupported_reason
 
 # 'fused' takes no float64.
-backends = pytest.mark.parametrize('backend', [b for b in BACKENDS if b != 'fused'])
+TESTED = [b for b in BACKENDS if b != 'fused']
+backends = pytest.mark.parametrize('backend', TESTED)
 
 
-@backends
+# 'auto' is 'native' on a CPU.
+@pytest.mark.parametrize(
+    'backend', [pytest.param(b, marks=[pytest.mark.slow] * (b == 'auto')) for b in TESTED]
+)
 @pytest.mark.parametrize(
     'size',
     [(1, 1), (2, 3), *(pytest.param(s, marks=pytest.mark.slow) for s in [(3, 2), (4, 4)])],
@@ -179,7 +183,7 @@ def operators() -> Operators:
     return operators
 
 
-@pytest.mark.parametrize('dynamic', [False, True])
+@pytest.mark.parametrize('dynamic', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_operators_compile_to_one_graph_with_their_gradients(operators, dynamic):
     torch.compiler.reset()
     run = torch.compile(

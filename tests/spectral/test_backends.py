@@ -16,9 +16,8 @@ from gfnet_dense.spectral import BACKENDS, dense, global_filter
 DEVICES = ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
 
 # Without a GPU 'fused' falls back to 'auto'; triton/test_fused.py runs its kernels there.
-backends = pytest.mark.parametrize(
-    'backend', [b for b in BACKENDS if b != 'fused' or torch.cuda.is_available()]
-)
+TESTED = [b for b in BACKENDS if b != 'fused' or torch.cuda.is_available()]
+backends = pytest.mark.parametrize('backend', TESTED)
 devices = pytest.mark.parametrize('device', DEVICES)
 
 
@@ -44,7 +43,9 @@ def filter_and_gradients(case: tuple[Tensor, ...], backend: str) -> list[Tensor]
 
 @pytest.mark.timeout(3600)  # on a GPU kernels are compiled for every class of sizes
 @devices
-@backends
+@pytest.mark.parametrize(
+    'backend', [pytest.param(b, marks=[pytest.mark.slow] * (b != 'native')) for b in TESTED]
+)
 @settings(max_examples=150)
 @given(
     size=sizes(),

@@ -109,6 +109,7 @@ def test_result_and_gradients(batch, height, width, channels, dtype, layouts, th
     assert torch.equal(conjugate, actual[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'size', [(200, 334, 17), (128, 128, 32), (1, 509, 3), (331, 2, 3)], ids=str
 )
