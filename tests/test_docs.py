@@ -83,6 +83,12 @@ def test_relative_links_lead_to_files_and_headings(path):
 
 
 @pytest.mark.parametrize('path', PAGES, ids=page_id)
+def test_a_page_says_nothing_twice(path):
+    lines = re.findall(r'^(?:## .*|[A-Z].{60,})$', path.read_text(), re.MULTILINE)
+    assert len({*lines}) == len(lines)
+
+
+@pytest.mark.parametrize('path', PAGES, ids=page_id)
 def test_commands_name_scripts_configs_and_targets_that_exist(path):
     text = path.read_text()
     for script in set(re.findall(r'\btools/\w+\.(?:py|sh)', text)):
