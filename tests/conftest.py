@@ -31,6 +31,9 @@ paths = [str(Path(__file__).parent / 'stand_ins'), os.environ.get('PYTHONPATH')]
 os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, paths))
 
 
+gc.disable()  # until all is imported, which it would slow by a tenth
+
+
 def pytest_collection_finish() -> None:
     """Prepare a process that runs tests. The one that hands tests out imports nothing large."""
     import torch
@@ -44,6 +47,7 @@ def pytest_collection_finish() -> None:
 
         utils.load = functools.cache(utils.load)
     gc.freeze()  # mmengine collects garbage for every data set: spare it what is imported
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from gfnet_dense.data import check_data
 from gfnet_dense.inference import InputError, read_image
 from gfnet_dense.serialization import load_file
 
+pytestmark = pytest.mark.slow
 _NOBODY = 65534
 
 
@@ -60,7 +61,6 @@ def permit(function, path, _):
 ANNOTATIONS = 'digits/annotations/instances_training.json'
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ('task', 'find', 'mode'),
     [

@@ -183,7 +183,8 @@ def operators() -> Operators:
     return operators
 
 
-@pytest.mark.parametrize('dynamic', [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize('dynamic', [False, True])
 def test_operators_compile_to_one_graph_with_their_gradients(operators, dynamic):
     torch.compiler.reset()
     run = torch.compile(

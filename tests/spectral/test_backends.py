@@ -152,12 +152,9 @@ class Filter(nn.Module):
         return global_filter(x, self.weight, self.backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ('backend', 'dynamic'),
-    [
-        ('auto', True),
-        *(pytest.param(backend, False, marks=pytest.mark.slow) for backend in BACKENDS),
-    ],
+    ('backend', 'dynamic'), [('auto', True), *((backend, False) for backend in BACKENDS)]
 )
 def test_compiles_to_one_graph_with_its_gradients(backend, dynamic):
     torch.compiler.reset()
