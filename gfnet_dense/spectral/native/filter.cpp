@@ -317,13 +317,15 @@ INLINE void butterfly(Cell<T>* u) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Transforms of any length: Stockham's, a pass for each factor, which needs no reordering.
+// Transforms of any length, a pass for each factor. They work in place, where a small transform
+// fits the first cache, and do not sort: frequencies come out in an order of their own, in which
+// the way back takes them.
 
 template <class T>
 struct Pass {
   Index radix;
-  Index before, after;  // products of the radices of passes before and after this one
-  std::vector<T> twiddles;  // (after, radix, 2)
+  Index length;             // of the transforms that it takes apart; each becomes `radix` shorter ones
+  std::vector<T> twiddles;  // (length / radix, radix, 2)
   std::vector<T> roots;     // of unity, (radix, 2)
 };
 
@@ -332,6 +334,7 @@ struct Pass {
 template <class T>
 struct Plan {
   std::vector<Pass<T>> passes;
+  std::vector<Index> place;  // of every frequency
 
   explicit Plan(Index n) {
     std::vector<T> roots(2 * n);  // of unity
@@ -339,20 +342,26 @@ struct Plan {
       roots[2 * j] = T(std::cos(2 * PI * double(j) / double(n)));
       roots[2 * j + 1] = T(-std::sin(2 * PI * double(j) / double(n)));
     }
-    Index before = 1, rest = n;
-    while (rest > 1) {
-      const Index radix = next_radix(rest), after = rest / radix;
-      Pass<T> pass{radix, before, after, {}, {}};
-      for (Index q = 0; q < after; q++)
+    for (Index length = n; length > 1;) {
+      const Index radix = next_radix(length), rest = length / radix;
+      Pass<T> pass{radix, length, {}, {}};
+      for (Index q = 0; q < rest; q++)
         for (Index j = 0; j < radix; j++)
           for (int part = 0; part < 2; part++)
-            pass.twiddles.push_back(roots[2 * q * j * before + part]);
+            pass.twiddles.push_back(roots[2 * q * j * (n / length) + part]);
       for (Index j = 0; j < radix; j++)
         for (int part = 0; part < 2; part++)
           pass.roots.push_back(roots[2 * j * (n / radix) + part]);
       passes.push_back(std::move(pass));
-      before *= radix;
-      rest = after;
+      length = rest;
+    }
+    for (Index k = 0; k < n; k++) {
+      Index digits = k, at = 0;
+      for (const Pass<T>& pass : passes) {
+        at += digits % pass.radix * (pass.length / pass.radix);
+        digits /= pass.radix;
+      }
+      place.push_back(at);
     }
   }
 
@@ -367,116 +376,121 @@ struct Plan {
   }
 };
 
-// y(k + before (radix q + j)) = twiddle(q, j) butterfly(x(k + before (q + after j)))_j
-//
-// Element e stands for `width` transforms side by side, from x + e * x_pitch on.
-template <int P, class T>
-void run_pass(const Pass<T>& pass, const Cell<T>* __restrict x, Index x_pitch, Cell<T>* __restrict y,
-              Index y_pitch, Index width) {
-  Index before = pass.before;
-  if (x_pitch == width && y_pitch == width) {  // then elements k lie side by side, too
-    x_pitch = y_pitch = width *= before;
-    before = 1;
-  }
-  const Index x_step = before * pass.after * x_pitch, y_step = before * y_pitch;
+// In frequency: from elements in order to frequencies in their places. In time: from frequencies'
+// places to elements in order, by the same steps transposed, last one first. Both are F.
+enum class Decimation { in_frequency, in_time };
+
+// Rows of a map that the first two passes bring into the cache, as many cells as they transform. The
+// processor foresees no strides as long, and waits when many lines are asked for at once.
+struct Fetch {
+  const void* rows[2] = {};
+  Index step = 0;  // bytes from cell to cell
+};
+
+// Element e stands for `width` transforms side by side, from x + e * pitch on.
+template <int P, Decimation decimation, class T>
+void run_pass(const Pass<T>& pass, Cell<T>* x, Index length, Index pitch, Index width,
+              const char* fetch, Index fetch_step) {
+  constexpr bool in_time = decimation == Decimation::in_time;
+  const Index rest = pass.length / P, step = rest * pitch;
   const auto sweep = [&](Index q, auto has_twiddles) ALWAYS_INLINE {
     const T* twiddle = pass.twiddles.data() + 2 * q * P;
-    for (Index k = 0; k < before; k++) {
-      const Cell<T>* from = x + (k + before * q) * x_pitch;
-      Cell<T>* to = y + (k + before * q * P) * y_pitch;
+    for (Index first = q; first < length; first += pass.length) {
+      if (fetch)  // to read a map on the way there, to write one on the way back
+        for (int j = 0; j < P; j++)
+          __builtin_prefetch(fetch + (first + j * rest) * fetch_step, in_time);
       for (Index i = 0; i < width; i++) {
+        Cell<T>* at = x + first * pitch + i;
         Cell<T> u[P];
-        UNROLL for (int j = 0; j < P; j++) u[j] = from[i + j * x_step];
+        UNROLL for (int j = 0; j < P; j++) {
+          u[j] = at[j * step];
+          if (in_time && has_twiddles && j)
+            u[j] = multiply(u[j], twiddle[2 * j], twiddle[2 * j + 1]);
+        }
         butterfly<P>(u);
-        to[i] = u[0];
-        UNROLL for (int j = 1; j < P; j++) {
-          if (has_twiddles) u[j] = multiply(u[j], twiddle[2 * j], twiddle[2 * j + 1]);
-          to[i + j * y_step] = u[j];
+        UNROLL for (int j = 0; j < P; j++) {
+          if (!in_time && has_twiddles && j)
+            u[j] = multiply(u[j], twiddle[2 * j], twiddle[2 * j + 1]);
+          at[j * step] = u[j];
         }
       }
     }
   };
   sweep(0, std::false_type());
-  for (Index q = 1; q < pass.after; q++) sweep(q, std::true_type());
+  for (Index q = 1; q < rest; q++) sweep(q, std::true_type());
 }
 
 // The same for an odd radix of any size, as a product with its matrix, four outputs at a time.
 // `scratch` has room for `radix` cells.
-template <class T>
-void run_large_pass(const Pass<T>& pass, const Cell<T>* __restrict x, Index x_pitch,
-                    Cell<T>* __restrict y, Index y_pitch, Index width, Cell<T>* scratch) {
+template <Decimation decimation, class T>
+void run_large_pass(const Pass<T>& pass, Cell<T>* x, Index length, Index pitch, Index width,
+                    Cell<T>* scratch) {
+  constexpr bool in_time = decimation == Decimation::in_time;
   constexpr int OUTPUTS = 4;
-  const Index radix = pass.radix, half = radix / 2, before = pass.before;
-  const Index x_step = before * pass.after * x_pitch, y_step = before * y_pitch;
+  const Index radix = pass.radix, half = radix / 2, rest = pass.length / radix;
+  const Index step = rest * pitch;
   Cell<T>*const sum = scratch - 1, *const difference = sum + half;  // from 1 to half
-  for (Index q = 0; q < pass.after; q++)
-    for (Index k = 0; k < before; k++)
-      for (Index i = 0; i < width; i++) {
-        const Cell<T>* from = x + (k + before * q) * x_pitch + i;
-        Cell<T>* to = y + (k + before * q * radix) * y_pitch + i;
-        Cell<T> total = from[0];
-        for (Index j = 1; j <= half; j++) {
-          const Cell<T> a = from[j * x_step], b = from[(radix - j) * x_step];
-          sum[j] = a + b;
-          difference[j] = a - b;
-          total = total + sum[j];
-        }
-        to[0] = total;
-        const auto emit = [&](Index j, Cell<T> value) ALWAYS_INLINE {
-          const T* twiddle = pass.twiddles.data() + 2 * (q * radix + j);
-          to[j * y_step] = multiply(value, twiddle[0], twiddle[1]);
-        };
-        for (Index first = 1; first <= half; first += OUTPUTS) {
-          Cell<T> even[OUTPUTS], odd[OUTPUTS] = {};
-          Index power[OUTPUTS] = {};  // j * (first + o) modulo radix
-          UNROLL for (int o = 0; o < OUTPUTS; o++) even[o] = from[0];
-          for (Index j = 1; j <= half; j++) {
-            UNROLL for (int o = 0; o < OUTPUTS; o++) {
-              power[o] += first + o;
-              power[o] -= power[o] >= radix ? radix : 0;
-              const T re = pass.roots[2 * power[o]], im = pass.roots[2 * power[o] + 1];
-              even[o].re += sum[j].re * re;
-              even[o].im += sum[j].im * re;
-              odd[o].re -= difference[j].im * im;
-              odd[o].im += difference[j].re * im;
-            }
-          }
-          for (int o = 0; o < OUTPUTS && first + o <= half; o++) {
-            emit(first + o, even[o] + odd[o]);
-            emit(radix - first - o, even[o] - odd[o]);
-          }
+  for (Index e = 0; e < length * width; e++) {
+    const Index q = e / width % pass.length;
+    if (q >= rest) continue;
+    Cell<T>* const at = x + e / width * pitch + e % width;
+    const auto turned = [&](Index j, Cell<T> value) ALWAYS_INLINE {
+      const T* twiddle = pass.twiddles.data() + 2 * (q * radix + j);
+      return multiply(value, twiddle[0], twiddle[1]);
+    };
+    const Cell<T> zeroth = at[0];
+    Cell<T> total = zeroth;
+    for (Index j = 1; j <= half; j++) {
+      Cell<T> a = at[j * step], b = at[(radix - j) * step];
+      if (in_time) a = turned(j, a), b = turned(radix - j, b);
+      sum[j] = a + b;
+      difference[j] = a - b;
+      total = total + sum[j];
+    }
+    at[0] = total;
+    const auto emit = [&](Index j, Cell<T> value) ALWAYS_INLINE {
+      at[j * step] = in_time ? value : turned(j, value);
+    };
+    for (Index first = 1; first <= half; first += OUTPUTS) {
+      Cell<T> even[OUTPUTS], odd[OUTPUTS] = {};
+      Index power[OUTPUTS] = {};  // j * (first + o) modulo radix
+      UNROLL for (int o = 0; o < OUTPUTS; o++) even[o] = zeroth;
+      for (Index j = 1; j <= half; j++) {
+        UNROLL for (int o = 0; o < OUTPUTS; o++) {
+          power[o] += first + o;
+          power[o] -= power[o] >= radix ? radix : 0;
+          const T re = pass.roots[2 * power[o]], im = pass.roots[2 * power[o] + 1];
+          even[o].re += sum[j].re * re;
+          even[o].im += sum[j].im * re;
+          odd[o].re -= difference[j].im * im;
+          odd[o].im += difference[j].re * im;
         }
       }
+      for (int o = 0; o < OUTPUTS && first + o <= half; o++) {
+        emit(first + o, even[o] + odd[o]);
+        emit(radix - first - o, even[o] - odd[o]);
+      }
+    }
+  }
 }
 
-// Buffers of one thread, each for a row of a map or a group of columns.
-template <class T>
-struct Buffers {
-  Cell<T>*a, *b, *c, *d, *scratch;
-};
-
-// Transforms x to y by way of the buffers b and a, each with elements of `width` cells. x may be a.
-template <class T>
-void transform(const Plan<T>& plan, const Cell<T>* x, Index x_pitch, Cell<T>* y, Index y_pitch,
-               Index width, const Buffers<T>& buffers) {
-  if (plan.passes.empty()) std::memcpy(y, x, width * sizeof(Cell<T>));
-  for (std::size_t i = 0; i < plan.passes.size(); i++) {
-    const Pass<T>& pass = plan.passes[i];
-    const bool is_last = i + 1 == plan.passes.size();
-    Cell<T>* to = is_last ? y : i % 2 ? buffers.a : buffers.b;
-    const Index to_pitch = is_last ? y_pitch : width;
+template <Decimation decimation, class T>
+void transform(const Plan<T>& plan, Cell<T>* x, Index pitch, Index width, Cell<T>* scratch,
+               const Fetch& fetch = {}) {
+  const Index length = plan.place.size(), passes = plan.passes.size();
+  for (Index i = 0; i < passes; i++) {
+    const Pass<T>& pass = plan.passes[decimation == Decimation::in_time ? passes - 1 - i : i];
+    const char* const row = static_cast<const char*>(i < 2 ? fetch.rows[i] : nullptr);
     switch (pass.radix) {
-#define CASE(P)                                         \
-  case P:                                               \
-    run_pass<P>(pass, x, x_pitch, to, to_pitch, width); \
+#define CASE(P)                                                               \
+  case P:                                                                     \
+    run_pass<P, decimation>(pass, x, length, pitch, width, row, fetch.step); \
     break;
       CASE(2) CASE(3) CASE(4) CASE(5) CASE(7) CASE(8) CASE(11) CASE(13)
 #undef CASE
       default:
-        run_large_pass(pass, x, x_pitch, to, to_pitch, width, buffers.scratch);
+        run_large_pass<decimation>(pass, x, length, pitch, width, scratch);
     }
-    x = to;
-    x_pitch = to_pitch;
   }
 }
 
@@ -573,11 +587,10 @@ struct Steps {
   // is a power of two, do not all fall on the same set of a cache.
   Index pitch = half | 1;
   Index plane = height * pitch;
-  // Columns are transformed in groups, as many side by side as fit a part of the first cache.
-  Index group = clamp(4096 / sizeof(Cell<T>) / height, 1, half);
+  // Columns are transformed in groups, as many side by side as fit the first cache.
+  Index group = clamp(32768 / sizeof(Cell<T>) / height, 1, half);
   Index groups = (half + group - 1) / group;
   Index pairs = (height + 1) / 2;  // of rows
-  Index line = (height * group > width ? height * group : width) + 1;
   // The sum of a map in bfloat16 can leave the range of float, so it is scaled down and up again.
   T down = dtype == DType::bfloat16 ? T(std::exp2(-std::ceil(std::log2(2.0 * height * width)))) : 1;
   T up = 1 / down;
@@ -593,10 +606,8 @@ struct Steps {
   // The last row of an odd number is its own pair: computed twice, to the same result.
   Range pair_of(Index p) const { return {2 * p, clamp(2 * p + 1, 0, height - 1)}; }
 
-  Index buffer_cells() const { return 4 * line + (height > width ? height : width); }
-  Buffers<T> buffers(Cell<T>* p) const {
-    return {p, p + line, p + 2 * line, p + 3 * line, p + 4 * line};
-  }
+  // Of one thread: a pair of rows, and scratch for a transform.
+  Index buffer_cells() const { return width + (height > width ? height : width); }
 
   template <class Use>
   void with_storage(const Use& use) const {
@@ -613,32 +624,26 @@ struct Steps {
   // Twice the half spectra of a pair of rows of a map. Both are of one image: of two maps, the
   // rounding errors of the larger would drown the smaller.
   void forward_rows(const Map& x, Cell<T>* z, Index pair, Index image, Index block,
-                    const Buffers<T>& buffers) const {
-    // The next pair, and where this one goes, are fetched ahead: the strides are too long for the
-    // processor to foresee them.
-    const Range h = pair_of(pair), ahead = pair_of(clamp(pair + 1, 0, pairs - 1));
+                    Cell<T>* buffer) const {
+    const Range h = pair_of(pair), next = pair_of(clamp(pair + 1, 0, pairs - 1));
     with_storage([&](auto storage) {
       using S = decltype(storage);
       const Index n = channels_of(block);
       const S* const p = static_cast<const S*>(x.data) + image * x.batch + block * N;
       for (Index w = 0; w < width; w++) {
-        __builtin_prefetch(p + ahead.first * x.row + w * x.column);
-        __builtin_prefetch(p + ahead.last * x.row + w * x.column);
         Cell<T> cell = {Storage<S, T>::read(p + h.first * x.row + w * x.column, n),
                         Storage<S, T>::read(p + h.last * x.row + w * x.column, n)};
         if (std::is_same<S, BFloat16>::value) cell = {cell.re * down, cell.im * down};
-        buffers.a[w] = cell;
+        buffer[w] = cell;
       }
+      transform<Decimation::in_frequency>(
+          rows, buffer, 1, 1, buffer + width,
+          {{p + next.first * x.row, p + next.last * x.row}, x.column * Index(sizeof(S))});
     });
     Cell<T>*const to_a = z + h.first * pitch, *const to_b = z + h.last * pitch;
-    for (Index k = 0; k < half; k++)
-      for (const Cell<T>* to : {to_a + k, to_b + k}) {
-        __builtin_prefetch(&to->re);
-        __builtin_prefetch(&to->im);
-      }
-    transform(rows, buffers.a, 1, buffers.c, 1, 1, buffers);
+    const Index* const place = rows.place.data();  // which loops would read anew for every cell
     for (Index k = 0; k < half; k++) {
-      const Cell<T> p = buffers.c[k], q = buffers.c[k ? width - k : 0];
+      const Cell<T> p = buffer[place[k]], q = buffer[place[k ? width - k : 0]];
       to_a[k] = {p.re + q.re, p.im - q.im};
       to_b[k] = {p.im + q.im, q.re - p.re};
     }
@@ -646,41 +651,40 @@ struct Steps {
 
   // Two real rows of a map from their half spectra, which are exchanged (see above).
   void inverse_rows(const Cell<T>* z, void* map, Index pair, Index image, Index block,
-                    const Buffers<T>& buffers) const {
+                    Cell<T>* buffer) const {
     const Range h = pair_of(pair);
     const Cell<T>*const from_a = z + h.first * pitch, *const from_b = z + h.last * pitch;
+    const Index* const place = rows.place.data();
     for (Index k = 0; k < half; k++) {
       const Cell<T> a = from_a[k], b = from_b[k];
       if (k == 0 || 2 * k == width) {
         // Such a column is its own mirror image: the imaginary part of the spectrum does not act.
-        buffers.a[k] = {b.im, a.im};
+        buffer[place[k]] = {b.im, a.im};
       } else {
-        buffers.a[k] = {b.im + a.re, a.im - b.re};
-        buffers.a[width - k] = {b.im - a.re, a.im + b.re};
+        buffer[place[k]] = {b.im + a.re, a.im - b.re};
+        buffer[place[width - k]] = {b.im - a.re, a.im + b.re};
       }
     }
-    transform(rows, buffers.a, 1, buffers.c, 1, 1, buffers);
     with_storage([&](auto storage) {
       using S = decltype(storage);
       const Index n = channels_of(block), row = width * channels;
       S* const p = static_cast<S*>(map) + image * height * row + block * N;
+      transform<Decimation::in_time>(
+          rows, buffer, 1, 1, buffer + width,
+          {{p + h.first * row, p + h.last * row}, channels * Index(sizeof(S))});
       const T factor = std::is_same<S, BFloat16>::value ? up : T(1);
       // One row after the other: cells of both would often fall on the same set of the cache.
       for (Index w = 0; w < width; w++)
-        Storage<S, T>::write(p + h.first * row + w * channels, buffers.c[w].im * factor, n);
+        Storage<S, T>::write(p + h.first * row + w * channels, buffer[w].im * factor, n);
       for (Index w = 0; w < width; w++)
-        Storage<S, T>::write(p + h.last * row + w * channels, buffers.c[w].re * factor, n);
+        Storage<S, T>::write(p + h.last * row + w * channels, buffer[w].re * factor, n);
     });
   }
 
-  // Columns k of a plane, into a buffer and back.
-  void forward_columns(const Cell<T>* z, Cell<T>* to, Range k, const Buffers<T>& b) const {
-    const Index n = k.last - k.first;
-    transform(columns, z + k.first, pitch, to, n, n, b);
-  }
-  void inverse_columns(const Cell<T>* from, Cell<T>* z, Range k, const Buffers<T>& b) const {
-    const Index n = k.last - k.first;
-    transform(columns, from, n, z + k.first, pitch, n, b);
+  // Columns k of a plane, in place.
+  template <Decimation decimation>
+  void transform_columns(Cell<T>* z, Range k, Cell<T>* buffer) const {
+    transform<decimation>(columns, z + k.first, pitch, k.last - k.first, buffer);
   }
 
   Index weight_at(Index h, Index k, Index block) const {
@@ -697,16 +701,18 @@ struct Steps {
       }
   }
 
-  // K c or conj(K) c, exchanged, in place.
-  void multiply(Cell<T>* c, Range k, const T* weight, bool conjugate, Index block) const {
+  // K z or conj(K) z, exchanged, in place.
+  void multiply(Cell<T>* z, Range k, const T* weight, bool conjugate, Index block) const {
     const T scale = 1 / (T(2) * T(height) * T(width)), scale_im = conjugate ? -scale : scale;
     const Index n = channels_of(block);
-    for (Index h = 0; h < height; h++)
-      for (Index i = k.first; i < k.last; i++, c++) {
-        const Cell<T> w = load_interleaved(weight + weight_at(h, i, block), n), v = *c;
+    for (Index h = 0; h < height; h++) {
+      Cell<T>* const c = z + columns.place[h] * pitch;
+      for (Index i = k.first; i < k.last; i++) {
+        const Cell<T> w = load_interleaved(weight + weight_at(h, i, block), n), v = c[i];
         const auto re = w.re * scale, im = w.im * scale_im;
-        *c = {v.re * im + v.im * re, v.re * re - v.im * im};
+        c[i] = {v.re * im + v.im * re, v.re * re - v.im * im};
       }
+    }
   }
 
   // Adds F g . conj(F x) to `sum`, which starts with the first image; with the last it is scaled
@@ -715,11 +721,13 @@ struct Steps {
                  Index image, Index block) const {
     const Index n = channels_of(block);
     for (Index h = 0; h < height; h++)
-      for (Index i = k.first; i < k.last; i++, g++, x++, sum++) {
-        Cell<T> total = {g->re * x->re + g->im * x->im, g->im * x->re - g->re * x->im};
-        if (image > 0) total = total + *sum;
+      for (Index i = k.first; i < k.last; i++) {
+        const Index at = columns.place[h] * pitch + i;
+        const Cell<T> a = g[at], b = x[at];
+        Cell<T> total = {a.re * b.re + a.im * b.im, a.im * b.re - a.re * b.im};
+        if (image > 0) total = total + sum[at];
         if (image + 1 < batch) {
-          *sum = total;
+          sum[at] = total;
           continue;
         }
         // Both factors are doubled. A column counts twice unless it is its own mirror image.
@@ -734,29 +742,16 @@ struct Steps {
 // ---------------------------------------------------------------------------------------------
 // Sharing out the work.
 //
-// A unit is an image and a chunk of blocks that lie side by side, so that a page of memory serves
-// several of them once it is found. With fewer units than threads, the threads take parts of the
-// rows and columns of a unit, step by step.
-
-constexpr Index LARGEST_CHUNK = 256 / VECTOR_BYTES;
+// A unit is a block of an image, or of all images. With fewer units than threads, the threads take
+// parts of the rows and columns of a unit, step by step.
 
 struct Split {
-  Index blocks, chunk, units, parts;
+  Index units, parts;
 
-  Split(Index blocks, Index images, int threads) : blocks(blocks), chunk(1) {
-    Index least = blocks * images;
-    for (Index c = 1; c <= LARGEST_CHUNK; c++) {
-      const Index rounds = ((blocks + c - 1) / c * images + threads - 1) / threads;
-      if (rounds * c <= least) least = rounds * c, chunk = c;
-    }
-    units = (blocks + chunk - 1) / chunk * images;
-    parts = units && units < threads ? (threads + units - 1) / units : 1;
-  }
+  Split(Index units, int threads)
+      : units(units), parts(units && units < threads ? (threads + units - 1) / units : 1) {}
   // How many units have their planes in the workspace at a time.
   Index places(int threads) const { return parts == 1 ? threads : units; }
-  Range blocks_of(Index i) const {
-    return {i * chunk, (i + 1) * chunk < blocks ? (i + 1) * chunk : blocks};
-  }
   template <class Use>
   void for_part(Index n, Index part, const Use& use) const {
     for (Index i = n * part / parts; i < n * (part + 1) / parts; i++) use(i);
@@ -781,49 +776,41 @@ struct Sizes {
   Index batch, height, width, channels;
 };
 
-// A filter as three steps; z holds spectra of the blocks of a unit.
+// A filter as three steps; z holds the spectrum of a unit.
 template <class T>
 void filter(Parallel parallel, int threads, DType dtype, Sizes sizes, const Map& x,
             const void* spectrum, bool conjugate, void* y) {
   const Steps<T> s{dtype, sizes.batch, sizes.height, sizes.width, sizes.channels};
   const T* const weight = static_cast<const T*>(spectrum);
-  const Split split(s.blocks, s.batch, threads);
-  const Index planes = split.chunk * s.plane, places = split.places(threads);
-  const Workspace workspace((places * planes + threads * s.buffer_cells()) * sizeof(Cell<T>));
+  const Split split(s.blocks * s.batch, threads);
+  const Index places = split.places(threads);
+  const Workspace workspace((places * s.plane + threads * s.buffer_cells()) * sizeof(Cell<T>));
   Cell<T>* const cells = static_cast<Cell<T>*>(workspace.data());
 
   run_steps(parallel, threads, split, 3, [&](Index step, int thread, Index place, Index unit,
                                              Index part) {
-    const Index image = unit % s.batch;
-    const Buffers<T> b = s.buffers(cells + places * planes + thread * s.buffer_cells());
-    const auto for_blocks = [&](const auto& use) {
-      const Range blocks = split.blocks_of(unit / s.batch);
-      for (Index block = blocks.first; block < blocks.last; block++)
-        use(block, cells + place * planes + (block - blocks.first) * s.plane);
-    };
+    const Index block = unit / s.batch, image = unit % s.batch;
+    Cell<T>* const z = cells + place * s.plane;
+    Cell<T>* const buffer = cells + places * s.plane + thread * s.buffer_cells();
     if (step == 0) {
-      split.for_part(s.pairs, part, [&](Index pair) {
-        for_blocks([&](Index block, Cell<T>* z) { s.forward_rows(x, z, pair, image, block, b); });
-      });
+      split.for_part(s.pairs, part,
+                     [&](Index pair) { s.forward_rows(x, z, pair, image, block, buffer); });
     } else if (step == 1) {
       split.for_part(s.groups, part, [&](Index group) {
-        for_blocks([&](Index block, Cell<T>* z) {
-          const Range k = s.columns_of(group);
-          s.prefetch(weight, k, block);
-          s.forward_columns(z, b.c, k, b);
-          s.multiply(b.c, k, weight, conjugate, block);
-          s.inverse_columns(b.c, z, k, b);
-        });
+        const Range k = s.columns_of(group);
+        s.prefetch(weight, k, block);
+        s.template transform_columns<Decimation::in_frequency>(z, k, buffer);
+        s.multiply(z, k, weight, conjugate, block);
+        s.template transform_columns<Decimation::in_time>(z, k, buffer);
       });
     } else {
-      split.for_part(s.pairs, part, [&](Index pair) {
-        for_blocks([&](Index block, Cell<T>* z) { s.inverse_rows(z, y, pair, image, block, b); });
-      });
+      split.for_part(s.pairs, part,
+                     [&](Index pair) { s.inverse_rows(z, y, pair, image, block, buffer); });
     }
   });
 }
 
-// The same three steps for every image, one after the other; here a unit is a chunk of blocks.
+// The same three steps for every image, one after the other; here a unit is a block of all images.
 // Without gx only the gradient of the spectrum is computed.
 template <class T>
 void adjoint(Parallel parallel, int threads, DType dtype, Sizes sizes, const Map& g, const Map& x,
@@ -832,44 +819,35 @@ void adjoint(Parallel parallel, int threads, DType dtype, Sizes sizes, const Map
   const T* const weight = static_cast<const T*>(spectrum);
   T* const gweight = static_cast<T*>(gspectrum);
   if (s.batch == 0) std::memset(gweight, 0, s.weight_at(s.height, 0, 0) * sizeof(T));
-  const Split split(s.blocks, 1, threads);
-  const Index planes = split.chunk * 3 * s.plane, places = split.places(threads);
+  const Split split(s.blocks, threads);
+  const Index places = split.places(threads), planes = 3 * s.plane;
   const Workspace workspace((places * planes + threads * s.buffer_cells()) * sizeof(Cell<T>));
   Cell<T>* const cells = static_cast<Cell<T>*>(workspace.data());
 
   run_steps(parallel, threads, split, 3 * s.batch, [&](Index step, int thread, Index place,
-                                                       Index unit, Index part) {
+                                                       Index block, Index part) {
     const Index image = step / 3;
-    const Buffers<T> b = s.buffers(cells + places * planes + thread * s.buffer_cells());
-    const auto for_blocks = [&](const auto& use) {
-      const Range blocks = split.blocks_of(unit);
-      for (Index block = blocks.first; block < blocks.last; block++)
-        use(block, cells + place * planes + (block - blocks.first) * 3 * s.plane);
-    };
+    Cell<T>*const z = cells + place * planes, *const zx = z + s.plane, *const sum = zx + s.plane;
+    Cell<T>* const buffer = cells + places * planes + thread * s.buffer_cells();
     if (step % 3 == 0) {
       split.for_part(s.pairs, part, [&](Index pair) {
-        for_blocks([&](Index block, Cell<T>* z) {
-          s.forward_rows(g, z, pair, image, block, b);
-          s.forward_rows(x, z + s.plane, pair, image, block, b);
-        });
+        s.forward_rows(g, z, pair, image, block, buffer);
+        s.forward_rows(x, zx, pair, image, block, buffer);
       });
     } else if (step % 3 == 1) {
       split.for_part(s.groups, part, [&](Index group) {
-        for_blocks([&](Index block, Cell<T>* z) {
-          const Range k = s.columns_of(group);
-          if (gx) s.prefetch(weight, k, block);
-          s.forward_columns(z, b.c, k, b);
-          s.forward_columns(z + s.plane, b.d, k, b);
-          s.correlate(b.c, b.d, z + 2 * s.plane + k.first * s.height, gweight, k, image, block);
-          if (!gx) return;
-          s.multiply(b.c, k, weight, true, block);
-          s.inverse_columns(b.c, z, k, b);
-        });
+        const Range k = s.columns_of(group);
+        if (gx) s.prefetch(weight, k, block);
+        s.template transform_columns<Decimation::in_frequency>(z, k, buffer);
+        s.template transform_columns<Decimation::in_frequency>(zx, k, buffer);
+        s.correlate(z, zx, sum, gweight, k, image, block);
+        if (!gx) return;
+        s.multiply(z, k, weight, true, block);
+        s.template transform_columns<Decimation::in_time>(z, k, buffer);
       });
     } else if (gx) {
-      split.for_part(s.pairs, part, [&](Index pair) {
-        for_blocks([&](Index block, Cell<T>* z) { s.inverse_rows(z, gx, pair, image, block, b); });
-      });
+      split.for_part(s.pairs, part,
+                     [&](Index pair) { s.inverse_rows(z, gx, pair, image, block, buffer); });
     }
   });
 }
