@@ -701,16 +701,26 @@ struct Steps {
       }
   }
 
-  // K z or conj(K) z, exchanged, in place.
-  void multiply(Cell<T>* z, Range k, const T* weight, bool conjugate, Index block) const {
+  // K z or conj(K) z, exchanged, in place. Unless it is null, `kept` holds K of the block, scaled and
+  // in the order of its use, or, if not `is_kept`, comes to do so.
+  void multiply(Cell<T>* z, Range k, const T* weight, bool conjugate, Index block,
+                Cell<T>* kept = nullptr, bool is_kept = false) const {
     const T scale = 1 / (T(2) * T(height) * T(width)), scale_im = conjugate ? -scale : scale;
     const Index n = channels_of(block);
+    if (kept) kept += k.first * height;
     for (Index h = 0; h < height; h++) {
       Cell<T>* const c = z + columns.place[h] * pitch;
       for (Index i = k.first; i < k.last; i++) {
-        const Cell<T> w = load_interleaved(weight + weight_at(h, i, block), n), v = c[i];
-        const auto re = w.re * scale, im = w.im * scale_im;
-        c[i] = {v.re * im + v.im * re, v.re * re - v.im * im};
+        Cell<T> w;
+        if (is_kept) {
+          w = *kept++;
+        } else {
+          w = load_interleaved(weight + weight_at(h, i, block), n);
+          w = {w.re * scale, w.im * scale_im};
+          if (kept) *kept++ = w;
+        }
+        const Cell<T> v = c[i];
+        c[i] = {v.re * w.im + v.im * w.re, v.re * w.re - v.im * w.im};
       }
     }
   }
@@ -784,25 +794,32 @@ void filter(Parallel parallel, int threads, DType dtype, Sizes sizes, const Map&
   const T* const weight = static_cast<const T*>(spectrum);
   const Split split(s.blocks * s.batch, threads);
   const Index places = split.places(threads);
-  const Workspace workspace((places * s.plane + threads * s.buffer_cells()) * sizeof(Cell<T>));
+  // A thread that filters several images with one block of the spectrum keeps that block, in the order
+  // of its use: in memory it is scattered.
+  const bool keeps = split.parts == 1 && s.batch >= 2 * threads;
+  std::vector<Index> kept_block(threads, -1);
+  const Index kept_cells = keeps ? s.height * s.half : 0, own = kept_cells + s.buffer_cells();
+  const Workspace workspace((places * s.plane + threads * own) * sizeof(Cell<T>));
   Cell<T>* const cells = static_cast<Cell<T>*>(workspace.data());
 
   run_steps(parallel, threads, split, 3, [&](Index step, int thread, Index place, Index unit,
                                              Index part) {
     const Index block = unit / s.batch, image = unit % s.batch;
     Cell<T>* const z = cells + place * s.plane;
-    Cell<T>* const buffer = cells + places * s.plane + thread * s.buffer_cells();
+    Cell<T>*const kept = cells + places * s.plane + thread * own, *const buffer = kept + kept_cells;
     if (step == 0) {
       split.for_part(s.pairs, part,
                      [&](Index pair) { s.forward_rows(x, z, pair, image, block, buffer); });
     } else if (step == 1) {
+      const bool is_kept = keeps && kept_block[thread] == block;
       split.for_part(s.groups, part, [&](Index group) {
         const Range k = s.columns_of(group);
-        s.prefetch(weight, k, block);
+        if (!is_kept) s.prefetch(weight, k, block);
         s.template transform_columns<Decimation::in_frequency>(z, k, buffer);
-        s.multiply(z, k, weight, conjugate, block);
+        s.multiply(z, k, weight, conjugate, block, keeps ? kept : nullptr, is_kept);
         s.template transform_columns<Decimation::in_time>(z, k, buffer);
       });
+      if (keeps) kept_block[thread] = block;
     } else {
       split.for_part(s.pairs, part,
                      [&](Index pair) { s.inverse_rows(z, y, pair, image, block, buffer); });
