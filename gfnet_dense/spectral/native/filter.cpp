@@ -430,10 +430,7 @@ void run_large_pass(const Pass<T>& pass, Cell<T>* x, Index length, Index pitch, 
   const Index radix = pass.radix, half = radix / 2, rest = pass.length / radix;
   const Index step = rest * pitch;
   Cell<T>*const sum = scratch - 1, *const difference = sum + half;  // from 1 to half
-  for (Index e = 0; e < length * width; e++) {
-    const Index q = e / width % pass.length;
-    if (q >= rest) continue;
-    Cell<T>* const at = x + e / width * pitch + e % width;
+  const auto apply = [&](Index q, Cell<T>* at) ALWAYS_INLINE {
     const auto turned = [&](Index j, Cell<T> value) ALWAYS_INLINE {
       const T* twiddle = pass.twiddles.data() + 2 * (q * radix + j);
       return multiply(value, twiddle[0], twiddle[1]);
@@ -471,7 +468,10 @@ void run_large_pass(const Pass<T>& pass, Cell<T>* x, Index length, Index pitch, 
         emit(radix - first - o, even[o] - odd[o]);
       }
     }
-  }
+  };
+  for (Index q = 0; q < rest; q++)
+    for (Index first = q; first < length; first += pass.length)
+      for (Index i = 0; i < width; i++) apply(q, x + first * pitch + i);
 }
 
 template <Decimation decimation, class T>
@@ -500,19 +500,26 @@ void transform(const Plan<T>& plan, Cell<T>* x, Index pitch, Index width, Cell<T
 // Starts a parallel region: GOMP_parallel of the OpenMP runtime that torch runs on. May be null.
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
-// Calls work(thread, unit) for every unit; units are handed out one after the other.
+// Calls work(thread, unit) for every unit. Threads take runs of units, ever shorter ones: neighbours
+// share lines and pages of memory, and at the end nobody waits for long.
 template <class Work>
 void run_units(Parallel parallel, int threads, Index units, const Work& work) {
   struct Shared {
     const Work& work;
     Index units;
+    int threads;
     std::atomic<Index> next;
     std::atomic<int> thread;
-  } shared{work, units, {0}, {0}};
+  } shared{work, units, threads, {0}, {0}};
   void (*const body)(void*) = [](void* argument) {
     Shared& s = *static_cast<Shared*>(argument);
     const int thread = s.thread++;
-    for (Index unit; (unit = s.next++) < s.units;) s.work(thread, unit);
+    for (Index first = s.next; first < s.units;) {
+      const Index last = first + (s.units - first) / (2 * s.threads) + 1;
+      if (!s.next.compare_exchange_weak(first, last)) continue;  // `first` is what it is by now
+      for (Index unit = first; unit < last; unit++) s.work(thread, unit);
+      first = s.next;
+    }
   };
   if (threads > units) threads = int(units);
   if (threads <= 1) return body(&shared);
