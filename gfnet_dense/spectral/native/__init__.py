@@ -101,7 +101,7 @@ def _correlate(g: Tensor, x: Tensor) -> Tensor:
 
 def _check(x: Tensor, g: Tensor | None = None, weight: Tensor | None = None) -> None:
     """Raise a ValueError where C++ would read beyond a tensor or mistake its dtype."""
-    if x.dtype not in _DTYPES or x.ndim != 4:
+    if x.dtype not in _DTYPES or x.ndim != 4 or 0 in x.shape[1:3]:
         raise ValueError(f'x must be a map (B, H, W, C), but is {x.dtype} {tuple(x.shape)}')
     if g is not None and (g.dtype != x.dtype or g.shape != x.shape):
         raise ValueError(

@@ -24,9 +24,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <initializer_list>
+#include <exception>
 #include <new>
-#include <system_error>
 #include <thread>
 #include <type_traits>
 #include <utility>
@@ -324,7 +323,7 @@ INLINE void butterfly(Cell<T>* u) {
 template <class T>
 struct Pass {
   Index radix;
-  Index length;             // of the transforms that it takes apart; each becomes `radix` shorter ones
+  Index length;             // of the transforms that it takes apart, each into `radix` shorter ones
   std::vector<T> twiddles;  // (length / radix, radix, 2)
   std::vector<T> roots;     // of unity, (radix, 2)
 };
@@ -334,7 +333,7 @@ struct Pass {
 template <class T>
 struct Plan {
   std::vector<Pass<T>> passes;
-  std::vector<Index> place;  // of every frequency
+  std::vector<Index> position;  // of a frequency, after the transform in frequency
 
   explicit Plan(Index n) {
     std::vector<T> roots(2 * n);  // of unity
@@ -361,7 +360,7 @@ struct Plan {
         at += digits % pass.radix * (pass.length / pass.radix);
         digits /= pass.radix;
       }
-      place.push_back(at);
+      position.push_back(at);
     }
   }
 
@@ -376,12 +375,14 @@ struct Plan {
   }
 };
 
-// In frequency: from elements in order to frequencies in their places. In time: from frequencies'
-// places to elements in order, by the same steps transposed, last one first. Both are F.
+// In frequency: from elements in order to frequencies in their positions. In time: from
+// frequencies' positions to elements in order, by the same steps transposed, last one first. Both
+// are F.
 enum class Decimation { in_frequency, in_time };
 
-// Rows of a map that the first two passes bring into the cache, as many cells as they transform. The
-// processor foresees no strides as long, and waits when many lines are asked for at once.
+// Two rows of a map to bring into the cache, one beside each of the first two passes, a few lines
+// at a time: the strides are too long for the processor to foresee, and many lines at once make it
+// wait.
 struct Fetch {
   const void* rows[2] = {};
   Index step = 0;  // bytes from cell to cell
@@ -390,15 +391,15 @@ struct Fetch {
 // Element e stands for `width` transforms side by side, from x + e * pitch on.
 template <int P, Decimation decimation, class T>
 void run_pass(const Pass<T>& pass, Cell<T>* x, Index length, Index pitch, Index width,
-              const char* fetch, Index fetch_step) {
+              const char* row, Index row_step) {
   constexpr bool in_time = decimation == Decimation::in_time;
   const Index rest = pass.length / P, step = rest * pitch;
   const auto sweep = [&](Index q, auto has_twiddles) ALWAYS_INLINE {
     const T* twiddle = pass.twiddles.data() + 2 * q * P;
     for (Index first = q; first < length; first += pass.length) {
-      if (fetch)  // to read a map on the way there, to write one on the way back
+      if (row)  // to read a map on the way there, to write one on the way back
         for (int j = 0; j < P; j++)
-          __builtin_prefetch(fetch + (first + j * rest) * fetch_step, in_time);
+          __builtin_prefetch(row + (first + j * rest) * row_step, in_time);
       for (Index i = 0; i < width; i++) {
         Cell<T>* at = x + first * pitch + i;
         Cell<T> u[P];
@@ -421,7 +422,7 @@ void run_pass(const Pass<T>& pass, Cell<T>* x, Index length, Index pitch, Index 
 }
 
 // The same for an odd radix of any size, as a product with its matrix, four outputs at a time.
-// `scratch` has room for `radix` cells.
+// `scratch` has room for `radix` cells, and lies behind others.
 template <Decimation decimation, class T>
 void run_large_pass(const Pass<T>& pass, Cell<T>* x, Index length, Index pitch, Index width,
                     Cell<T>* scratch) {
@@ -477,13 +478,13 @@ void run_large_pass(const Pass<T>& pass, Cell<T>* x, Index length, Index pitch, 
 template <Decimation decimation, class T>
 void transform(const Plan<T>& plan, Cell<T>* x, Index pitch, Index width, Cell<T>* scratch,
                const Fetch& fetch = {}) {
-  const Index length = plan.place.size(), passes = plan.passes.size();
+  const Index length = plan.position.size(), passes = plan.passes.size();
   for (Index i = 0; i < passes; i++) {
     const Pass<T>& pass = plan.passes[decimation == Decimation::in_time ? passes - 1 - i : i];
     const char* const row = static_cast<const char*>(i < 2 ? fetch.rows[i] : nullptr);
     switch (pass.radix) {
-#define CASE(P)                                                               \
-  case P:                                                                     \
+#define CASE(P)                                                              \
+  case P:                                                                    \
     run_pass<P, decimation>(pass, x, length, pitch, width, row, fetch.step); \
     break;
       CASE(2) CASE(3) CASE(4) CASE(5) CASE(7) CASE(8) CASE(11) CASE(13)
@@ -500,8 +501,8 @@ void transform(const Plan<T>& plan, Cell<T>* x, Index pitch, Index width, Cell<T
 // Starts a parallel region: GOMP_parallel of the OpenMP runtime that torch runs on. May be null.
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
-// Calls work(thread, unit) for every unit. Threads take runs of units, ever shorter ones: neighbours
-// share lines and pages of memory, and at the end nobody waits for long.
+// Calls work(thread, unit) for every unit. Threads take runs of units, ever shorter ones:
+// neighbours share blocks of the spectrum or pages of memory, and at the end nobody waits for long.
 template <class Work>
 void run_units(Parallel parallel, int threads, Index units, const Work& work) {
   struct Shared {
@@ -528,7 +529,7 @@ void run_units(Parallel parallel, int threads, Index units, const Work& work) {
   others.reserve(threads);
   try {
     while (int(others.size()) < threads - 1) others.emplace_back(body, &shared);
-  } catch (const std::system_error&) {  // no more threads: those that there are do the work
+  } catch (const std::exception&) {  // no more threads: those that there are do the work
   }
   body(&shared);
   for (std::thread& other : others) other.join();
@@ -551,14 +552,14 @@ class Workspace {
 #endif
     block_ = new (memory) Block{bytes - sizeof(Block)};
   }
-  ~Workspace() { std::free(block_->bytes <= KEPT ? spare_.exchange(block_) : block_); }
+  ~Workspace() { std::free(block_->bytes <= LARGEST_SPARE ? spare_.exchange(block_) : block_); }
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
   void* data() const { return block_ + 1; }
 
  private:
-  static constexpr std::size_t KEPT = std::size_t(1) << 25;
+  static constexpr std::size_t LARGEST_SPARE = std::size_t(1) << 25;
   struct alignas(64) Block {
     std::size_t bytes;
   };
@@ -594,7 +595,7 @@ struct Steps {
   // is a power of two, do not all fall on the same set of a cache.
   Index pitch = half | 1;
   Index plane = height * pitch;
-  // Columns are transformed in groups, as many side by side as fit the first cache.
+  // Columns are transformed in groups, as many side by side as take 32 KB; fewer were slower.
   Index group = clamp(32768 / sizeof(Cell<T>) / height, 1, half);
   Index groups = (half + group - 1) / group;
   Index pairs = (height + 1) / 2;  // of rows
@@ -613,7 +614,7 @@ struct Steps {
   // The last row of an odd number is its own pair: computed twice, to the same result.
   Range pair_of(Index p) const { return {2 * p, clamp(2 * p + 1, 0, height - 1)}; }
 
-  // Of one thread: a pair of rows, and scratch for a transform.
+  // Of one thread: a pair of rows and scratch for their transform, or scratch for one of columns.
   Index buffer_cells() const { return width + (height > width ? height : width); }
 
   template <class Use>
@@ -648,9 +649,9 @@ struct Steps {
           {{p + next.first * x.row, p + next.last * x.row}, x.column * Index(sizeof(S))});
     });
     Cell<T>*const to_a = z + h.first * pitch, *const to_b = z + h.last * pitch;
-    const Index* const place = rows.place.data();  // which loops would read anew for every cell
+    const Index* const position = rows.position.data();  // read once, not after every store
     for (Index k = 0; k < half; k++) {
-      const Cell<T> p = buffer[place[k]], q = buffer[place[k ? width - k : 0]];
+      const Cell<T> p = buffer[position[k]], q = buffer[position[k ? width - k : 0]];
       to_a[k] = {p.re + q.re, p.im - q.im};
       to_b[k] = {p.im + q.im, q.re - p.re};
     }
@@ -661,15 +662,15 @@ struct Steps {
                     Cell<T>* buffer) const {
     const Range h = pair_of(pair);
     const Cell<T>*const from_a = z + h.first * pitch, *const from_b = z + h.last * pitch;
-    const Index* const place = rows.place.data();
+    const Index* const position = rows.position.data();
     for (Index k = 0; k < half; k++) {
       const Cell<T> a = from_a[k], b = from_b[k];
       if (k == 0 || 2 * k == width) {
         // Such a column is its own mirror image: the imaginary part of the spectrum does not act.
-        buffer[place[k]] = {b.im, a.im};
+        buffer[position[k]] = {b.im, a.im};
       } else {
-        buffer[place[k]] = {b.im + a.re, a.im - b.re};
-        buffer[place[width - k]] = {b.im - a.re, a.im + b.re};
+        buffer[position[k]] = {b.im + a.re, a.im - b.re};
+        buffer[position[width - k]] = {b.im - a.re, a.im + b.re};
       }
     }
     with_storage([&](auto storage) {
@@ -700,23 +701,25 @@ struct Steps {
 
   // A spectrum is as large as a map and read with long strides: it is fetched ahead.
   void prefetch(const T* weight, Range k, Index block) const {
+    const Index n = channels_of(block);
     for (Index h = 0; h < height; h++)
       for (Index i = k.first; i < k.last; i++) {
         const T* p = weight + weight_at(h, i, block);
         __builtin_prefetch(p);
-        __builtin_prefetch(p + N);
+        if (2 * n > N) __builtin_prefetch(p + N);
       }
   }
 
-  // K z or conj(K) z, exchanged, in place. Unless it is null, `kept` holds K of the block, scaled and
-  // in the order of its use, or, if not `is_kept`, comes to do so.
+  // K z or conj(K) z, exchanged, in place. `kept`, unless null, is where K of the block lies,
+  // scaled, in the order of its use; it is filled here if not `is_kept`. The product is one line of
+  // code for both, so that it rounds alike.
   void multiply(Cell<T>* z, Range k, const T* weight, bool conjugate, Index block,
                 Cell<T>* kept = nullptr, bool is_kept = false) const {
     const T scale = 1 / (T(2) * T(height) * T(width)), scale_im = conjugate ? -scale : scale;
     const Index n = channels_of(block);
     if (kept) kept += k.first * height;
     for (Index h = 0; h < height; h++) {
-      Cell<T>* const c = z + columns.place[h] * pitch;
+      Cell<T>* const c = z + columns.position[h] * pitch;
       for (Index i = k.first; i < k.last; i++) {
         Cell<T> w;
         if (is_kept) {
@@ -739,7 +742,7 @@ struct Steps {
     const Index n = channels_of(block);
     for (Index h = 0; h < height; h++)
       for (Index i = k.first; i < k.last; i++) {
-        const Index at = columns.place[h] * pitch + i;
+        const Index at = columns.position[h] * pitch + i;
         const Cell<T> a = g[at], b = x[at];
         Cell<T> total = {a.re * b.re + a.im * b.im, a.im * b.re - a.re * b.im};
         if (image > 0) total = total + sum[at];
@@ -759,16 +762,29 @@ struct Steps {
 // ---------------------------------------------------------------------------------------------
 // Sharing out the work.
 //
-// A unit is a block of an image, or of all images. With fewer units than threads, the threads take
-// parts of the rows and columns of a unit, step by step.
+// A unit is a chunk of blocks that lie side by side, so that lines and pages of memory serve
+// several of them once they are found, of one image or of all. With fewer units than threads, the
+// threads take parts of the rows and columns of a unit, step by step.
+
+constexpr Index LARGEST_CHUNK = 256 / VECTOR_BYTES;
 
 struct Split {
-  Index units, parts;
+  Index blocks, chunk, units, parts;
 
-  Split(Index units, int threads)
-      : units(units), parts(units && units < threads ? (threads + units - 1) / units : 1) {}
+  Split(Index blocks, Index images, int threads) : blocks(blocks), chunk(1) {
+    Index least = blocks * images;
+    for (Index c = 1; c <= LARGEST_CHUNK; c++) {
+      const Index rounds = ((blocks + c - 1) / c * images + threads - 1) / threads;
+      if (rounds * c <= least) least = rounds * c, chunk = c;
+    }
+    units = (blocks + chunk - 1) / chunk * images;
+    parts = units && units < threads ? (threads + units - 1) / units : 1;
+  }
   // How many units have their planes in the workspace at a time.
   Index places(int threads) const { return parts == 1 ? threads : units; }
+  Range blocks_of(Index i) const {
+    return {i * chunk, (i + 1) * chunk < blocks ? (i + 1) * chunk : blocks};
+  }
   template <class Use>
   void for_part(Index n, Index part, const Use& use) const {
     for (Index i = n * part / parts; i < n * (part + 1) / parts; i++) use(i);
@@ -799,42 +815,57 @@ void filter(Parallel parallel, int threads, DType dtype, Sizes sizes, const Map&
             const void* spectrum, bool conjugate, void* y) {
   const Steps<T> s{dtype, sizes.batch, sizes.height, sizes.width, sizes.channels};
   const T* const weight = static_cast<const T*>(spectrum);
-  const Split split(s.blocks * s.batch, threads);
-  const Index places = split.places(threads);
-  // A thread that filters several images with one block of the spectrum keeps that block, in the order
-  // of its use: in memory it is scattered.
+  const Split split(s.blocks, s.batch, threads);
+  const Index planes = split.chunk * s.plane, places = split.places(threads);
+  // A thread that filters several images with the same blocks of the spectrum keeps them in the
+  // order of their use: in memory they are scattered. For fewer images the copy would not pay.
   const bool keeps = split.parts == 1 && s.batch >= 2 * threads;
-  std::vector<Index> kept_block(threads, -1);
-  const Index kept_cells = keeps ? s.height * s.half : 0, own = kept_cells + s.buffer_cells();
-  const Workspace workspace((places * s.plane + threads * own) * sizeof(Cell<T>));
+  std::vector<Index> kept_chunk(keeps ? threads : 0, -1);
+  const Index kept_plane = keeps ? s.height * s.half : 0;
+  const Index own = split.chunk * kept_plane + s.buffer_cells();  // of a thread
+  const Workspace workspace((places * planes + threads * own) * sizeof(Cell<T>));
   Cell<T>* const cells = static_cast<Cell<T>*>(workspace.data());
 
   run_steps(parallel, threads, split, 3, [&](Index step, int thread, Index place, Index unit,
                                              Index part) {
-    const Index block = unit / s.batch, image = unit % s.batch;
-    Cell<T>* const z = cells + place * s.plane;
-    Cell<T>*const kept = cells + places * s.plane + thread * own, *const buffer = kept + kept_cells;
+    const Index chunk = unit / s.batch, image = unit % s.batch;
+    Cell<T>* const buffer = cells + places * planes + thread * own;
+    Cell<T>* const kept = buffer + s.buffer_cells();
+    const auto for_blocks = [&](const auto& use) {
+      const Range blocks = split.blocks_of(chunk);
+      for (Index block = blocks.first; block < blocks.last; block++)
+        use(block, cells + place * planes + (block - blocks.first) * s.plane,
+            keeps ? kept + (block - blocks.first) * kept_plane : nullptr);
+    };
     if (step == 0) {
-      split.for_part(s.pairs, part,
-                     [&](Index pair) { s.forward_rows(x, z, pair, image, block, buffer); });
-    } else if (step == 1) {
-      const bool is_kept = keeps && kept_block[thread] == block;
-      split.for_part(s.groups, part, [&](Index group) {
-        const Range k = s.columns_of(group);
-        if (!is_kept) s.prefetch(weight, k, block);
-        s.template transform_columns<Decimation::in_frequency>(z, k, buffer);
-        s.multiply(z, k, weight, conjugate, block, keeps ? kept : nullptr, is_kept);
-        s.template transform_columns<Decimation::in_time>(z, k, buffer);
+      split.for_part(s.pairs, part, [&](Index pair) {
+        for_blocks([&](Index block, Cell<T>* z, Cell<T>*) {
+          s.forward_rows(x, z, pair, image, block, buffer);
+        });
       });
-      if (keeps) kept_block[thread] = block;
+    } else if (step == 1) {
+      const bool is_kept = keeps && kept_chunk[thread] == chunk;
+      split.for_part(s.groups, part, [&](Index group) {
+        for_blocks([&](Index block, Cell<T>* z, Cell<T>* kept) {
+          const Range k = s.columns_of(group);
+          if (!is_kept) s.prefetch(weight, k, block);
+          s.template transform_columns<Decimation::in_frequency>(z, k, buffer);
+          s.multiply(z, k, weight, conjugate, block, kept, is_kept);
+          s.template transform_columns<Decimation::in_time>(z, k, buffer);
+        });
+      });
+      if (keeps && !is_kept) kept_chunk[thread] = chunk;
     } else {
-      split.for_part(s.pairs, part,
-                     [&](Index pair) { s.inverse_rows(z, y, pair, image, block, buffer); });
+      split.for_part(s.pairs, part, [&](Index pair) {
+        for_blocks([&](Index block, Cell<T>* z, Cell<T>*) {
+          s.inverse_rows(z, y, pair, image, block, buffer);
+        });
+      });
     }
   });
 }
 
-// The same three steps for every image, one after the other; here a unit is a block of all images.
+// The same three steps for every image, one after the other; here a unit is a chunk of all images.
 // Without gx only the gradient of the spectrum is computed.
 template <class T>
 void adjoint(Parallel parallel, int threads, DType dtype, Sizes sizes, const Map& g, const Map& x,
@@ -843,35 +874,46 @@ void adjoint(Parallel parallel, int threads, DType dtype, Sizes sizes, const Map
   const T* const weight = static_cast<const T*>(spectrum);
   T* const gweight = static_cast<T*>(gspectrum);
   if (s.batch == 0) std::memset(gweight, 0, s.weight_at(s.height, 0, 0) * sizeof(T));
-  const Split split(s.blocks, threads);
-  const Index places = split.places(threads), planes = 3 * s.plane;
+  const Split split(s.blocks, 1, threads);
+  const Index planes = split.chunk * 3 * s.plane, places = split.places(threads);
   const Workspace workspace((places * planes + threads * s.buffer_cells()) * sizeof(Cell<T>));
   Cell<T>* const cells = static_cast<Cell<T>*>(workspace.data());
 
   run_steps(parallel, threads, split, 3 * s.batch, [&](Index step, int thread, Index place,
-                                                       Index block, Index part) {
+                                                       Index unit, Index part) {
     const Index image = step / 3;
-    Cell<T>*const z = cells + place * planes, *const zx = z + s.plane, *const sum = zx + s.plane;
     Cell<T>* const buffer = cells + places * planes + thread * s.buffer_cells();
+    const auto for_blocks = [&](const auto& use) {
+      const Range blocks = split.blocks_of(unit);
+      for (Index block = blocks.first; block < blocks.last; block++)
+        use(block, cells + place * planes + (block - blocks.first) * 3 * s.plane);
+    };
     if (step % 3 == 0) {
       split.for_part(s.pairs, part, [&](Index pair) {
-        s.forward_rows(g, z, pair, image, block, buffer);
-        s.forward_rows(x, zx, pair, image, block, buffer);
+        for_blocks([&](Index block, Cell<T>* z) {
+          s.forward_rows(g, z, pair, image, block, buffer);
+          s.forward_rows(x, z + s.plane, pair, image, block, buffer);
+        });
       });
     } else if (step % 3 == 1) {
       split.for_part(s.groups, part, [&](Index group) {
-        const Range k = s.columns_of(group);
-        if (gx) s.prefetch(weight, k, block);
-        s.template transform_columns<Decimation::in_frequency>(z, k, buffer);
-        s.template transform_columns<Decimation::in_frequency>(zx, k, buffer);
-        s.correlate(z, zx, sum, gweight, k, image, block);
-        if (!gx) return;
-        s.multiply(z, k, weight, true, block);
-        s.template transform_columns<Decimation::in_time>(z, k, buffer);
+        for_blocks([&](Index block, Cell<T>* z) {
+          const Range k = s.columns_of(group);
+          if (gx) s.prefetch(weight, k, block);
+          s.template transform_columns<Decimation::in_frequency>(z, k, buffer);
+          s.template transform_columns<Decimation::in_frequency>(z + s.plane, k, buffer);
+          s.correlate(z, z + s.plane, z + 2 * s.plane, gweight, k, image, block);
+          if (!gx) return;
+          s.multiply(z, k, weight, true, block);
+          s.template transform_columns<Decimation::in_time>(z, k, buffer);
+        });
       });
     } else if (gx) {
-      split.for_part(s.pairs, part,
-                     [&](Index pair) { s.inverse_rows(z, gx, pair, image, block, buffer); });
+      split.for_part(s.pairs, part, [&](Index pair) {
+        for_blocks([&](Index block, Cell<T>* z) {
+          s.inverse_rows(z, gx, pair, image, block, buffer);
+        });
+      });
     }
   });
 }
