@@ -51,6 +51,7 @@ def test_the_readme_shows_maps_of_four_strides():
     assert sizes == [(1, 96 << i, 480 // (4 << i), 640 // (4 << i)) for i in range(4)]
 
 
+@pytest.mark.slow
 def test_configs_in_the_docs_build():
     from mmengine.registry import MODELS, init_default_scope
 

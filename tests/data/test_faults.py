@@ -209,6 +209,7 @@ def runner(tmp_path_factory, data) -> DurableRunner:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', CHECKPOINTS)
 def test_a_checkpoint_is_loaded_whole_or_refused(name, runner, data, tmp_path):
     fault, cfg, path = CHECKPOINTS[name], make_config('segmentation', data), tmp_path / 'some.pth'

@@ -153,6 +153,7 @@ def test_a_cascade_decides_by_its_last_head(images, tmp_path):
     assert result.labels.shape == images[0].shape[:2]
 
 
+@pytest.mark.slow
 def test_nan_reaches_no_result(images, tmp_path):
     for name in (SEGMENTOR, DETECTOR, CLASSIFIER):
         path = random_checkpoint(name, tmp_path)

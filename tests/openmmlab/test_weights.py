@@ -265,6 +265,7 @@ def faces(name: str, state: dict[str, Tensor], folder: Path) -> dict[str, nn.Mod
     return {face: model.eval() for face, model in loaded.items()}
 
 
+@pytest.mark.slow
 @one_of_each
 def test_a_checkpoint_moves_between_the_faces(tmp_path, name):
     source = narrow(name, num_classes=9).eval()

@@ -17,9 +17,8 @@ TESTED = [b for b in BACKENDS if b != 'fused']
 backends = pytest.mark.parametrize('backend', TESTED)
 
 
-# 'auto' is 'native' on a CPU.
 @pytest.mark.parametrize(
-    'backend', [pytest.param(b, marks=[pytest.mark.slow] * (b == 'auto')) for b in TESTED]
+    'backend', [pytest.param(b, marks=[pytest.mark.slow] * (b != 'native')) for b in TESTED]
 )
 @pytest.mark.parametrize(
     'size',
