@@ -317,8 +317,8 @@ INLINE void butterfly(Cell<T>* u) {
 
 // ---------------------------------------------------------------------------------------------
 // Transforms of any length, a pass for each factor. They work in place, where a small transform
-// fits the first cache, and do not sort: frequencies come out in an order of their own, in which
-// the way back takes them.
+// fits the first cache, and do not sort: frequencies come out in an order of their own, and the way
+// back takes them in that order.
 
 template <class T>
 struct Pass {
@@ -422,7 +422,7 @@ void run_pass(const Pass<T>& pass, Cell<T>* x, Index length, Index pitch, Index 
 }
 
 // The same for an odd radix of any size, as a product with its matrix, four outputs at a time.
-// `scratch` has room for `radix` cells, and lies behind others.
+// `scratch` has room for `radix` cells; the memory before it belongs to the same block.
 template <Decimation decimation, class T>
 void run_large_pass(const Pass<T>& pass, Cell<T>* x, Index length, Index pitch, Index width,
                     Cell<T>* scratch) {
