@@ -380,27 +380,35 @@ struct Plan {
 // are F.
 enum class Decimation { in_frequency, in_time };
 
-// Two rows of a map to bring into the cache, one beside each of the first two passes, a few lines
-// at a time: the strides are too long for the processor to foresee, and many lines at once make it
-// wait.
+// Memory to bring into the cache beside a transform, two lines for each of its cells: the strides
+// are too long for the processor to foresee, and many lines at once make it wait.
 struct Fetch {
-  const void* rows[2] = {};
-  Index step = 0;  // bytes from cell to cell
+  const void* of_first[2] = {};  // the lines of the first cell
+  Index step = 0, across = 0;    // bytes from element to element, and across `width` transforms
+
+  // The share of a pass: the first two fetch one line each.
+  Fetch of_pass(Index i, Index passes) const {
+    if (passes == 1) return *this;
+    return {{i < 2 ? of_first[i] : nullptr, nullptr}, step, across};
+  }
 };
 
 // Element e stands for `width` transforms side by side, from x + e * pitch on.
 template <int P, Decimation decimation, class T>
 void run_pass(const Pass<T>& pass, Cell<T>* x, Index length, Index pitch, Index width,
-              const char* row, Index row_step) {
+              const Fetch& fetch) {
   constexpr bool in_time = decimation == Decimation::in_time;
   const Index rest = pass.length / P, step = rest * pitch;
   const auto sweep = [&](Index q, auto has_twiddles) ALWAYS_INLINE {
     const T* twiddle = pass.twiddles.data() + 2 * q * P;
     for (Index first = q; first < length; first += pass.length) {
-      if (row)  // to read a map on the way there, to write one on the way back
-        for (int j = 0; j < P; j++)
-          __builtin_prefetch(row + (first + j * rest) * row_step, in_time);
       for (Index i = 0; i < width; i++) {
+        for (const void* line : fetch.of_first)
+          if (line)  // to read it on the way there, to write it on the way back
+            for (int j = 0; j < P; j++)
+              __builtin_prefetch(static_cast<const char*>(line) + (first + j * rest) * fetch.step +
+                                     i * fetch.across,
+                                 in_time);
         Cell<T>* at = x + first * pitch + i;
         Cell<T> u[P];
         UNROLL for (int j = 0; j < P; j++) {
@@ -481,11 +489,11 @@ void transform(const Plan<T>& plan, Cell<T>* x, Index pitch, Index width, Cell<T
   const Index length = plan.position.size(), passes = plan.passes.size();
   for (Index i = 0; i < passes; i++) {
     const Pass<T>& pass = plan.passes[decimation == Decimation::in_time ? passes - 1 - i : i];
-    const char* const row = static_cast<const char*>(i < 2 ? fetch.rows[i] : nullptr);
+    const Fetch share = fetch.of_pass(i, passes);
     switch (pass.radix) {
-#define CASE(P)                                                              \
-  case P:                                                                    \
-    run_pass<P, decimation>(pass, x, length, pitch, width, row, fetch.step); \
+#define CASE(P)                                                    \
+  case P:                                                          \
+    run_pass<P, decimation>(pass, x, length, pitch, width, share); \
     break;
       CASE(2) CASE(3) CASE(4) CASE(5) CASE(7) CASE(8) CASE(11) CASE(13)
 #undef CASE
@@ -646,7 +654,7 @@ struct Steps {
       }
       transform<Decimation::in_frequency>(
           rows, buffer, 1, 1, buffer + width,
-          {{p + next.first * x.row, p + next.last * x.row}, x.column * Index(sizeof(S))});
+          {{p + next.first * x.row, p + next.last * x.row}, x.column * Index(sizeof(S)), 0});
     });
     Cell<T>*const to_a = z + h.first * pitch, *const to_b = z + h.last * pitch;
     const Index* const position = rows.position.data();  // read once, not after every store
@@ -679,7 +687,7 @@ struct Steps {
       S* const p = static_cast<S*>(map) + image * height * row + block * N;
       transform<Decimation::in_time>(
           rows, buffer, 1, 1, buffer + width,
-          {{p + h.first * row, p + h.last * row}, channels * Index(sizeof(S))});
+          {{p + h.first * row, p + h.last * row}, channels * Index(sizeof(S)), 0});
       const T factor = std::is_same<S, BFloat16>::value ? up : T(1);
       // One row after the other: cells of both would often fall on the same set of the cache.
       for (Index w = 0; w < width; w++)
@@ -691,23 +699,19 @@ struct Steps {
 
   // Columns k of a plane, in place.
   template <Decimation decimation>
-  void transform_columns(Cell<T>* z, Range k, Cell<T>* buffer) const {
-    transform<decimation>(columns, z + k.first, pitch, k.last - k.first, buffer);
+  void transform_columns(Cell<T>* z, Range k, Cell<T>* buffer, const Fetch& fetch = {}) const {
+    transform<decimation>(columns, z + k.first, pitch, k.last - k.first, buffer, fetch);
   }
 
   Index weight_at(Index h, Index k, Index block) const {
     return ((h * half + k) * channels + block * N) * 2;
   }
 
-  // A spectrum is as large as a map and read with long strides: it is fetched ahead.
-  void prefetch(const T* weight, Range k, Index block) const {
-    const Index n = channels_of(block);
-    for (Index h = 0; h < height; h++)
-      for (Index i = k.first; i < k.last; i++) {
-        const T* p = weight + weight_at(h, i, block);
-        __builtin_prefetch(p);
-        if (2 * n > N) __builtin_prefetch(p + N);
-      }
+  // Columns k of a spectrum.
+  Fetch fetch_of(const T* weight, Range k, Index block) const {
+    const T* const p = weight + weight_at(0, k.first, block);
+    const Index across = channels * 2 * Index(sizeof(T));
+    return {{p, p + N}, half * across, across};
   }
 
   // K z or conj(K) z, exchanged, in place. `kept`, unless null, is where K of the block lies,
@@ -763,17 +767,18 @@ struct Steps {
 // Sharing out the work.
 //
 // A unit is a chunk of blocks that lie side by side, so that lines and pages of memory serve
-// several of them once they are found, of one image or of all. With fewer units than threads, the
-// threads take parts of the rows and columns of a unit, step by step.
-
-constexpr Index LARGEST_CHUNK = 256 / VECTOR_BYTES;
+// several of them once they are found, of one image or of all. A few images are mostly in a cache
+// already, where a larger chunk only takes room; many come from memory, where it is faster. With
+// fewer units than threads, the threads take parts of the rows and columns of a unit, step by step.
 
 struct Split {
   Index blocks, chunk, units, parts;
 
-  Split(Index blocks, Index images, int threads) : blocks(blocks), chunk(1) {
+  // `images` of `batch` are units of their own.
+  Split(Index blocks, Index images, Index batch, int threads) : blocks(blocks), chunk(1) {
+    const Index largest = (batch < 8 ? 128 : 256) / VECTOR_BYTES;
     Index least = blocks * images;
-    for (Index c = 1; c <= LARGEST_CHUNK; c++) {
+    for (Index c = 1; c <= largest; c++) {
       const Index rounds = ((blocks + c - 1) / c * images + threads - 1) / threads;
       if (rounds * c <= least) least = rounds * c, chunk = c;
     }
@@ -815,7 +820,7 @@ void filter(Parallel parallel, int threads, DType dtype, Sizes sizes, const Map&
             const void* spectrum, bool conjugate, void* y) {
   const Steps<T> s{dtype, sizes.batch, sizes.height, sizes.width, sizes.channels};
   const T* const weight = static_cast<const T*>(spectrum);
-  const Split split(s.blocks, s.batch, threads);
+  const Split split(s.blocks, s.batch, s.batch, threads);
   const Index planes = split.chunk * s.plane, places = split.places(threads);
   // A thread that filters several images with the same blocks of the spectrum keeps them in the
   // order of their use: in memory they are scattered. For fewer images the copy would not pay.
@@ -848,8 +853,8 @@ void filter(Parallel parallel, int threads, DType dtype, Sizes sizes, const Map&
       split.for_part(s.groups, part, [&](Index group) {
         for_blocks([&](Index block, Cell<T>* z, Cell<T>* kept) {
           const Range k = s.columns_of(group);
-          if (!is_kept) s.prefetch(weight, k, block);
-          s.template transform_columns<Decimation::in_frequency>(z, k, buffer);
+          s.template transform_columns<Decimation::in_frequency>(
+              z, k, buffer, is_kept ? Fetch() : s.fetch_of(weight, k, block));
           s.multiply(z, k, weight, conjugate, block, kept, is_kept);
           s.template transform_columns<Decimation::in_time>(z, k, buffer);
         });
@@ -874,7 +879,7 @@ void adjoint(Parallel parallel, int threads, DType dtype, Sizes sizes, const Map
   const T* const weight = static_cast<const T*>(spectrum);
   T* const gweight = static_cast<T*>(gspectrum);
   if (s.batch == 0) std::memset(gweight, 0, s.weight_at(s.height, 0, 0) * sizeof(T));
-  const Split split(s.blocks, 1, threads);
+  const Split split(s.blocks, 1, s.batch, threads);
   const Index planes = split.chunk * 3 * s.plane, places = split.places(threads);
   const Workspace workspace((places * planes + threads * s.buffer_cells()) * sizeof(Cell<T>));
   Cell<T>* const cells = static_cast<Cell<T>*>(workspace.data());
@@ -899,9 +904,11 @@ void adjoint(Parallel parallel, int threads, DType dtype, Sizes sizes, const Map
       split.for_part(s.groups, part, [&](Index group) {
         for_blocks([&](Index block, Cell<T>* z) {
           const Range k = s.columns_of(group);
-          if (gx) s.prefetch(weight, k, block);
-          s.template transform_columns<Decimation::in_frequency>(z, k, buffer);
-          s.template transform_columns<Decimation::in_frequency>(z + s.plane, k, buffer);
+          s.template transform_columns<Decimation::in_frequency>(
+              z, k, buffer, gx ? s.fetch_of(weight, k, block) : Fetch());
+          s.template transform_columns<Decimation::in_frequency>(
+              z + s.plane, k, buffer,
+              image + 1 == s.batch ? s.fetch_of(gweight, k, block) : Fetch());
           s.correlate(z, z + s.plane, z + 2 * s.plane, gweight, k, image, block);
           if (!gx) return;
           s.multiply(z, k, weight, true, block);
