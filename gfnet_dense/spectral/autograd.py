@@ -12,6 +12,7 @@ spectrum counts twice (m = 2) unless it is its own mirror image: column 0 and, f
 count once. The spectra of real maps are Hermitian there, and so is the gradient.
 """
 
+import inspect
 from typing import Any, Protocol
 
 import torch
@@ -147,6 +148,12 @@ class _Correlate(Function):
         n = info.batch_size
         g, x = _to_channels(g, in_dims[0], n, 3), _to_channels(x, in_dims[1], n, 3)
         return _correlate(g, x, backend).unflatten(2, (n, -1)), 2
+
+
+# `apply` asks for the signature in every call; finding it takes longer than filtering a small map.
+_function: Any
+for _function in (_Filter.forward, _Correlate.forward):
+    _function.__signature__ = inspect.signature(_function)
 
 
 def _filter(x: Tensor, weight: Tensor, conjugate: bool, backend: Backend) -> Tensor:

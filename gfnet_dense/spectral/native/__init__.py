@@ -77,7 +77,7 @@ def correlate(g: Tensor, x: Tensor) -> Tensor:
 def _filter(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
     _check(x, weight=weight)
     x, weight = _readable(x), _spectrum(weight, x)
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     _call('filter', x, *_map(x), weight.data_ptr(), conjugate, y.data_ptr())
     return y
 
@@ -85,7 +85,8 @@ def _filter(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
 def _adjoint(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     _check(x, g, weight)
     g, x, spectrum = _readable(g), _readable(x), _spectrum(weight, x)
-    gx, gweight = torch.empty(x.shape, dtype=x.dtype), torch.empty_like(spectrum)
+    gx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    gweight = torch.empty_like(spectrum)
     pointers = spectrum.data_ptr(), gx.data_ptr(), gweight.data_ptr()
     _call('adjoint', x, *_map(g), *_map(x), *pointers)
     return gx, gweight.to(weight.dtype)
