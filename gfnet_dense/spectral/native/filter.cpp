@@ -325,8 +325,11 @@ struct Pass {
   Index radix;
   Index length;             // of the transforms that it takes apart, each into `radix` shorter ones
   std::vector<T> twiddles;  // (length / radix, radix, 2)
-  std::vector<T> roots;     // of unity, (radix, 2)
+  std::vector<T> matrix;    // of a large radix: cosines and sines in the order of their use
 };
+
+// A larger radix is a product with the matrix of its transform, so many outputs at a time.
+constexpr Index LARGEST_BUTTERFLY = 13, OUTPUTS = 4;
 
 // A plan is made anew for every call: that takes a microsecond for some thirty cells, and spares a
 // lock that a forked process could find locked for ever.
@@ -348,9 +351,12 @@ struct Plan {
         for (Index j = 0; j < radix; j++)
           for (int part = 0; part < 2; part++)
             pass.twiddles.push_back(roots[2 * q * j * (n / length) + part]);
-      for (Index j = 0; j < radix; j++)
-        for (int part = 0; part < 2; part++)
-          pass.roots.push_back(roots[2 * j * (n / radix) + part]);
+      if (radix > LARGEST_BUTTERFLY)
+        for (Index first = 1; first <= radix / 2; first += OUTPUTS)
+          for (Index j = 1; j <= radix / 2; j++)
+            for (int part = 0; part < 2; part++)
+              for (Index k = first; k < first + OUTPUTS; k++)
+                pass.matrix.push_back(roots[2 * (j * k % radix) * (n / radix) + part]);
       passes.push_back(std::move(pass));
       length = rest;
     }
@@ -386,6 +392,14 @@ struct Fetch {
   const void* of_first[2] = {};  // the lines of the first cell
   Index step = 0, across = 0;    // bytes from element to element, and across `width` transforms
 
+  // Fetches the lines of one cell.
+  template <bool to_write>
+  INLINE void ahead(Index element, Index i) const {
+    for (const void* line : of_first)
+      if (line)
+        __builtin_prefetch(static_cast<const char*>(line) + element * step + i * across, to_write);
+  }
+
   // The share of a pass: the first two fetch one line each.
   Fetch of_pass(Index i, Index passes) const {
     if (passes == 1) return *this;
@@ -403,12 +417,8 @@ void run_pass(const Pass<T>& pass, Cell<T>* x, Index length, Index pitch, Index 
     const T* twiddle = pass.twiddles.data() + 2 * q * P;
     for (Index first = q; first < length; first += pass.length) {
       for (Index i = 0; i < width; i++) {
-        for (const void* line : fetch.of_first)
-          if (line)  // to read it on the way there, to write it on the way back
-            for (int j = 0; j < P; j++)
-              __builtin_prefetch(static_cast<const char*>(line) + (first + j * rest) * fetch.step +
-                                     i * fetch.across,
-                                 in_time);
+        // To read a map or spectrum on the way there, to write a map on the way back.
+        for (int j = 0; j < P; j++) fetch.template ahead<in_time>(first + j * rest, i);
         Cell<T>* at = x + first * pitch + i;
         Cell<T> u[P];
         UNROLL for (int j = 0; j < P; j++) {
@@ -429,17 +439,17 @@ void run_pass(const Pass<T>& pass, Cell<T>* x, Index length, Index pitch, Index 
   for (Index q = 1; q < rest; q++) sweep(q, std::true_type());
 }
 
-// The same for an odd radix of any size, as a product with its matrix, four outputs at a time.
-// `scratch` has room for `radix` cells; the memory before it belongs to the same block.
+// The same for an odd radix beyond the butterflies. `scratch` has room for `radix` cells, and the
+// memory before it belongs to the same block.
 template <Decimation decimation, class T>
 void run_large_pass(const Pass<T>& pass, Cell<T>* x, Index length, Index pitch, Index width,
-                    Cell<T>* scratch) {
+                    const Fetch& fetch, Cell<T>* scratch) {
   constexpr bool in_time = decimation == Decimation::in_time;
-  constexpr int OUTPUTS = 4;
   const Index radix = pass.radix, half = radix / 2, rest = pass.length / radix;
   const Index step = rest * pitch;
   Cell<T>*const sum = scratch - 1, *const difference = sum + half;  // from 1 to half
-  const auto apply = [&](Index q, Cell<T>* at) ALWAYS_INLINE {
+  const auto apply = [&](Index q, Index element, Index i) ALWAYS_INLINE {
+    Cell<T>* const at = x + element * pitch + i;
     const auto turned = [&](Index j, Cell<T> value) ALWAYS_INLINE {
       const T* twiddle = pass.twiddles.data() + 2 * (q * radix + j);
       return multiply(value, twiddle[0], twiddle[1]);
@@ -453,23 +463,21 @@ void run_large_pass(const Pass<T>& pass, Cell<T>* x, Index length, Index pitch, 
       difference[j] = a - b;
       total = total + sum[j];
     }
-    at[0] = total;
     const auto emit = [&](Index j, Cell<T> value) ALWAYS_INLINE {
+      fetch.template ahead<in_time>(element + j * rest, i);
       at[j * step] = in_time ? value : turned(j, value);
     };
+    const T* root = pass.matrix.data();
     for (Index first = 1; first <= half; first += OUTPUTS) {
       Cell<T> even[OUTPUTS], odd[OUTPUTS] = {};
-      Index power[OUTPUTS] = {};  // j * (first + o) modulo radix
       UNROLL for (int o = 0; o < OUTPUTS; o++) even[o] = zeroth;
-      for (Index j = 1; j <= half; j++) {
+      for (Index j = 1; j <= half; j++, root += 2 * OUTPUTS) {
+        const Cell<T> s = sum[j], d = difference[j];
         UNROLL for (int o = 0; o < OUTPUTS; o++) {
-          power[o] += first + o;
-          power[o] -= power[o] >= radix ? radix : 0;
-          const T re = pass.roots[2 * power[o]], im = pass.roots[2 * power[o] + 1];
-          even[o].re += sum[j].re * re;
-          even[o].im += sum[j].im * re;
-          odd[o].re -= difference[j].im * im;
-          odd[o].im += difference[j].re * im;
+          even[o].re += s.re * root[o];
+          even[o].im += s.im * root[o];
+          odd[o].re -= d.im * root[OUTPUTS + o];
+          odd[o].im += d.re * root[OUTPUTS + o];
         }
       }
       for (int o = 0; o < OUTPUTS && first + o <= half; o++) {
@@ -477,10 +485,11 @@ void run_large_pass(const Pass<T>& pass, Cell<T>* x, Index length, Index pitch, 
         emit(radix - first - o, even[o] - odd[o]);
       }
     }
+    emit(0, total);
   };
   for (Index q = 0; q < rest; q++)
     for (Index first = q; first < length; first += pass.length)
-      for (Index i = 0; i < width; i++) apply(q, x + first * pitch + i);
+      for (Index i = 0; i < width; i++) apply(q, first, i);
 }
 
 template <Decimation decimation, class T>
@@ -498,7 +507,7 @@ void transform(const Plan<T>& plan, Cell<T>* x, Index pitch, Index width, Cell<T
       CASE(2) CASE(3) CASE(4) CASE(5) CASE(7) CASE(8) CASE(11) CASE(13)
 #undef CASE
       default:
-        run_large_pass<decimation>(pass, x, length, pitch, width, scratch);
+        run_large_pass<decimation>(pass, x, length, pitch, width, share, scratch);
     }
   }
 }
