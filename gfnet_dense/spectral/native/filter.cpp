@@ -325,14 +325,14 @@ struct Pass {
   Index radix;
   Index length;             // of the transforms that it takes apart, each into `radix` shorter ones
   std::vector<T> twiddles;  // (length / radix, radix, 2)
-  std::vector<T> matrix;    // of a large radix: cosines and sines in the order of their use
+  std::vector<T> matrix;    // of a large radix
 };
 
-// A larger radix is a product with the matrix of its transform, so many outputs at a time.
+// A larger radix is a product with the matrix of its transform, OUTPUTS results at a time.
 constexpr Index LARGEST_BUTTERFLY = 13, OUTPUTS = 4;
 
-// A plan is made anew for every call: that takes a microsecond for some thirty cells, and spares a
-// lock that a forked process could find locked for ever.
+// A plan is made anew for every call: that takes a microsecond for some thirty cells, more for
+// large prime factors, and spares a lock that a forked process could find locked for ever.
 template <class T>
 struct Plan {
   std::vector<Pass<T>> passes;
@@ -351,12 +351,7 @@ struct Plan {
         for (Index j = 0; j < radix; j++)
           for (int part = 0; part < 2; part++)
             pass.twiddles.push_back(roots[2 * q * j * (n / length) + part]);
-      if (radix > LARGEST_BUTTERFLY)
-        for (Index first = 1; first <= radix / 2; first += OUTPUTS)
-          for (Index j = 1; j <= radix / 2; j++)
-            for (int part = 0; part < 2; part++)
-              for (Index k = first; k < first + OUTPUTS; k++)
-                pass.matrix.push_back(roots[2 * (j * k % radix) * (n / radix) + part]);
+      if (radix > LARGEST_BUTTERFLY) pass.matrix = matrix_of(radix, roots.data(), n / radix);
       passes.push_back(std::move(pass));
       length = rest;
     }
@@ -368,6 +363,25 @@ struct Plan {
       }
       position.push_back(at);
     }
+  }
+
+  // Half the matrix of an odd radix: for OUTPUTS frequencies at a time, for every element, their
+  // cosines and sines. `roots` has those of the radix at every `step`.
+  static std::vector<T> matrix_of(Index radix, const T* roots, Index step) {
+    const Index half = radix / 2;
+    std::vector<T> matrix((half + OUTPUTS - 1) / OUTPUTS * half * 2 * OUTPUTS);
+    T* to = matrix.data();
+    for (Index first = 1; first <= half; first += OUTPUTS) {
+      Index power[OUTPUTS] = {};  // j * (first + o) modulo radix
+      for (Index j = 1; j <= half; j++, to += 2 * OUTPUTS)
+        for (Index o = 0; o < OUTPUTS; o++) {
+          power[o] += first + o;
+          power[o] -= power[o] >= radix ? radix : 0;
+          to[o] = roots[2 * power[o] * step];
+          to[OUTPUTS + o] = roots[2 * power[o] * step + 1];
+        }
+    }
+    return matrix;
   }
 
   // Powers of two in eights as far as possible without a two, then the odd primes.
@@ -417,7 +431,7 @@ void run_pass(const Pass<T>& pass, Cell<T>* x, Index length, Index pitch, Index 
     const T* twiddle = pass.twiddles.data() + 2 * q * P;
     for (Index first = q; first < length; first += pass.length) {
       for (Index i = 0; i < width; i++) {
-        // To read a map or spectrum on the way there, to write a map on the way back.
+        // On the way there most lines are read next, on the way back all are written.
         for (int j = 0; j < P; j++) fetch.template ahead<in_time>(first + j * rest, i);
         Cell<T>* at = x + first * pitch + i;
         Cell<T> u[P];
@@ -776,14 +790,15 @@ struct Steps {
 // Sharing out the work.
 //
 // A unit is a chunk of blocks that lie side by side, so that lines and pages of memory serve
-// several of them once they are found, of one image or of all. A few images are mostly in a cache
-// already, where a larger chunk only takes room; many come from memory, where it is faster. With
-// fewer units than threads, the threads take parts of the rows and columns of a unit, step by step.
+// several of them once they are found, of one image or of all. Larger chunks are faster for maps
+// that come from memory, smaller ones leave room in a cache for maps that are there, as those of a
+// few images often are. With fewer units than threads, the threads take parts of the rows and
+// columns of a unit, step by step.
 
 struct Split {
   Index blocks, chunk, units, parts;
 
-  // `images` of `batch` are units of their own.
+  // `images` is the batch if a unit is a chunk of one image, 1 if it is a chunk of all.
   Split(Index blocks, Index images, Index batch, int threads) : blocks(blocks), chunk(1) {
     const Index largest = (batch < 8 ? 128 : 256) / VECTOR_BYTES;
     Index least = blocks * images;
