@@ -47,6 +47,7 @@ from .checkpoint import adapt_state_dict, find_weights, prefix_errors, read_stat
 from .global_filter import GlobalFilter
 from .hub import OFFICIAL_WEIGHTS
 from .mlp import Mlp, apply_to_cells
+from .resize_cache import ResizeCache
 
 _logger = logging.getLogger(__name__)
 
@@ -206,11 +207,17 @@ def _check_images(x: Tensor, in_chans: int, network: str) -> None:
         raise ValueError(f'{network} takes images (B, {in_chans}, H, W), but got {tuple(x.shape)}')
 
 
-@torch.fx.wrap
-def _add_position(x: Tensor, pos_embed: Tensor, grid: Grid) -> Tensor:
-    """Add a position embedding `(1, h * w, C)` of grid `(h, w)` to a map `(B, H, W, C)`."""
-    size = x.shape[1], x.shape[2]
-    return x + resize_position_embedding(pos_embed, grid, size).unflatten(1, size)
+@register_notrace_module
+class PositionEmbedding(ResizeCache):
+    """Adds the position embedding of a network, which owns the parameter, to a map."""
+
+    def forward(self, x: Tensor, pos_embed: Tensor, grid: Grid) -> Tensor:
+        """Add an embedding `(1, h * w, C)` of grid `(h, w)` to a map `(B, H, W, C)`."""
+        size = x.shape[1], x.shape[2]
+        if size != tuple(grid):
+            key = grid, size
+            pos_embed = self.resized(pos_embed, key, lambda p: resize_position_embedding(p, *key))
+        return x + pos_embed.unflatten(1, size)
 
 
 # Networks
@@ -293,6 +300,7 @@ class GFNetBase(nn.Module):
 
         self.grid = downsampled_grid(size, spec.patch_size)
         self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid), spec.embed_dims[0]))
+        self.add_position = PositionEmbedding()
         self._build(spec, make_block)
         self.norm: nn.Module = LayerNorm(self.num_features)
         self.head_drop = nn.Dropout(drop_rate)
@@ -614,7 +622,7 @@ class GFNet(GFNetBase):
 
     def _forward_level(self, x: Tensor, level: int) -> Tensor:
         if level == 0:
-            x = _add_position(self.patch_embed(x), self.pos_embed, self.grid)
+            x = self.add_position(self.patch_embed(x), self.pos_embed, self.grid)
         return self._forward_block(self.blocks[level], x)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -649,7 +657,7 @@ class GFNetPyramid(GFNetBase):
     def _forward_level(self, x: Tensor, level: int) -> Tensor:
         x = self.patch_embed[level](x)
         if level == 0:
-            x = _add_position(x, self.pos_embed, self.grid)
+            x = self.add_position(x, self.pos_embed, self.grid)
         stage: Any = self.blocks[level]
         for block in stage:
             x = self._forward_block(block, x)

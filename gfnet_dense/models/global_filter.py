@@ -1,25 +1,19 @@
 """The layer that mixes tokens: a global filter with a learned spectrum."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from gfnet_dense.spectral import BACKENDS, RESIZE_METHODS, Grid, global_filter, resize_spectrum
-from gfnet_dense.spectral.tracing import is_capturing
 
-# How many resized spectra a layer caches in evaluation. A spectrum of a large grid takes more
-# memory than the parameter, so the cache serves runs over images of one or two sizes.
-_MAX_CACHED = 2
-
-_Cache = tuple[Tensor | None, dict[tuple[Grid, str], Tensor]]
+from .resize_cache import ResizeCache
 
 
 @register_notrace_module  # one node in graphs of torch.fx, because its work depends on the size
-class GlobalFilter(nn.Module):
+class GlobalFilter(ResizeCache):
     """Learned filter in the frequency domain for maps of any size.
 
     The spectrum lives on the grid it was made for and is resized in forward whenever the map has
@@ -41,8 +35,6 @@ class GlobalFilter(nn.Module):
         ValueError: If `dim` or `grid` is not positive, or `resize` or `backend` is unknown.
     """
 
-    _cache: _Cache
-
     def __init__(
         self, dim: int, grid: tuple[int, int], resize: str = 'bilinear', backend: str = 'auto'
     ) -> None:
@@ -61,7 +53,6 @@ class GlobalFilter(nn.Module):
         self.resize = resize
         self.backend = backend
         self.complex_weight = nn.Parameter(torch.randn(grid[0], grid[1] // 2 + 1, dim, 2) * 0.02)
-        self._clear_cache()
 
     def forward(self, x: Tensor) -> Tensor:
         """Filter a map of shape `(B, H, W, C)`; shape and dtype stay the same.
@@ -81,38 +72,8 @@ class GlobalFilter(nn.Module):
         weight = self.complex_weight
         if grid == self.grid:
             return weight
-        learning = torch.is_grad_enabled() and weight.requires_grad
-        # A graph that is being captured can neither compare values nor hold cached tensors;
-        # transforms of torch.func replace the parameter by tensors of their own.
-        ordinary = isinstance(weight, nn.Parameter) and not (
-            weight.is_cuda and torch.cuda.is_current_stream_capturing()
-        )
-        if self.training or learning or is_capturing() or not ordinary:
-            return resize_spectrum(weight, self.grid, grid, self.resize)
-        return self._cached_spectrum(grid)
-
-    # Later forwards may need gradients, so cached tensors are no inference tensors.
-    @torch.inference_mode(False)
-    def _cached_spectrum(self, grid: Grid) -> Tensor:
-        weight = self.complex_weight
-        # Only comparing values is safe: an edit through `.data`, as EMA does, leaves version
-        # counter and address unchanged. On a CPU comparing costs less than resizing; on a GPU it
-        # waits for the device.
-        source, cached = self._cache
-        if (
-            source is None
-            or source.dtype != weight.dtype
-            or source.device != weight.device
-            or not torch.equal(source, weight)
-        ):
-            source, cached = self._cache = weight.detach().clone(), {}
-        resized = cached.get((grid, self.resize))
-        if resized is None:
-            resized = resize_spectrum(source, self.grid, grid, self.resize)
-            # The dict is replaced and never changed, because other threads may be reading it.
-            latest = [*cached.items(), ((grid, self.resize), resized)][-_MAX_CACHED:]
-            self._cache = source, dict(latest)
-        return resized
+        key = grid, self.resize
+        return self.resized(weight, key, lambda w: resize_spectrum(w, self.grid, *key))
 
     @torch.no_grad()
     def set_grid(self, grid: Grid) -> None:
@@ -121,9 +82,6 @@ class GlobalFilter(nn.Module):
         self.complex_weight = nn.Parameter(weight, self.complex_weight.requires_grad)
         self.grid = grid
         self._clear_cache()
-
-    def _clear_cache(self) -> None:
-        self._cache = None, {}
 
     def macs(self, shape: Sequence[int]) -> int:
         """Count the multiply-accumulates for a map `(B, H, W, C)` as the authors do.
@@ -136,19 +94,6 @@ class GlobalFilter(nn.Module):
         transforms = 2 * cells * math.ceil(math.log2(cells))
         products = 4 * height * (width // 2 + 1)
         return batch * channels * (transforms + products)
-
-    def train(self, mode: bool = True) -> 'GlobalFilter':
-        """Set the mode, as every module does, and clear the cache."""
-        self._clear_cache()
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'GlobalFilter':
-        self._clear_cache()
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles leave out the cache.
-        return {**self.__dict__, '_cache': (None, {})}
 
     def extra_repr(self) -> str:
         """Say what the layer is made for."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from weights import from_file, is_hierarchical, narrow, narrow_arch, on_meta
 
 from gfnet_dense.serialization import CheckpointError
+from gfnet_dense.spectral import resize_position_embedding
 
 # Parameters, top-1 and top-5 as reported, and the address of the weights.
 PUBLISHED = {
@@ -147,6 +148,32 @@ def test_default_cfgs_fit_the_models(name):
     assert model.forward_head(y).shape == (1, 7)
     assert on_meta(name, num_classes=0).forward_head(y).shape == (1, channels)
     assert on_meta(name, num_classes=0, global_pool='').forward_head(y).shape == y.shape
+
+
+@one_of_each
+def test_evaluation_resizes_the_position_embedding_once_for_its_values(name, monkeypatch):
+    model = narrow(name).eval()
+    x = torch.randn(1, 3, 64, 96)
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return resize_position_embedding(*arguments)
+
+    monkeypatch.setattr('gfnet_dense.models.gfnet.resize_position_embedding', counted)
+    with torch.no_grad():
+        first = model(x)
+        assert torch.equal(model(x), first)
+        assert len(calls) == 1
+        model.pos_embed.data.add_(torch.randn_like(model.pos_embed))
+        changed = model(x)
+    assert len(calls) == 2
+    assert not torch.allclose(changed, first)
+    # With gradients nothing is cached, so this is an independent result.
+    learned = model(x)
+    assert torch.equal(learned, changed)
+    learned.sum().backward()
+    assert model.pos_embed.grad.abs().sum() > 0
 
 
 @names

@@ -1,0 +1,83 @@
+"""The cache of parameters that a network resizes to the size of its images."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gfnet_dense.spectral.tracing import is_capturing
+
+# How many resized parameters a module caches. Each may take more memory than the parameter itself,
+# so the cache serves runs over images of one or two sizes.
+_MAX_CACHED = 2
+
+_Self = TypeVar('_Self', bound='ResizeCache')
+_Cache = tuple[Tensor | None, dict[tuple[Any, ...], Tensor]]
+
+
+class ResizeCache(nn.Module):
+    """A module that resizes one parameter in forward, and in evaluation caches the results.
+
+    A cached result serves for as long as the parameter holds the values that it was made from.
+    Modules in training, with gradients, in graphs and under transforms of torch.func resize in
+    every forward. Copies and pickles leave out the cache.
+    """
+
+    _cache: _Cache
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._clear_cache()
+
+    def resized(
+        self, parameter: Tensor, key: tuple[Any, ...], resize: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return `resize(parameter)`; equal keys must mean equal functions."""
+        learning = torch.is_grad_enabled() and parameter.requires_grad
+        # A graph that is being captured can neither compare values nor hold cached tensors;
+        # transforms of torch.func replace the parameter by tensors of their own.
+        ordinary = isinstance(parameter, nn.Parameter) and not (
+            parameter.is_cuda and torch.cuda.is_current_stream_capturing()
+        )
+        if self.training or learning or is_capturing() or not ordinary:
+            return resize(parameter)
+        return self._cached(parameter, key, resize)
+
+    # Later forwards may need gradients, so cached tensors are no inference tensors.
+    @torch.inference_mode(False)
+    def _cached(
+        self, parameter: Tensor, key: tuple[Any, ...], resize: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        # Only comparing values is safe: an edit through `.data`, as EMA does, leaves version
+        # counter and address unchanged. On a CPU comparing costs less than resizing; on a GPU it
+        # waits for the device.
+        source, cached = self._cache
+        if (
+            source is None
+            or source.dtype != parameter.dtype
+            or source.device != parameter.device
+            or not torch.equal(source, parameter)
+        ):
+            source, cached = self._cache = parameter.detach().clone(), {}
+        result = cached.get(key)
+        if result is None:
+            result = resize(source)
+            # The dict is replaced and never changed, because other threads may be reading it.
+            self._cache = source, dict([*cached.items(), (key, result)][-_MAX_CACHED:])
+        return result
+
+    def _clear_cache(self) -> None:
+        self._cache = None, {}
+
+    def train(self: _Self, mode: bool = True) -> _Self:
+        """Set the mode, as every module does, and clear the cache."""
+        self._clear_cache()
+        return super().train(mode)
+
+    def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
+        self._clear_cache()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_cache': (None, {})}
