@@ -341,6 +341,17 @@ def test_the_name_of_the_library_carries_all_that_it_depends_on(monkeypatch, tmp
     assert len(names) == 5
 
 
+@pytest.mark.skipif(not shutil.which('objdump'), reason='needs objdump of the GNU binutils')
+def test_the_compiler_keeps_the_prefetches():
+    """GCC removes calls of a function that only prefetches, and no result tells."""
+    command = ['objdump', '--disassemble', '--no-show-raw-insn', build.load()._name]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    functions = re.split(r'^\w+ <', listing, flags=re.MULTILINE)
+    passes = [function for function in functions if 'run_pass' in function.partition('>')[0]]
+    assert len(passes) >= 2 * 2 * 6  # both directions and types, and at least six factors
+    assert all(re.search(r'\b(prefetch|prfm)', function) for function in passes)
+
+
 @pytest.mark.slow
 def test_importing_it_compiles_nothing(tmp_path):
     code = 'from gfnet_dense.spectral import native'
