@@ -566,9 +566,19 @@ void run_units(Parallel parallel, int threads, Index units, const Work& work) {
   for (std::thread& other : others) other.join();
 }
 
+// Asks for large pages: fewer page faults in new memory, and fewer misses of address translation.
+inline void prefer_large_pages(void* memory, std::size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr std::uintptr_t page = std::uintptr_t(1) << 21;
+  const std::uintptr_t begin = reinterpret_cast<std::uintptr_t>(memory);
+  const std::uintptr_t first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 // Memory for one call. Pages that the system has just handed out cost more than a small filter, so
 // the last workspace is kept for the next call, unless it is large. Calls of several threads at
-// once find none and make their own. Large pages spare most misses of address translation.
+// once find none and make their own.
 class Workspace {
  public:
   explicit Workspace(std::size_t bytes) : block_(spare_.exchange(nullptr)) {
@@ -578,9 +588,7 @@ class Workspace {
     bytes = (bytes + sizeof(Block) + page - 1) / page * page;
     void* memory = std::aligned_alloc(page, bytes);
     if (!memory) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    madvise(memory, bytes, MADV_HUGEPAGE);
-#endif
+    prefer_large_pages(memory, bytes);
     block_ = new (memory) Block{bytes - sizeof(Block)};
   }
   ~Workspace() { std::free(block_->bytes <= LARGEST_SPARE ? spare_.exchange(block_) : block_); }
@@ -634,6 +642,14 @@ struct Steps {
   T down = dtype == DType::bfloat16 ? T(std::exp2(-std::ceil(std::log2(2.0 * height * width)))) : 1;
   T up = 1 / down;
   Plan<T> rows{width}, columns{height};
+
+  // The C library takes the memory of a larger result from the system in every call. With small
+  // pages a quarter of the time went into page faults.
+  void prepare_result(void* y) const {
+    const std::size_t value = dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+    const std::size_t bytes = batch * height * width * channels * value;
+    if (bytes > std::size_t(1) << 25) prefer_large_pages(y, bytes);
+  }
 
   static Index clamp(Index value, Index low, Index high) {
     return value < low ? low : value > high ? high : value;
@@ -854,6 +870,7 @@ void filter(Parallel parallel, int threads, DType dtype, Sizes sizes, const Map&
   const Index own = split.chunk * kept_plane + s.buffer_cells();  // of a thread
   const Workspace workspace((places * planes + threads * own) * sizeof(Cell<T>));
   Cell<T>* const cells = static_cast<Cell<T>*>(workspace.data());
+  s.prepare_result(y);
 
   run_steps(parallel, threads, split, 3, [&](Index step, int thread, Index place, Index unit,
                                              Index part) {
@@ -907,6 +924,7 @@ void adjoint(Parallel parallel, int threads, DType dtype, Sizes sizes, const Map
   const Index planes = split.chunk * 3 * s.plane, places = split.places(threads);
   const Workspace workspace((places * planes + threads * s.buffer_cells()) * sizeof(Cell<T>));
   Cell<T>* const cells = static_cast<Cell<T>*>(workspace.data());
+  if (gx) s.prepare_result(gx);
 
   run_steps(parallel, threads, split, 3 * s.batch, [&](Index step, int thread, Index place,
                                                        Index unit, Index part) {
