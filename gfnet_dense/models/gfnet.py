@@ -7,7 +7,7 @@ implementation, github.com/raoyongming/GFNet (MIT); none of its code is used her
 
 The networks have the interface of timm's own models, take images of any size, and run under
 torch.compile, torch.export, torch.fx and torch.jit.trace. They do not run under torch.jit.script:
-TorchScript supports neither autograd functions nor the cache of resized filters.
+TorchScript supports neither autograd functions nor the cache of resized parameters.
 
 Inside a network a map has the shape `(B, H, W, C)`.
 """
@@ -539,6 +539,7 @@ class GFNetBase(nn.Module):
         grid = downsampled_grid(to_2tuple(img_size), self.arch.patch_size)
         embedding = resize_position_embedding(self.pos_embed, self.grid, grid)
         self.pos_embed = nn.Parameter(embedding, self.pos_embed.requires_grad)
+        self.add_position.clear_cache()
         self.grid = grid
         stages: Any = self.blocks if self.hierarchical else [self.blocks]
         # Levels that were pruned have no blocks.

@@ -81,7 +81,7 @@ class GlobalFilter(ResizeCache):
         weight = resize_spectrum(self.complex_weight, self.grid, grid, self.resize)
         self.complex_weight = nn.Parameter(weight, self.complex_weight.requires_grad)
         self.grid = grid
-        self._clear_cache()
+        self.clear_cache()
 
     def macs(self, shape: Sequence[int]) -> int:
         """Count the multiply-accumulates for a map `(B, H, W, C)` as the authors do.

@@ -5,8 +5,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from gfnet_dense.spectral.tracing import is_capturing
+from gfnet_dense.spectral.tracing import is_capturing, is_transformed
 
 # How many resized parameters a module caches. Each may take more memory than the parameter itself,
 # so the cache serves runs over images of one or two sizes.
@@ -20,25 +21,31 @@ class ResizeCache(nn.Module):
     """A module that resizes one parameter in forward, and in evaluation caches the results.
 
     A cached result serves for as long as the parameter holds the values that it was made from.
-    Modules in training, with gradients, in graphs and under transforms of torch.func resize in
-    every forward. Copies and pickles leave out the cache.
+    Modules resize in every forward in training, with gradients, in graphs, under transforms of
+    torch.func and modes of torch's dispatcher, and on the meta device. Copies and pickles leave out
+    the cache.
     """
 
     _cache: _Cache
 
     def __init__(self) -> None:
         super().__init__()
-        self._clear_cache()
+        self.clear_cache()
 
     def resized(
         self, parameter: Tensor, key: tuple[Any, ...], resize: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """Return `resize(parameter)`; equal keys must mean equal functions."""
         learning = torch.is_grad_enabled() and parameter.requires_grad
-        # A graph that is being captured can neither compare values nor hold cached tensors;
-        # transforms of torch.func replace the parameter by tensors of their own.
-        ordinary = isinstance(parameter, nn.Parameter) and not (
-            parameter.is_cuda and torch.cuda.is_current_stream_capturing()
+        # A graph that is being captured can neither compare values nor hold cached tensors.
+        # Transforms of torch.func replace the parameter or make tensors that must not outlive them,
+        # and so do modes such as FakeTensorMode.
+        ordinary = (
+            isinstance(parameter, nn.Parameter)
+            and not parameter.is_meta
+            and not (parameter.is_cuda and torch.cuda.is_current_stream_capturing())
+            and not is_transformed()
+            and not is_in_torch_dispatch_mode()
         )
         if self.training or learning or is_capturing() or not ordinary:
             return resize(parameter)
@@ -67,16 +74,17 @@ class ResizeCache(nn.Module):
             self._cache = source, dict([*cached.items(), (key, result)][-_MAX_CACHED:])
         return result
 
-    def _clear_cache(self) -> None:
+    def clear_cache(self) -> None:
+        """Free the cached tensors."""
         self._cache = None, {}
 
     def train(self: _Self, mode: bool = True) -> _Self:
         """Set the mode, as every module does, and clear the cache."""
-        self._clear_cache()
+        self.clear_cache()
         return super().train(mode)
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
-        self._clear_cache()
+        self.clear_cache()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:

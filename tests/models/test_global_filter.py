@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, jvp, vmap
 
 from gfnet_dense.models import GlobalFilter
@@ -76,6 +77,34 @@ def test_evaluation_resizes_once_for_a_grid(method):
         assert layer.spectrum(SIZE) is first
     assert torch.equal(first, fresh_spectrum(layer))
     assert not first.requires_grad
+
+
+def test_nested_transforms_leave_nothing_in_the_cache():
+    layer = make_layer().eval().requires_grad_(False)
+    x = torch.randn(1, *SIZE, 3)
+
+    def nested(x):
+        inner = torch.func.grad(lambda x: layer(x).square().sum())
+        return (inner(x) * x).sum() + layer(x).sum()
+
+    first = torch.func.grad(nested)(x)
+    assert torch.equal(torch.func.grad(nested)(x), first)
+    with torch.no_grad():
+        assert torch.equal(layer.spectrum(SIZE), fresh_spectrum(layer))
+
+
+def test_tensors_without_values_are_not_cached():
+    x = torch.randn(1, *SIZE, 3)
+    with torch.no_grad():
+        meta = make_layer().eval().to('meta')
+        for _ in range(2):
+            assert meta(x.to('meta')).shape == x.shape
+        layer = make_layer().eval()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert layer.spectrum(SIZE).shape == fresh_spectrum(layer).shape
+        assert torch.equal(layer.spectrum(SIZE), fresh_spectrum(layer))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            layer.spectrum(SIZE)
 
 
 def test_the_grid_of_the_parameter_needs_no_copy():
