@@ -1,7 +1,7 @@
 """The cache of parameters that a network resizes to the size of its images."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from gfnet_dense.spectral.tracing import is_capturing, is_transformed
 # so the cache serves runs over images of one or two sizes.
 _MAX_CACHED = 2
 
-_Self = TypeVar('_Self', bound='ResizeCache')
 _Cache = tuple[Tensor | None, dict[tuple[Any, ...], Tensor]]
 
 
@@ -78,12 +77,12 @@ class ResizeCache(nn.Module):
         """Free the cached tensors."""
         self._cache = None, {}
 
-    def train(self: _Self, mode: bool = True) -> _Self:
+    def train(self, mode: bool = True) -> Self:
         """Set the mode, as every module does, and clear the cache."""
         self.clear_cache()
         return super().train(mode)
 
-    def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.clear_cache()
         return super()._apply(fn, recurse)
 

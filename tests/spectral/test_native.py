@@ -238,6 +238,34 @@ def test_operators_refuse_what_does_not_fit_together(run, message):
         run(*case(2, 4, 5, 2))
 
 
+# Memory.
+
+
+def flags_of(address: int) -> list[str]:
+    """Return what the system notes about the mapping of an address; `hg` stands for large pages."""
+    inside = False
+    for line in Path('/proc/self/smaps').read_text().splitlines():
+        if match := re.match(r'([0-9a-f]+)-([0-9a-f]+) ', line):
+            inside = int(match[1], 16) <= address < int(match[2], 16)
+        elif inside and line.startswith('VmFlags:'):
+            return line.split()[1:]
+    return []
+
+
+@pytest.mark.skipif(
+    not (Path('/sys/kernel/mm/transparent_hugepage').exists() and flags_of(id(build))),
+    reason='needs a system that grants large pages and tells of them',
+)
+def test_large_results_ask_for_large_pages():
+    x, weight, g = case(1, 96, 96, 1024)  # 38 MB
+    y = native.filter(x, weight, False)
+    gx, _ = native.adjoint(g, x, weight)
+    middle = y.nbytes // 2
+    assert 'hg' not in flags_of(x.data_ptr() + middle)
+    assert 'hg' in flags_of(y.data_ptr() + middle)
+    assert 'hg' in flags_of(gx.data_ptr() + middle)
+
+
 # Loading, without what it cached before.
 load = build.load.__wrapped__
 

@@ -644,8 +644,8 @@ struct Steps {
   T up = 1 / down;
   Plan<T> rows{width}, columns{height};
 
-  // The C library takes the memory of a larger result from the system in every call. With small
-  // pages a quarter of the time went into page faults.
+  // glibc takes memory above 32 MB from the system in every call. With small pages, page faults took
+  // a quarter of the time there.
   void prepare_result(void* y) const {
     const std::size_t value = dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
     const std::size_t bytes = batch * height * width * channels * value;
