@@ -38,8 +38,6 @@ PACKAGES = {
     'benchmark': {'torch'},
     'models': {'torch', 'timm', 'filelock', 'tqdm'},
 }
-# The one file that cannot be imported without Triton.
-KERNELS = PACKAGE / 'spectral' / 'triton' / 'kernels.py'
 
 
 @functools.cache
@@ -123,8 +121,7 @@ def test_a_room_imports_rooms_below_it(room):
 @pytest.mark.parametrize('room', PACKAGES)
 def test_a_room_stands_on_few_packages(room):
     for file in files(room):
-        names = others(imported_names(file, at_import_time=file != KERNELS))
-        assert names <= PACKAGES[room] | ({'triton'} if file == KERNELS else set()), relative(file)
+        assert others(imported_names(file, at_import_time=True)) <= PACKAGES[room], relative(file)
 
 
 @pytest.mark.parametrize('room', ['durable', 'data'])
@@ -146,9 +143,8 @@ def test_the_package_asks_for_no_task_of_openmmlab(file):
 
 
 @pytest.mark.parametrize('file', files(), ids=relative)
-def test_triton_is_imported_when_a_kernel_runs(file):
-    if file != KERNELS:
-        assert 'triton' not in others(imported_names(file, at_import_time=True))
+def test_bindings_of_cuda_are_imported_when_a_kernel_is_compiled(file):
+    assert 'cuda' not in others(imported_names(file, at_import_time=True))
 
 
 def test_nobody_imports_tools_or_tests():
@@ -266,10 +262,10 @@ def test_the_networks_work_with_torch_and_timm_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_package_imports_without_triton_and_openmmlabs_tasks_and_operators():
+def test_the_package_imports_without_bindings_of_cuda_and_openmmlabs_tasks_and_operators():
     run(
         'import importlib, pkgutil, sys\n'
-        'for name in ("triton", "mmcv", "mmcv._ext", "mmcv.ops", "mmseg", "mmdet"):\n'
+        'for name in ("cuda", "mmcv", "mmcv._ext", "mmcv.ops", "mmseg", "mmdet"):\n'
         '    sys.modules[name] = None\n'
         'import gfnet_dense\n'
         'from gfnet_dense import openmmlab\n'
@@ -281,8 +277,7 @@ def test_the_package_imports_without_triton_and_openmmlabs_tasks_and_operators()
         # Modules that the package does not import by itself may use mmcv, but not its operators.
         'del sys.modules["mmcv"]\n'
         'for module in pkgutil.walk_packages(gfnet_dense.__path__, "gfnet_dense."):\n'
-        '    if not module.name.endswith("triton.kernels"):\n'
-        '        importlib.import_module(module.name)\n'
+        '    importlib.import_module(module.name)\n'
     )
 
 

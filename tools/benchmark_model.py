@@ -11,13 +11,10 @@ from collections.abc import Callable
 
 import timm
 import torch
-from mmengine.config import Config
-from mmengine.registry import MODELS
 from torch import nn
 
 from gfnet_dense.benchmark import machine, measure, milliseconds, speedup
 from gfnet_dense.models import GFNetPyramid, GlobalFilter
-from gfnet_dense.openmmlab import find_config
 from gfnet_dense.spectral import global_filter
 from gfnet_dense.spectral.reference import reference_filter
 
@@ -134,6 +131,12 @@ def profile(args: argparse.Namespace) -> None:
     """Print what part of inference the backbone takes, and the operators that take most time."""
     model: nn.Module = GFNetPyramid('h-s', num_classes=0)
     if args.config:
+        # Everything else needs torch and timm alone.
+        from mmengine.config import Config
+        from mmengine.registry import MODELS
+
+        from gfnet_dense.openmmlab import find_config
+
         config = Config.fromfile(find_config(args.config))
         with MODELS.switch_scope_and_registry(config.get('default_scope')) as registry:
             model = registry.build(config.model)

@@ -4,18 +4,18 @@
     python tools/gpu_report.py --out DIR --render > tables.md
 
 Part 1 checks the backends of the filter against float64, part 2 times them, part 3 times backbones,
-part 4 trains segmentors through tools/train.py. The first three need torch, timm and Triton alone.
+part 4 trains segmentors through tools/train.py. The first three need torch and timm alone.
 It runs from a checkout, whose tests hold the oracle.
 
 Every row is appended to DIR/results.jsonl as soon as it is measured. A row that fails keeps its
 error, and the run goes on. Rows that DIR holds already are not measured again, so the same command
-continues a run that was cut off. --rehearse runs everything on a CPU, in tiny sizes.
+continues a run that was cut off. --rehearse runs everything on a CPU, in tiny sizes; its emulation
+of a GPU needs g++.
 """
 
 import argparse
 import contextlib
 import functools
-import importlib.metadata
 import itertools
 import json
 import os
@@ -41,6 +41,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 import benchmark_filter as bench  # noqa: E402
 import filter_oracle as oracle  # noqa: E402
 from benchmark_model import inference, plain, training_step  # noqa: E402
+from emulated_cuda import emulation  # noqa: E402
 
 from gfnet_dense.benchmark import machine, measure, speedup  # noqa: E402
 from gfnet_dense.models import GFNetPyramid  # noqa: E402
@@ -105,8 +106,7 @@ PASSES = {'training step': training_step, 'inference': inference}
 
 def correctness(at: Setting) -> Iterator[Row]:
     """Check all backends for eager and replayed runs, then compiled ones for some sizes."""
-    # The interpreter cuts digits off where GPUs round to bfloat16.
-    dtypes = ['float16', 'float32'] if at.rehearse else ['bfloat16', 'float16', 'float32']
+    dtypes = ['bfloat16', 'float16', 'float32']
     sizes = [*bench.GPU_SIZES, *bench.GPU_SWEEP, '13x9x40', '65x63x3']
     some = ['64x64x192', '14x14x384', '100x168x96']
     if at.rehearse:
@@ -469,10 +469,9 @@ def read(out: Path) -> list[dict]:
 def run_rows(part: int, at: Setting, out: Path, deadline: float) -> int:
     """Measure the rows of a part until a deadline; return the exit status of the process."""
     where = f'{"rehearsal on " * at.rehearse}{machine(at.device)}; timm {timm.__version__}'
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        where += f'; Triton {importlib.metadata.version("triton")}'
     done = {(row['table'], row['label'], *row['cells']) for row in read(out)}
-    with (out / 'results.jsonl').open('a') as file:
+    kernels = emulation() if at.rehearse else contextlib.nullcontext()
+    with (out / 'results.jsonl').open('a') as file, kernels:
         for row in PARTS[part](at):
             if (row.table[0], row.label, *row.columns) in done:
                 continue
@@ -504,8 +503,6 @@ def run_part(part: int, minutes: float, out: Path, rehearse: bool) -> None:
     command += ['--deadline', str(deadline), *['--rehearse'] * rehearse]
     paths = [str(ROOT), os.environ.get('PYTHONPATH')]
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, paths))}
-    if rehearse:
-        environment['TRITON_INTERPRET'] = '1'
     status = BROKEN
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         environment['TMPDIR'] = scratch

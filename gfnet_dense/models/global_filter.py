@@ -57,11 +57,12 @@ class GlobalFilter(ResizeCache):
     def forward(self, x: Tensor) -> Tensor:
         """Filter a map of shape `(B, H, W, C)`; shape and dtype stay the same.
 
-        But under autocast the backend 'fused' takes and returns maps in autocast's dtype, as matrix
-        products do: normalisation in front of it returns float32.
+        But under autocast on a GPU, and of the backend 'fused', it takes and returns maps in
+        autocast's dtype, as matrix products do: normalisation in front of it returns float32.
         """
-        if self.backend == 'fused' and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        device = x.device.type
+        if (device == 'cuda' or self.backend == 'fused') and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
         _, height, width, _ = x.shape
         return global_filter(x, self.spectrum((height, width)), self.backend)
 

@@ -10,7 +10,7 @@ import math
 
 from torch import Tensor
 
-from . import dense, fft, native, triton
+from . import cuda, dense, fft, native
 from .autograd import Backend, differentiable_filter, register_derivatives
 from .resize import RESIZE_METHODS, Grid, hermitian_part, resize_position_embedding, resize_spectrum
 from .tracing import is_capturing
@@ -26,11 +26,11 @@ __all__ = [
     'unsupported_reason',
 ]
 
-_BACKENDS: dict[str, Backend] = {'native': native, 'fft': fft, 'dense': dense, 'fused': triton}
+_BACKENDS: dict[str, Backend] = {'native': native, 'fft': fft, 'dense': dense, 'fused': cuda}
 BACKENDS = ('auto', *_BACKENDS)
 
 register_derivatives(native, f'{native.NAMESPACE}::filter', f'{native.NAMESPACE}::correlate')
-register_derivatives(triton, triton.filter, triton.correlate)
+register_derivatives(cuda, f'{cuda.NAMESPACE}::filter', f'{cuda.NAMESPACE}::correlate')
 
 # Per value, matrix products multiply H + W times and FFTs about as often as the prime factors of H
 # and W add up to, but a multiplication of a matrix product is about this many times as fast on a
@@ -61,11 +61,12 @@ def global_filter(x: Tensor, weight: Tensor, backend: str = 'auto') -> Tensor:
             - `'fft'`: `torch.fft`.
             - `'dense'`: products with real Fourier matrices; for small maps, and for compilers
               and exporters, which have no complex dtype.
-            - `'fused'`: Triton kernels that move less memory, for 16-bit maps of up to 512 cells
-              a side on NVIDIA GPUs. Their speed has not been measured yet.
-            - `'auto'`: `'native'` on a CPU with a C++ compiler, compiled graphs included; else
-              `'dense'` in graphs that are compiled, exported or traced, and on a CPU for maps with
-              small sides or sides with a large prime factor; `'fft'` for all others.
+            - `'fused'`: CUDA C++ for 16-bit maps on NVIDIA GPUs, compiled on first use; for maps
+              that fit on the chip, on an H200 up to 512 cells a side and about 90,000 in all.
+            - `'auto'`: `'native'` on a CPU with a C++ compiler and `'fused'` on a GPU where they
+              support the map, compiled graphs included; else `'dense'` in graphs that are
+              compiled, exported or traced, and on a CPU for maps with small sides or sides with a
+              large prime factor; `'fft'` for all others.
 
             Where a backend does not support a map, `'auto'` filters it, and the logger of this
             package says why, once, at debug level.
@@ -114,9 +115,10 @@ def _log_once(level: int, message: str) -> None:
 
 def _fastest(x: Tensor) -> str:
     """Choose a backend; the same in training and evaluation."""
-    reason = native.unsupported_reason(x) if x.is_cpu else 'it takes maps on a CPU'
+    name = 'native' if x.is_cpu else 'fused'
+    reason = unsupported_reason(x, name)
     if reason is None:
-        return 'native'
+        return name
     if is_capturing():
         return 'dense'
     if x.is_cpu:

@@ -7,9 +7,7 @@ direction costs one copy, and products stay in that layout.
 import torch
 from torch import Tensor
 
-from .autograd import multiplicity
 from .reference import compute_dtype
-from .resize import hermitian_part
 
 
 def unsupported_reason(x: Tensor) -> None:
@@ -46,9 +44,17 @@ def _spectrum(x: Tensor) -> Tensor:
 def _kernel(weight: Tensor, x: Tensor, conjugate: bool) -> Tensor:
     """Return a spectrum as factor `(C, H, W // 2 + 1)`, divided by H * W."""
     _, height, width, _ = x.shape
-    weight = hermitian_part(weight, width) / (height * width)
-    kernel = torch.view_as_complex(weight.contiguous()).permute(2, 0, 1).contiguous()
+    kernel = torch.view_as_complex(weight.contiguous()).permute(2, 0, 1)
+    kernel = (kernel / (height * width)).contiguous()
+    # Of these columns only the Hermitian part acts, see :func:`.resize.hermitian_part`.
+    own = _own_mirrors(kernel, width)
+    own.copy_((own + own.flip(1).roll(1, 1).conj()) / 2)
     return kernel.conj() if conjugate else kernel
+
+
+def _own_mirrors(spectrum: Tensor, width: int) -> Tensor:
+    """Return the columns `(C, H, 1 or 2)` that are their own mirror images: zero and Nyquist."""
+    return spectrum[..., :: width // 2] if width % 2 == 0 else spectrum[..., :1]
 
 
 def _map(spectrum: Tensor, like: Tensor) -> Tensor:
@@ -61,6 +67,6 @@ def _map(spectrum: Tensor, like: Tensor) -> Tensor:
 def _gradient(g: Tensor, x: Tensor, like: Tensor) -> Tensor:
     """Return the gradient of the weight from the spectra of gradient and map."""
     _, height, width, _ = like.shape
-    columns = multiplicity(width, x.device) * (_unit(like) ** 2 / (height * width))
-    correlation = (g * x.conj()).sum(0) * columns.to(compute_dtype(like))
+    correlation = (g * x.conj()).sum(0) * (2 * _unit(like) ** 2 / (height * width))
+    _own_mirrors(correlation, width).mul_(0.5)
     return torch.view_as_real(correlation.permute(1, 2, 0).contiguous())

@@ -1,6 +1,8 @@
 """How torch runs the current call: directly, into a graph, or under a transform."""
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 # Before torch 2.7 this function does not exist, and Dynamo of older versions takes it for true in
 # every graph. There compiled graphs count as exported, so they hold torch's own operators only.
@@ -16,6 +18,13 @@ def is_transformed() -> bool:
     """Tell whether a transform of `torch.func` (vmap, grad, jvp, ...) is active."""
     # Private: up to torch 2.14 no public function tells this.
     return torch._C._are_functorch_transforms_active()
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Tell whether torch runs on these tensors directly, so that nobody misses an operator."""
+    if is_capturing() or is_transformed() or is_in_torch_dispatch_mode():
+        return False
+    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
 def operator_unsupported_reason() -> str | None:

@@ -1,7 +1,6 @@
 """Compile `filter.cpp` on first use, for the processor at hand, and keep it in the user's cache."""
 
 import ctypes
-import fcntl
 import functools
 import hashlib
 import logging
@@ -10,10 +9,9 @@ import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+
+from ..build_cache import load_or_build
 
 _SOURCE = Path(__file__).with_name('filter.cpp')
 _FLAGS = ('-std=c++17', '-O3', '-fPIC', '-shared', '-pthread')
@@ -33,18 +31,9 @@ def load() -> ctypes.CDLL:
     compiler = _find_compiler()
     name = f'filter-{_fingerprint(compiler)}.so'
     try:
-        folder = _cache_folder()
-        with _locked(folder):
-            if not (folder / name).exists():
-                _compile(compiler, folder / name)
-        return ctypes.CDLL(str(folder / name))
-    except OSError as e:  # no home, not writable, full, or no programs may run from there
-        logging.getLogger(__name__).info('Compiling without a cache: %s', e)
-    # A folder of our own, which nobody else may write to. What is loaded needs its file no longer.
-    try:
-        with tempfile.TemporaryDirectory() as temporary:
-            _compile(compiler, Path(temporary) / name)
-            return ctypes.CDLL(str(Path(temporary) / name))
+        return load_or_build(
+            name, lambda target: _compile(compiler, target), lambda file: ctypes.CDLL(str(file))
+        )
     except OSError as e:
         raise BuildError(f'the compiled library cannot be loaded: {e}') from e
 
@@ -83,31 +72,9 @@ def _processor() -> str:
     return '\n'.join(line for line in lines if line.startswith(names))
 
 
-def _cache_folder() -> Path:
-    base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-    folder = Path(base) / 'gfnet-dense'
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time build. The system lifts the lock of a process that dies."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _compile(compiler: list[str], target: Path) -> None:
-    """Compile into a file beside the target and rename it: a target is always whole."""
     logging.getLogger(__name__).info('Compiling %s with %s', _SOURCE.name, compiler[0])
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        result = Path(folder) / target.name
-        _run([*compiler, *_flags(), str(_SOURCE), '-o', str(result)])
-        result.replace(target)
+    _run([*compiler, *_flags(), str(_SOURCE), '-o', str(target)])
 
 
 def _run(command: list[str]) -> str:

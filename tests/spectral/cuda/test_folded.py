@@ -6,8 +6,8 @@ import torch
 from filter_oracle import assert_near, random_case
 from hypothesis import given, settings
 
+from gfnet_dense.spectral.cuda.folded import folded_filter, restore, transform
 from gfnet_dense.spectral.reference import reference_filter
-from gfnet_dense.spectral.triton.folded import folded_filter, restore, transform
 
 sides = st.integers(1, 20)
 
