@@ -60,7 +60,7 @@ ITERATIONS = 40  # of a training
 
 # The operators of a training step, by what they belong to; the first pattern that fits counts.
 SHARES = {
-    'filter': r'fft|gfnet_dense|aten::bmm',
+    'filter': r'fft|gfnet_dense|_Filter|aten::bmm',
     'norms': r'norm',
     'MLP': r'aten::(addmm|mm|gelu)',
     'copies': r'aten::(copy_|clone|cat)',

@@ -31,9 +31,10 @@ class Mlp(timm.layers.Mlp):
 
     def forward(self, x: Tensor) -> Tensor:
         """Process a map `(..., C)`; the shape stays the same."""
+        if not _runs_on_onednn(x):
+            return super().forward(x)
         # Adapters and quantisation replace layers by others, which have to run as they are.
-        is_plain = type(self.fc1) is type(self.fc2) is nn.Linear and not _has_hooks(self)
-        if not (is_plain and _runs_on_onednn(x)):
+        if not (type(self.fc1) is type(self.fc2) is nn.Linear) or _has_hooks(self):
             return super().forward(x)
         x = self.act(_convolve(x, self.fc1.weight, self.fc1.bias))
         return _convolve(x, self.fc2.weight, self.fc2.bias)

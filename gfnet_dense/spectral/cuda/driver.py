@@ -22,13 +22,13 @@ def unsupported_reason(device: int) -> str | None:
     try:
         version('cuda-bindings')
     except PackageNotFoundError:
-        return 'it needs the package cuda-bindings, which comes with torch from 2.11 on'
+        return 'it needs the package cuda-bindings, which torch 2.11 and newer bring'
     from cuda.bindings import nvrtc
 
     architecture = _architecture(device)
     if architecture < 80:
         return 'it needs a GPU of compute capability 8.0 or more'
-    if architecture not in _check(nvrtc.nvrtcGetSupportedArchs())[1]:
+    if architecture not in _check(nvrtc.nvrtcGetSupportedArchs())[0]:
         return f"torch's CUDA compiler does not know compute capability {architecture / 10}"
     return None
 

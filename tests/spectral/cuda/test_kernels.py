@@ -121,12 +121,6 @@ def test_compiles_for_a_gpu(name, size, capability):
     assert blocks.shared <= LIMITS[capability]
 
 
-def test_says_what_the_compiler_says():
-    pytest.importorskip('cuda.bindings')
-    with pytest.raises(RuntimeError, match='no_such_function'):
-        cuda.driver.compile_source(b'__global__ void f() { no_such_function(); }', ['-std=c++17'])
-
-
 @pytest.mark.parametrize('size', [(300, 300), (513, 2)])
 def test_maps_that_do_not_fit(size):
     assert cuda._fit(*size, SHARED_MEMORY) is None
