@@ -1,7 +1,8 @@
 """The global filter by `torch.fft`, with closed-form gradients in real transforms.
 
 Spectra are complex, `(B, C, H, W // 2 + 1)`. FFT libraries need every plane in one piece, so each
-direction costs one copy, and products stay in that layout.
+direction costs one copy, and products stay in that layout. Conjugates are computed at once: within
+an operator that a compiled graph calls, torch 2.12 ignores lazy ones.
 """
 
 import torch
@@ -48,8 +49,8 @@ def _kernel(weight: Tensor, x: Tensor, conjugate: bool) -> Tensor:
     kernel = (kernel / (height * width)).contiguous()
     # Of these columns only the Hermitian part acts, see :func:`.resize.hermitian_part`.
     own = _own_mirrors(kernel, width)
-    own.copy_((own + own.flip(1).roll(1, 1).conj()) / 2)
-    return kernel.conj() if conjugate else kernel
+    own.copy_((own + own.flip(1).roll(1, 1).conj_physical()) / 2)
+    return kernel.conj_physical() if conjugate else kernel
 
 
 def _own_mirrors(spectrum: Tensor, width: int) -> Tensor:
@@ -67,6 +68,6 @@ def _map(spectrum: Tensor, like: Tensor) -> Tensor:
 def _gradient(g: Tensor, x: Tensor, like: Tensor) -> Tensor:
     """Return the gradient of the weight from the spectra of gradient and map."""
     _, height, width, _ = like.shape
-    correlation = (g * x.conj()).sum(0) * (2 * _unit(like) ** 2 / (height * width))
+    correlation = (g * x.conj_physical()).sum(0) * (2 * _unit(like) ** 2 / (height * width))
     _own_mirrors(correlation, width).mul_(0.5)
     return torch.view_as_real(correlation.permute(1, 2, 0).contiguous())

@@ -4,9 +4,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-# Before torch 2.7 this function does not exist, and Dynamo of older versions takes it for true in
-# every graph. There compiled graphs count as exported, so they hold torch's own operators only.
-_is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+
+@torch.compiler.assume_constant_result
+def _is_exporting() -> bool:
+    # Asked in Python: within a graph, Dynamo up to torch 2.11 takes it for true. Before torch 2.7
+    # nobody can tell, so all graphs count as exported.
+    return getattr(torch.compiler, 'is_exporting', lambda: True)()
 
 
 def is_capturing() -> bool:
