@@ -346,6 +346,10 @@ def print_machine(facts: Facts) -> None:
             reason = unsupported_reason(torch.empty(1, 1, 1, 1), 'native')  # compiles it
             slower = 'without it filters on a CPU take several times as long'
             print(f'filters in C++: {f"no: {reason}; {slower}" if reason else "yes"}')
+            for gpu in range(len(gpus)):
+                x = torch.empty(1, 8, 8, 8, dtype=torch.bfloat16, device=f'cuda:{gpu}')
+                reason = unsupported_reason(x, 'fused')
+                print(f'filters on GPU {gpu}: {f"by torch.fft: {reason}" if reason else "fused"}')
     if 'mmcv' in facts.errors:
         return
     if OPERATORS in facts.errors:
