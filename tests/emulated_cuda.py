@@ -46,6 +46,14 @@ def library(source: Path, definitions: tuple[tuple[str, int], ...]) -> ctypes.CD
         return ctypes.CDLL(str(target))
 
 
+_KEPT: list[torch.Tensor] = []
+
+
+def keep(values: torch.Tensor) -> int:
+    _KEPT.append(values)
+    return values.data_ptr()
+
+
 @contextmanager
 def emulation() -> Iterator[None]:
     """Let 'fused' filter maps on the CPU."""
@@ -54,6 +62,7 @@ def emulation() -> Iterator[None]:
     operators.impl('correlate', cuda._correlate, 'CPU')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda.driver, 'Kernel', EmulatedKernel)
+        patch.setattr(cuda.driver, 'upload', lambda values, device: keep(values))
         patch.setattr(cuda, '_DEVICE', 'cpu')
         patch.setattr(cuda, '_device_reason', lambda device: None)
         patch.setattr(cuda, '_shared_memory', lambda device: SHARED_MEMORY)

@@ -41,7 +41,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 import benchmark_filter as bench  # noqa: E402
 import filter_oracle as oracle  # noqa: E402
 from benchmark_model import inference, plain, training_step  # noqa: E402
-from emulated_cuda import emulation  # noqa: E402
 
 from gfnet_dense.benchmark import machine, measure, speedup  # noqa: E402
 from gfnet_dense.models import GFNetPyramid  # noqa: E402
@@ -470,7 +469,11 @@ def run_rows(part: int, at: Setting, out: Path, deadline: float) -> int:
     """Measure the rows of a part until a deadline; return the exit status of the process."""
     where = f'{"rehearsal on " * at.rehearse}{machine(at.device)}; timm {timm.__version__}'
     done = {(row['table'], row['label'], *row['cells']) for row in read(out)}
-    kernels = emulation() if at.rehearse else contextlib.nullcontext()
+    kernels: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if at.rehearse:
+        from emulated_cuda import emulation
+
+        kernels = emulation()
     with (out / 'results.jsonl').open('a') as file, kernels:
         for row in PARTS[part](at):
             if (row.table[0], row.label, *row.columns) in done:

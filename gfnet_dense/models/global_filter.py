@@ -61,7 +61,8 @@ class GlobalFilter(ResizeCache):
         autocast's dtype, as matrix products do: normalisation in front of it returns float32.
         """
         device = x.device.type
-        if (device == 'cuda' or self.backend == 'fused') and torch.is_autocast_enabled(device):
+        takes_16_bits = device == 'cuda' or self.backend == 'fused'
+        if takes_16_bits and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         _, height, width, _ = x.shape
         return global_filter(x, self.spectrum((height, width)), self.backend)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from .reference import compute_dtype
+from .resize import hermitian_part
+from .tracing import is_capturing
 
 
 def unsupported_reason(x: Tensor) -> None:
@@ -45,11 +47,13 @@ def _spectrum(x: Tensor) -> Tensor:
 def _kernel(weight: Tensor, x: Tensor, conjugate: bool) -> Tensor:
     """Return a spectrum as factor `(C, H, W // 2 + 1)`, divided by H * W."""
     _, height, width, _ = x.shape
+    if is_capturing():  # exported graphs cannot differentiate what is written into complex tensors
+        weight = hermitian_part(weight, width)
     kernel = torch.view_as_complex(weight.contiguous()).permute(2, 0, 1)
     kernel = (kernel / (height * width)).contiguous()
-    # Of these columns only the Hermitian part acts, see :func:`.resize.hermitian_part`.
-    own = _own_mirrors(kernel, width)
-    own.copy_((own + own.flip(1).roll(1, 1).conj_physical()) / 2)
+    if not is_capturing():  # the Hermitian part in place, in fewer operators
+        own = _own_mirrors(kernel, width)
+        own.copy_((own + own.flip(1).roll(1, 1).conj_physical()) / 2)
     return kernel.conj_physical() if conjugate else kernel
 
 

@@ -27,7 +27,11 @@ def is_plain(*tensors: Tensor) -> bool:
     """Tell whether torch runs on these tensors directly, so that nobody misses an operator."""
     if is_capturing() or is_transformed() or is_in_torch_dispatch_mode():
         return False
-    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    # Operators turn lazily negated tensors, and zeros without memory, into others first.
+    return all(
+        type(t) in (Tensor, torch.nn.Parameter) and not (t.is_neg() or t._is_zerotensor())
+        for t in tensors
+    )
 
 
 def operator_unsupported_reason() -> str | None:

@@ -15,7 +15,7 @@ from gfnet_dense.spectral import BACKENDS, dense, global_filter
 
 DEVICES = ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
 
-# Without a GPU 'fused' falls back to 'auto'; triton/test_fused.py runs its kernels there.
+# Without a GPU 'fused' falls back to 'auto'; cuda/test_kernels.py runs its kernels there.
 TESTED = [b for b in BACKENDS if b != 'fused' or torch.cuda.is_available()]
 backends = pytest.mark.parametrize('backend', TESTED)
 devices = pytest.mark.parametrize('device', DEVICES)

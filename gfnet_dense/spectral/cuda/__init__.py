@@ -39,7 +39,7 @@ def unsupported_reason(x: Tensor) -> str | None:
     if reason := _device_reason(x.device.index):
         return reason
     batch, height, width, channels = x.shape
-    if batch >= 2**16 or 2 * height * (width + 2) * channels >= 2**31:
+    if batch >= 2**16 or not _fits_integers(height, width, channels):
         return 'it supports up to 65535 images of 2**30 values'
     if _fit(height, width, _shared_memory(x.device.index)) is None:
         return f'a map of {height} x {width} cells does not fit on the chip'
@@ -92,9 +92,10 @@ def _filter(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
     x, weight = _readable(x), _readable(weight)
     y = torch.empty_like(x)
     with torch.cuda.device_of(x):
-        kernel, blocks, bases = _prepare('filter', x)
-        pointers = x.data_ptr(), weight.data_ptr(), y.data_ptr()
-        kernel.launch((blocks, len(x)), *pointers, *bases, *x.shape[1:], -1 if conjugate else 1)
+        kernel, blocks = _kernel('filter', *x.shape[1:], x.dtype, x.device.index)
+        bases = [_fragments(side, x.device) for side in x.shape[1:3]]
+        pointers = x.data_ptr(), weight.data_ptr(), y.data_ptr(), *map(_address, bases)
+        kernel.launch((blocks, len(x)), *pointers, *x.shape[1:], -1 if conjugate else 1)
     return y
 
 
@@ -104,17 +105,23 @@ def _correlate(g: Tensor, x: Tensor) -> Tensor:
     chunk = max(1, _GRADIENTS // (4 * math.prod(shape)))
     total: Tensor | None = None
     with torch.cuda.device_of(x):
-        kernel, blocks, bases = _prepare('correlate', x)
+        kernel, blocks = _kernel('correlate', *x.shape[1:], x.dtype, x.device.index)
+        bases = [_fragments(side, x.device) for side in x.shape[1:3]]
         for start in range(0, len(x), chunk):
             images = min(chunk, len(x) - start)
             gradients = x.new_empty((images, *shape), dtype=torch.float32)
             offset = start * x[0].nbytes if start else 0
             pointers = g.data_ptr() + offset, x.data_ptr() + offset, gradients.data_ptr()
-            kernel.launch((blocks, images), *pointers, *bases, *x.shape[1:])
+            kernel.launch((blocks, images), *pointers, *map(_address, bases), *x.shape[1:])
             some = gradients.sum(0) if images > 1 else gradients[0]
             total = some if total is None else total.add_(some)
     assert total is not None  # a backend is given one image at least
     return total
+
+
+def _fits_integers(height: int, width: int, channels: int) -> bool:
+    """Tell whether offsets into an image and its spectrum are 32-bit integers."""
+    return 2 * height * (width + 2) * channels < 2**31
 
 
 def _spectrum_shape(x: Tensor) -> tuple[int, int, int, int]:
@@ -154,7 +161,7 @@ class Blocks(NamedTuple):
 def divide(kernel: str, height: int, width: int, limit: int) -> Blocks:
     """Choose blocks for maps of H x W cells, where a block has `limit` bytes of shared memory.
 
-    docs/performance.md holds the times that the numbers were chosen by.
+    Of what was tried on an H200 this was the fastest for the stages of GFNet-H-S at 512.
     """
     channels = _fit(height, width, limit)
     assert channels is not None
@@ -186,22 +193,18 @@ def _half(size: int) -> int:
     return next(half for half in _HALVES if 2 * half >= size)
 
 
-def _prepare(name: str, x: Tensor) -> tuple[driver.Kernel, int, tuple[int, int]]:
-    """Return a kernel for maps like `x`, its blocks of channels, and the addresses of the bases."""
-    _, height, width, channels = x.shape
-    kernel, taken = _kernel(name, height, width, channels, x.dtype, x.device.index)
-    bases = _fragments(height, x.device).data_ptr(), _fragments(width, x.device).data_ptr()
-    return kernel, -(-channels // taken), bases
-
-
 @functools.lru_cache(maxsize=1024)
 def _kernel(
     name: str, height: int, width: int, channels: int, dtype: torch.dtype, device: int
 ) -> tuple[driver.Kernel, int]:
+    """Return a kernel for maps of a size, and how many of its blocks take all channels."""
+    if not _fits_integers(height, width, channels):  # vmap makes channels of what it maps over
+        raise ValueError(f'maps of {height} x {width} x {channels} values are too large')
     blocks = divide(name, height, width, _shared_memory(device))
     vector = min(blocks.channels, 8)
     definitions = _definitions(name, height, width, dtype, blocks, channels % vector == 0)
-    return _compiled_kernel(name, tuple(definitions.items()), blocks, device), blocks.channels
+    kernel = _compiled_kernel(name, tuple(definitions.items()), blocks, device)
+    return kernel, -(-channels // blocks.channels)
 
 
 @functools.cache
@@ -231,24 +234,27 @@ def _definitions(
     )
 
 
-_FRAGMENTS: dict[tuple[int, torch.device], Tensor] = {}
+_FRAGMENTS: dict[tuple[int, torch.device], int] = {}
 
 
-def _fragments(size: int, device: torch.device) -> Tensor:
-    """Return the basis of an axis as the operands of matrix instructions, which `filter.cu` names.
+def _fragments(size: int, device: torch.device) -> int | Tensor:
+    """Return the basis of an axis as the operands of matrix instructions: its address, or itself.
 
-    They stay for good, since CUDA graphs hold their addresses: 2 KB an axis of up to 16 cells, 64
-    KB one of 128.
+    It stays for good, since CUDA graphs hold its address: 2 KB an axis of up to 16 cells, 64 KB one
+    of 128.
     """
     key = size, device
-    if key in _FRAGMENTS:
-        return _FRAGMENTS[key]
-    with torch.autocast(device.type, enabled=False):  # which takes no float64 on a CPU
-        fragments = _make_fragments(size, device)
-    # While a graph is captured values appear only at its replay.
-    if device.type == 'cpu' or not torch.cuda.is_current_stream_capturing():
-        _FRAGMENTS[key] = fragments
-    return fragments
+    if key not in _FRAGMENTS:
+        with torch.autocast(device.type, enabled=False):  # which takes no float64 on a CPU
+            # While a graph is captured nothing can be kept: values appear only at its replay.
+            if device.type == 'cuda' and torch.cuda.is_current_stream_capturing():
+                return _make_fragments(size, device)
+            _FRAGMENTS[key] = driver.upload(_make_fragments(size, 'cpu'), device.index)
+    return _FRAGMENTS[key]
+
+
+def _address(fragments: int | Tensor) -> int:
+    return fragments if isinstance(fragments, int) else fragments.data_ptr()
 
 
 @torch.inference_mode(False)

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..build_cache import load_or_build
+
+_INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
 def unsupported_reason(device: int) -> str | None:
@@ -23,14 +26,41 @@ def unsupported_reason(device: int) -> str | None:
         version('cuda-bindings')
     except PackageNotFoundError:
         return 'it needs the package cuda-bindings, which torch 2.11 and newer bring'
-    from cuda.bindings import nvrtc
+    try:
+        from cuda.bindings import nvrtc
 
-    architecture = _architecture(device)
+        architecture = _architecture(device)
+        (known,) = _check(nvrtc.nvrtcGetSupportedArchs())
+    except (ImportError, OSError, RuntimeError) as e:
+        return f'the GPU or its compiler cannot be asked: {e}'
     if architecture < 80:
         return 'it needs a GPU of compute capability 8.0 or more'
-    if architecture not in _check(nvrtc.nvrtcGetSupportedArchs())[0]:
+    if architecture not in known:
         return f"torch's CUDA compiler does not know compute capability {architecture / 10}"
     return None
+
+
+def upload(values: Tensor, device: int) -> int:
+    """Copy a contiguous tensor of the CPU to a GPU for good, and return its address.
+
+    Its memory is not torch's, whose allocator ties what is made in a CUDA graph to this graph.
+    """
+    from cuda.bindings import driver
+
+    _bind(device)
+    (address,) = _check(driver.cuMemAlloc(values.nbytes))
+    _check(driver.cuMemcpyHtoD(address, values.data_ptr(), values.nbytes))
+    _check(driver.cuCtxSynchronize())  # a small copy may return before it has arrived
+    return int(address)
+
+
+def _bind(device: int) -> None:
+    """Give the thread the context of a GPU, which torch does not in a new thread."""
+    from cuda.bindings import driver
+
+    (handle,) = _check(driver.cuDeviceGet(device))
+    (context,) = _check(driver.cuDevicePrimaryCtxRetain(handle))
+    _check(driver.cuCtxSetCurrent(context))
 
 
 class Kernel:
@@ -58,9 +88,10 @@ class Kernel:
     ) -> None:
         from cuda.bindings import driver
 
-        self._layout, self._threads, self._shared = layout, threads, shared
+        self._layout, self._threads, self._shared, self._device = layout, threads, shared, device
         sizes = [struct.calcsize(kind) for kind in layout]
         self._offsets = [end - size for end, size in zip(accumulate(sizes), sizes, strict=True)]
+        _bind(device)
         (module,) = _check(driver.cuModuleLoadData(_compiled(source, definitions, device)))
         (function,) = _check(driver.cuModuleGetFunction(module, name.encode()))
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -72,13 +103,17 @@ class Kernel:
         values = ctypes.create_string_buffer(struct.pack('=' + self._layout, *arguments))
         start = ctypes.addressof(values)
         pointers = [start + offset for offset in self._offsets]
-        status = _library().cuLaunchKernel(
+        everything = (
             ctypes.c_void_p(self._function),
             *(*grid, 1, self._threads, 1, 1, self._shared),
             ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
             (ctypes.c_void_p * len(pointers))(*pointers),
             None,
         )
+        status = _library().cuLaunchKernel(*everything)
+        if status == _INVALID_CONTEXT:
+            _bind(self._device)
+            status = _library().cuLaunchKernel(*everything)
         if status:
             raise RuntimeError(f'a CUDA kernel cannot be launched: error {status} of the driver')
 

@@ -119,6 +119,9 @@ constexpr int TILE = ROWS * STRIDE;
 constexpr int GROUPS = HALF_W * CHANNELS / 16;
 constexpr int THREADS = 32 * WARPS;
 constexpr int TARGET = 6, LARGEST_SHIFT = 126;
+// The basis that restores rows is multiplied by 2^14, so that what the groups of a quiet channel
+// are scaled by, where another channel is loud, is a normal number of float16 down to 2^-28.
+constexpr int HEADROOM = 14;
 
 static_assert(HALF_W * CHANNELS % 16 == 0 && CHANNELS >= 2 && CHANNELS <= 16, "");
 
@@ -141,9 +144,9 @@ DEVICE float power_of_two(int exponent) {
     return bits_to_float(static_cast<u32>(smaller(larger(exponent, -126), 127) + 127) << 23);
 }
 
-// Return a pair of 2^exponent <= 1 in float16; zero if it is too small for it.
+// Return a pair of 2^exponent in float16, at most 2^15; below 2^-24 zero.
 DEVICE u32 power_pair(int exponent) {
-    u32 one = exponent < -14 ? 0 : static_cast<u32>(exponent + 15) << 10;
+    u32 one = exponent < -24 ? 0 : exponent < -14 ? 1u << (exponent + 24) : (exponent + 15u) << 10;
     return one << 16 | one;
 }
 
@@ -167,6 +170,8 @@ DEVICE u32 narrow(float low, float high) {
     return pack(low, high);
 #endif
 }
+
+constexpr u32 INFINITE = BFLOAT16 ? 0x7f80 : 0x7c00;  // bits of infinity; those of NaN are larger
 
 DEVICE float widen_low(u32 pair) { return widen(static_cast<u16>(pair)); }
 
@@ -251,6 +256,20 @@ DEVICE int load_parts(u16* tile, const u16* x, const Shape& shape, u32* scratch)
         }
     }
     largest = largest_of_block(larger_bits(largest & 0xffff, largest >> 16), scratch);
+    if (largest >= INFINITE) {  // of the others: channels keep to themselves
+        largest = 0;
+        for (int i = threadIdx.x; i < PLACES; i += THREADS) {
+            const int c = i % CHUNKS * VECTOR, w = i / CHUNKS % HALF_W, h = i / CHUNKS / HALF_W;
+            const u16* at = tile + h * STRIDE + w * CHANNELS + c;
+            for (int quarter = 0; quarter < 4; ++quarter) {
+                for (int k = 0; k < VECTOR; ++k) {
+                    const u32 x = at[quarter / 2 * BOTTOM + quarter % 2 * RIGHT + k] & 0x7fff;
+                    if (x < INFINITE) largest = larger_bits(largest, x);
+                }
+            }
+        }
+        largest = largest_of_block(largest, scratch);
+    }
     const int shift = shift_of(float_to_bits(widen_low(largest))) - 2;  // for sums of four
     const float scale = power_of_two(shift);
 
@@ -496,7 +515,17 @@ DEVICE int pack_block(u32 (&packed)[2][PARTS_H][2][2], const Coefficients& x) {
     float largest = 0;
 #pragma unroll
     for (int i = 0; i < 16 * PARTS_H; ++i) largest = fmaxf(largest, fabsf((&x[0][0][0][0])[i]));
-    const int shift = shift_of(largest_of_warp(float_to_bits(largest)));
+    u32 bits = largest_of_warp(float_to_bits(largest));
+    if (bits >= 0x7f800000) {  // infinite: the largest of the others
+        largest = 0;
+#pragma unroll
+        for (int i = 0; i < 16 * PARTS_H; ++i) {
+            const float value = fabsf((&x[0][0][0][0])[i]);
+            if (float_to_bits(value) < 0x7f800000) largest = fmaxf(largest, value);
+        }
+        bits = largest_of_warp(float_to_bits(largest));
+    }
+    const int shift = shift_of(bits);
     const float scale = power_of_two(shift);
 #pragma unroll
     for (int i = 0; i < 8 * PARTS_H; ++i) {
@@ -637,7 +666,7 @@ DEVICE void restore_rows(u16* tile, const uint4* basis_w, const int* shifts, int
                          u16* y, const Shape& shape) {
     int common = LARGEST_SHIFT;
     for (int i = 0; i < GROUPS; ++i) common = smaller(common, shifts[i]);
-    shift += common;
+    shift += common + HEADROOM;
     scale *= power_of_two(-(shift / 2));
     scale = fminf(scale * power_of_two(shift / 2 - shift), 3e38f);
     u32 scales[BLOCKS_W][2];  // of slots 2 * (lane % 4) and + 1, and 8 further
@@ -647,8 +676,8 @@ DEVICE void restore_rows(u16* tile, const uint4* basis_w, const int* shifts, int
         for (int i = 0; i < 2; ++i) {
             // In a single part the second 8 are the sines of the same slots.
             const int v = (PARTS_W == 1 ? 0 : 16 * k + 8 * i) + lane() % 4 * 2;
-            const u32 low = power_pair(common - shifts[v * CHANNELS / 16]);
-            const u32 high = power_pair(common - shifts[(v + 1) * CHANNELS / 16]);
+            const u32 low = power_pair(common - shifts[v * CHANNELS / 16] + HEADROOM);
+            const u32 high = power_pair(common - shifts[(v + 1) * CHANNELS / 16] + HEADROOM);
             scales[k][i] = (low & 0xffff) | (high & 0xffff0000);
         }
     }

@@ -29,6 +29,15 @@ def calls(monkeypatch, tmp_path):
     note('cuModuleLoadData', 'module')
     note('cuModuleGetFunction', 123)
     note('cuFuncSetAttribute')
+    for name, *values in (
+        ('cuDeviceGet', 'handle'),
+        ('cuDevicePrimaryCtxRetain', 'context'),
+        ('cuCtxSetCurrent',),
+        ('cuMemAlloc', 456),
+        ('cuMemcpyHtoD',),
+        ('cuCtxSynchronize',),
+    ):
+        note(name, *values)
     monkeypatch.setattr(driver, '_architecture', lambda device: 90)
     monkeypatch.setattr(torch.version, 'hip', None)
     monkeypatch.setattr(torch.cuda, 'current_stream', lambda: SimpleNamespace(cuda_stream=77))
@@ -44,14 +53,20 @@ def make_kernel(tmp_path, scale: int) -> driver.Kernel:
 
 def test_a_kernel_is_compiled_once_for_its_macros(calls, tmp_path, monkeypatch):
     make_kernel(tmp_path, 2)
-    (_, first), (_, module, name), (_, function, _, shared) = calls
+
+    def loaded() -> list[bytes]:
+        return [code for name, code, *_ in calls if name == 'cuModuleLoadData']
+
+    (first,) = loaded()
+    bound, (_, module, name), (_, function, _, shared) = calls[2], *calls[4:]
+    assert bound == ('cuCtxSetCurrent', 'context')
     assert first.startswith(b'\x7fELF')
     assert (module, name, function, shared) == ('module', b'twice', 123, 4096)
     make_kernel(tmp_path, 3)
-    assert calls[3][1] != first
+    assert loaded()[1] != first
     monkeypatch.setattr(driver, 'compile_source', None)  # not called any more
     make_kernel(tmp_path, 2)
-    assert calls[6][1] == first
+    assert loaded()[2] == first
     assert len([*tmp_path.glob('gfnet-dense/twice-*.cubin')]) == 2
 
 
@@ -71,6 +86,11 @@ def test_a_launch_hands_over_sizes_stream_and_arguments(calls, tmp_path, monkeyp
     kernel, status = make_kernel(tmp_path, 2), 0
     kernel.launch((5, 6), 2**40, -7, 0.5)
     assert launched == [(123, [5, 6, 1, 64, 1, 1, 4096], 77, [2**40, -7, 0.5], None)]
+    status = 201  # the thread has no context
+    calls.clear()
+    with pytest.raises(RuntimeError, match='error 201 of the driver'):
+        kernel.launch((5, 6), 2**40, -7, 0.5)
+    assert ('cuCtxSetCurrent', 'context') in calls and len(launched) == 3
     status = 700
     with pytest.raises(RuntimeError, match='error 700 of the driver'):
         kernel.launch((5, 6), 2**40, -7, 0.5)
@@ -96,6 +116,23 @@ def test_without_what_comes_with_newer_torch(calls, monkeypatch):
 
     monkeypatch.setattr(driver, 'version', missing)
     assert 'newer bring' in driver.unsupported_reason(0)
+
+
+def test_a_compiler_that_does_not_answer(calls, monkeypatch):
+    from cuda.bindings import nvrtc
+
+    def fail() -> None:
+        raise RuntimeError('libnvrtc is missing')
+
+    monkeypatch.setattr(nvrtc, 'nvrtcGetSupportedArchs', fail)
+    assert 'libnvrtc is missing' in driver.unsupported_reason(0)
+
+
+def test_uploads_for_good(calls):
+    values = torch.arange(6, dtype=torch.int32)
+    assert driver.upload(values, 0) == 456
+    assert ('cuMemcpyHtoD', 456, values.data_ptr(), 24) in calls
+    assert calls[-1] == ('cuCtxSynchronize',)
 
 
 def test_says_what_the_compiler_says():

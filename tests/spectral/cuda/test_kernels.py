@@ -157,6 +157,54 @@ def test_the_whole_range_of_values(dtype):
     assert not by_kernels(torch.zeros_like(x, dtype=dtype), weight).any()
 
 
+@pytest.mark.parametrize('size', [(64, 64), (100, 25)], ids=str)
+def test_a_quiet_channel_beside_a_loud_one(size):
+    """Its values lie in other frequencies, a hundred thousand times smaller."""
+    x, weight, g = (t.detach().clone() for t in case(size, HALF, batch=1, channels=8))
+    x[..., 0], g[..., 0] = 1, 1
+    x[..., 1:] /= 1000
+    g[..., 1:] /= 1000
+    weight[:] = torch.tensor([1.0, 0.0], device=DEVICE)
+    inputs = x.requires_grad_(), weight.requires_grad_(), g
+    actual, truth = result_and_gradients(by_kernels, *inputs), expected(*inputs)
+    quiet = [[y[..., 1:], dx[..., 1:], dw[..., 1:, :]] for y, dx, dw in (actual, truth)]
+    assert_near(*quiet, ERRORS[HALF])
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+def test_channels_and_images_keep_what_is_not_finite_to_themselves(bad):
+    x, weight, g = (t.detach().clone() for t in case((20, 20), BFLOAT, channels=4))
+    x[0, 3, 4, 1] = bad
+    y = by_kernels(x, weight)
+    assert not y[0, ..., 1].isfinite().any()
+    others = [0, 2, 3]
+    truth = reference(x, weight)[0]
+    assert_near([y[0][..., others], y[1]], [truth[..., others], reference(x, weight)[1]], 5e-3)
+    gradient = cuda.correlate(g, x)
+    assert not gradient[..., 1, :].isfinite().all(-1).any()
+    assert gradient[..., others, :].isfinite().all() and gradient[..., others, :].any()
+
+
+def test_zeros_without_memory_and_lazily_negated_maps():
+    x, weight, _ = case((4, 6), HALF, batch=1)
+    (gradient,) = torch.autograd.grad(torch.sgn(by_kernels(x, weight)).sum(), x)
+    assert not gradient.any()
+    negated = torch._neg_view(x.detach())
+    with torch.no_grad():
+        assert torch.equal(by_kernels(negated, weight), by_kernels(-x, weight))
+
+
+def test_float64_stays_under_autocast():
+    layer = GlobalFilter(3, (4, 6), backend='fused').to(DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert layer(torch.randn(1, 4, 6, 3, device=DEVICE).double()).dtype == torch.float64
+
+
+def test_channels_that_vmap_makes_are_counted():
+    with pytest.raises(ValueError, match='too large'):
+        cuda._kernel('filter', 200, 200, 27000, HALF, 0)
+
+
 def test_gradients_of_gradients():
     x, weight, _ = case((3, 4), HALF, batch=1)
 
@@ -279,7 +327,7 @@ def test_trains_under_ddp(tmp_path):
         distributed.destroy_process_group()
 
 
-def test_gradients_only_where_they_are_asked_for(monkeypatch):
+def test_gradients_only_where_they_are_asked_for():
     x, weight, g = case((3, 2), HALF, batch=1)
     expected = result_and_gradients(by_kernels, x, weight, g)[1:]
     for index, tensor in enumerate((x, weight)):
