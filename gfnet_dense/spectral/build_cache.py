@@ -61,5 +61,8 @@ def _locked(folder: Path) -> Iterator[None]:
 def _build(build: Callable[[Path], None], target: Path) -> None:
     """Build beside the target and rename the file: a target is always whole."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        build(Path(folder) / target.name)
-        (Path(folder) / target.name).replace(target)
+        result = Path(folder) / target.name
+        build(result)
+        with result.open('rb') as file:
+            os.fsync(file.fileno())  # before its name says that it is whole
+        result.replace(target)

@@ -112,15 +112,16 @@ constexpr int ROWS = 2 * HALF_H, COLUMNS = 2 * HALF_W;
 constexpr int PARTS_H = HALF_H < 16 ? 1 : 2, PARTS_W = HALF_W < 16 ? 1 : 2;
 // Blocks of 16 slots, or cells, in a part.
 constexpr int BLOCKS_H = ROWS / PARTS_H / 16, BLOCKS_W = COLUMNS / PARTS_W / 16;
-// Of a row in values; the 16 bytes more put rows into different banks.
+// From row to row, in values; the 16 bytes more put rows into different banks.
 constexpr int STRIDE = COLUMNS * CHANNELS + 8;
 constexpr int TILE = ROWS * STRIDE;
-// Groups of 16 slots and channels, and twice the columns that the spectrum is computed for at once.
+// A group is 16 neighbours in the rows of cosines along W, slots and channels, with their 16
+// counterparts among the sines. A warp filters one at a time.
 constexpr int GROUPS = HALF_W * CHANNELS / 16;
 constexpr int THREADS = 32 * WARPS;
 constexpr int TARGET = 6, LARGEST_SHIFT = 126;
-// The basis that restores rows is multiplied by 2^14, so that what the groups of a quiet channel
-// are scaled by, where another channel is loud, is a normal number of float16 down to 2^-28.
+// The basis that restores rows is multiplied by 2^14. So where one channel is loud and others are
+// quiet, their groups can be scaled by as little as 2^-28 without loss.
 constexpr int HEADROOM = 14;
 
 static_assert(HALF_W * CHANNELS % 16 == 0 && CHANNELS >= 2 && CHANNELS <= 16, "");
