@@ -25,11 +25,25 @@ class EmulatedKernel:
 
     def __init__(self, source, definitions, name, layout, threads, shared, device) -> None:
         self._layout, self._sizes = layout, (threads, ctypes.c_size_t(shared))
-        self._launch = getattr(library(source, tuple(definitions.items())), f'launch_{name}')
+        self._library = library(source, tuple(definitions.items()))
+        self._launch = getattr(self._library, f'launch_{name}')
 
     def launch(self, grid: tuple[int, int], *arguments: float) -> None:
+        self._library.shuffle(_seed)
         values = [_KINDS[kind](value) for kind, value in zip(self._layout, arguments, strict=True)]
         self._launch(*grid, *self._sizes, *values)
+
+
+# Above 0, threads take turns in an order that it decides.
+_seed = 0
+
+
+@contextmanager
+def shuffled_threads(seed: int) -> Iterator[None]:
+    """Let the threads of a block run in any order that barriers allow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), '_seed', seed)
+        yield
 
 
 @functools.cache

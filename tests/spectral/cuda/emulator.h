@@ -2,10 +2,12 @@
 #define EMULATED
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <random>
 #include <vector>
 
 #define DEVICE inline
@@ -193,6 +195,10 @@ void (*entry)(void*);
 void* arguments;
 std::vector<char> done;
 
+// Whether threads take turns in any order, some more often than others, as they may on a GPU.
+bool is_shuffled = false;
+std::minstd_rand generator;
+
 void start() {
     entry(arguments);
     done[running] = 1;
@@ -207,6 +213,8 @@ void launch(int x, int y, int threads, size_t bytes, Kernel kernel) {
     memory = storage.get() + 16 - reinterpret_cast<uintptr_t>(storage.get()) % 16;
     std::unique_ptr<char[]> stacks(new char[threads * STACK]);
     fibres.resize(threads), done.resize(threads), warps.assign(threads / 32, {});
+    std::vector<int> order(threads);
+    for (int i = 0; i < threads; ++i) order[i] = i;
     gridDim = {x, y};
     entry = [](void* p) { (*static_cast<Kernel*>(p))(); };
     arguments = &kernel;
@@ -223,8 +231,10 @@ void launch(int x, int y, int threads, size_t bytes, Kernel kernel) {
             makecontext(&fibres[i], start, 0);
         }
         for (int left = threads; left > 0;) {
-            for (running = 0; running < threads; ++running) {
-                if (done[running]) continue;
+            if (is_shuffled) std::shuffle(order.begin(), order.end(), generator);
+            for (int next = 0; next < threads; ++next) {
+                running = order[next];
+                if (done[running] || (is_shuffled && generator() % 3 == 0)) continue;
                 threadIdx = {running, 0};
                 swapcontext(&main_context, &fibres[running]);
                 left -= done[running];
@@ -233,3 +243,8 @@ void launch(int x, int y, int threads, size_t bytes, Kernel kernel) {
     }
 }
 }  // namespace emulated
+
+extern "C" void shuffle(unsigned seed) {
+    emulated::is_shuffled = seed > 0;
+    emulated::generator.seed(seed);
+}

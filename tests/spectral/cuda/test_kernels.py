@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated_cuda import SHARED_MEMORY, emulation
+from emulated_cuda import SHARED_MEMORY, emulation, shuffled_threads
 from filter_oracle import (
     ERRORS,
     Case,
@@ -87,6 +87,20 @@ def test_with_less_shared_memory(monkeypatch):
     inputs = case((64, 50), HALF, batch=1, channels=4)
     actual = result_and_gradients(by_kernels, *inputs)
     assert_near(actual, expected(*inputs), ERRORS[HALF])
+
+
+@pytest.mark.skipif(ON_GPU, reason='needs the emulation')
+@pytest.mark.parametrize('size', [(13, 9), (28, 20), (100, 25)], ids=str)
+def test_any_order_of_threads(size):
+    """A missing barrier shows where threads overtake each other."""
+    x, weight, g = (t.detach() for t in case(size, HALF, batch=1, channels=8))
+    results = []
+    for seed in (0, 1, 2):
+        with shuffled_threads(seed):
+            results.append((cuda.filter(x, weight, False), cuda.correlate(g, x)))
+    assert all(
+        torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True)
+    )
 
 
 def test_gradients_in_chunks(monkeypatch):
