@@ -240,8 +240,8 @@ _FRAGMENTS: dict[tuple[int, torch.device], int] = {}
 def _fragments(size: int, device: torch.device) -> int | Tensor:
     """Return the basis of an axis as the operands of matrix instructions: its address, or itself.
 
-    It stays for good, since CUDA graphs hold its address: 2 KB an axis of up to 16 cells, 64 KB one
-    of 128.
+    It stays for good, since CUDA graphs hold its address: 1 KB for an axis of up to 16 cells, 32 KB
+    for one of 128.
     """
     key = size, device
     if key not in _FRAGMENTS:
