@@ -57,8 +57,10 @@ def _device_reason(device: int) -> str | None:
 @torch.compiler.assume_constant_result
 def _shared_memory(device: int) -> int:
     """Return the bytes of shared memory that a block of threads can use."""
-    properties = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return _properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+_properties = functools.cache(torch.cuda.get_device_properties)
 
 
 NAMESPACE = __name__.replace('.', '_')

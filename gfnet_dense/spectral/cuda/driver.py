@@ -99,14 +99,16 @@ class Kernel:
         self._function = int(function)
 
     def launch(self, grid: tuple[int, int], *arguments: float) -> None:
-        """Launch the kernel on the current stream of the current device."""
+        """Launch the kernel on the current stream of its device, which must be the current one."""
         values = ctypes.create_string_buffer(struct.pack('=' + self._layout, *arguments))
         start = ctypes.addressof(values)
         pointers = [start + offset for offset in self._offsets]
         everything = (
             ctypes.c_void_p(self._function),
             *(*grid, 1, self._threads, 1, 1, self._shared),
-            ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
+            # Private, but what TorchInductor and Triton call; torch.cuda.current_stream() makes an
+            # object in every call.
+            ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device)),
             (ctypes.c_void_p * len(pointers))(*pointers),
             None,
         )

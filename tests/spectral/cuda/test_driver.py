@@ -40,7 +40,7 @@ def calls(monkeypatch, tmp_path):
         note(name, *values)
     monkeypatch.setattr(driver, '_architecture', lambda device: 90)
     monkeypatch.setattr(torch.version, 'hip', None)
-    monkeypatch.setattr(torch.cuda, 'current_stream', lambda: SimpleNamespace(cuda_stream=77))
+    monkeypatch.setattr(torch._C, '_cuda_getCurrentRawStream', lambda device: 77, raising=False)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     return made
 
