@@ -128,7 +128,10 @@ def compare_resizing(args: argparse.Namespace) -> None:
 
 
 def profile(args: argparse.Namespace) -> None:
-    """Print what part of inference the backbone takes, and the operators that take most time."""
+    """Print the operators that take most time: of inference and, of GFNet-H-S, of a training step.
+
+    Of a config's model, also what part of inference its backbone takes.
+    """
     model: nn.Module = GFNetPyramid('h-s', num_classes=0)
     if args.config:
         # Everything else needs torch and timm alone.
@@ -146,11 +149,15 @@ def profile(args: argparse.Namespace) -> None:
         tasks['backbone'] = inference(model.backbone, x)
     times = measure(tasks, args.repeats, args.seconds, args.device)
     print(', '.join(f'{name} {milliseconds(times, name)} ms' for name in tasks))
-    with torch.profiler.profile(acc_events=True) as profiler:
-        for _ in range(args.repeats):
-            tasks['whole']()
     time = 'cuda' if args.device.startswith('cuda') else 'cpu'
-    print(profiler.key_averages().table(f'self_{time}_time_total', row_limit=12))
+    for kind in (inference,) if args.config else (inference, training_step):
+        task = kind(model, x)
+        task()  # warms up
+        with torch.profiler.profile(acc_events=True) as profiler:
+            for _ in range(args.repeats):
+                task()
+        print(f'{kind.__name__}:')
+        print(profiler.key_averages().table(f'self_{time}_time_total', row_limit=12))
 
 
 def parse_args() -> argparse.Namespace:

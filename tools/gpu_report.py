@@ -1,6 +1,7 @@
 """Check and measure everything on an NVIDIA GPU: `python tools/gpu_report.py --out DIR`.
 
     python tools/gpu_report.py --out DIR --part 2 --minutes 5
+    python tools/gpu_report.py --out DIR --part 3 --minutes 9 --only '512 |' training compiled
     python tools/gpu_report.py --out DIR --render > tables.md
 
 Part 1 checks the backends of the filter against float64, part 2 times them, part 3 times backbones,
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -483,8 +484,8 @@ def read(out: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def run_rows(part: int, at: Setting, out: Path, deadline: float) -> int:
-    """Measure the rows of a part until a deadline; return the exit status of the process."""
+def run_rows(part: int, at: Setting, out: Path, deadline: float, only: Iterable[str] = ()) -> int:
+    """Measure rows of a part until a deadline; return the exit status of the process."""
     where = f'{"rehearsal on " * at.rehearse}{machine(at.device)}; timm {timm.__version__}'
     done = {(row['table'], row['label'], *row['cells']) for row in read(out)}
     kernels: contextlib.AbstractContextManager = contextlib.nullcontext()
@@ -495,6 +496,8 @@ def run_rows(part: int, at: Setting, out: Path, deadline: float) -> int:
     with (out / 'results.jsonl').open('a') as file, kernels:
         for row in PARTS[part](at):
             if (row.table[0], row.label, *row.columns) in done:
+                continue
+            if not all(text in ' | '.join((row.label, *row.columns)) for text in only):
                 continue
             if time.time() > deadline:
                 print(f'part {part}: out of time before {row.label}', flush=True)
@@ -517,11 +520,11 @@ def run_rows(part: int, at: Setting, out: Path, deadline: float) -> int:
     return 0
 
 
-def run_part(part: int, minutes: float, out: Path, rehearse: bool) -> None:
+def run_part(part: int, minutes: float, out: Path, rehearse: bool, only: Iterable[str]) -> None:
     """Measure a part in a process of its own, again in a new one if its CUDA context is lost."""
     deadline = time.time() + 60 * minutes
     command = [sys.executable, __file__, '--part', str(part), '--out', str(out)]
-    command += ['--deadline', str(deadline), *['--rehearse'] * rehearse]
+    command += ['--deadline', str(deadline), *['--rehearse'] * rehearse, '--only', *only]
     paths = [str(ROOT), os.environ.get('PYTHONPATH')]
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, paths))}
     status = BROKEN
@@ -590,6 +593,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', type=Path, required=True, metavar='DIR', help='for results.jsonl')
     parser.add_argument('--part', type=int, choices=PARTS, help='by default all in this order')
     parser.add_argument('--minutes', type=float, help='of each part; by default 2, 2, 3 and 4')
+    parser.add_argument(
+        '--only', nargs='*', default=[], metavar='TEXT', help='rows that hold all of these texts'
+    )
     parser.add_argument('--rehearse', action='store_true', help='on a CPU, in tiny sizes')
     parser.add_argument('--render', action='store_true', help='print the tables, measure nothing')
     parser.add_argument('--deadline', type=float, help=argparse.SUPPRESS)  # of a part's process
@@ -609,10 +615,10 @@ def main() -> int:
     if args.deadline:
         # Part 1 fills what `empty` returns with NaN.
         torch.use_deterministic_algorithms(args.part == 1, warn_only=True)
-        return run_rows(args.part, at, args.out, args.deadline)
+        return run_rows(args.part, at, args.out, args.deadline, args.only)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     for part in [args.part] if args.part else PARTS:
-        run_part(part, args.minutes or MINUTES[part], args.out, args.rehearse)
+        run_part(part, args.minutes or MINUTES[part], args.out, args.rehearse, args.only)
     return int(any('failed' in cell for row in read(args.out) for cell in row['cells'].values()))
 
 

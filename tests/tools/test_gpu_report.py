@@ -20,8 +20,8 @@ def tool():
         yield importlib.import_module('gpu_report')
 
 
-def measured(tool, part: int, out: Path, seconds: float = 600) -> list[dict]:
-    assert tool.run_rows(part, tool.CPU, out, time.time() + seconds) == 0
+def measured(tool, part: int, out: Path, seconds: float = 600, only: tuple = ()) -> list[dict]:
+    assert tool.run_rows(part, tool.CPU, out, time.time() + seconds, only) == 0
     return tool.read(out)
 
 
@@ -49,6 +49,9 @@ def test_a_wrong_filter_fails_and_the_run_goes_on(tool, tmp_path, monkeypatch):
 def test_times_are_kept_continued_and_rendered(tool, tmp_path, monkeypatch):
     monkeypatch.setattr(tool, '_copy_rate', lambda device: 1e10)
     assert measured(tool, 2, tmp_path, seconds=-1) == []  # out of time
+    assert measured(tool, 2, tmp_path, only=('forward |', 'of another size')) == []
+    rows = measured(tool, 2, tmp_path, only=('forward |', 'float32'))
+    assert {row['label'] for row in rows} == {'3x2x2 | float32 | forward | eager'}
     measured(tool, 2, tmp_path)
     rows = measured(tool, 3, tmp_path)
     file = tmp_path / 'results.jsonl'
