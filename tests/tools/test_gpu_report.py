@@ -77,7 +77,7 @@ def test_times_are_kept_continued_and_rendered(tool, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_rehearses_on_a_cpu(tool, tmp_path, monkeypatch, gfnet):
-    """Of the trainings, the first and the interrupted one run as processes, others in this one."""
+    """Of each part the first row and the interrupted training run as processes, others in this."""
 
     def train_here(command: list[str], **options) -> subprocess.CompletedProcess:
         arguments = command[command.index(str(ROOT / 'tools/train.py')) + 1 :]
@@ -85,13 +85,13 @@ def test_rehearses_on_a_cpu(tool, tmp_path, monkeypatch, gfnet):
         status, out, err = gfnet('train', *arguments)
         return subprocess.CompletedProcess(command, status, out, err)
 
-    trainings = [*tool.products(tool.CPU)]
-    here = [row for row in trainings[1:] if 'SIGTERM' not in row.label]
-    assert len(here) == len(trainings) - 2
     with monkeypatch.context() as patch:
         patch.setattr(tool, 'subprocess', SimpleNamespace(run=train_here))
-        patch.setitem(tool.PARTS, 4, lambda at: here)
-        measured(tool, 4, tmp_path)
+        for part, rows in tool.PARTS.items():
+            here = [row for row in [*rows(tool.CPU)][1:] if 'SIGTERM' not in row.label]
+            assert here
+            patch.setitem(tool.PARTS, part, lambda at, here=here: here)
+            measured(tool, part, tmp_path)
     run_tool('gpu_report.py', '--rehearse', '--out', tmp_path, '--minutes', 14)
     planned = [row.label for part in tool.PARTS.values() for row in part(tool.CPU)]
     assert Counter(row['label'] for row in tool.read(tmp_path)) == Counter(planned)
