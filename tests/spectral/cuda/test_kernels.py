@@ -297,6 +297,10 @@ def test_operators_are_what_torch_asks_for():
     torch.library.opcheck(operators.correlate.default, arguments, test_utils=checks)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, 'is_exporting'),
+    reason='needs torch 2.7, before which all graphs count as exported',
+)
 @pytest.mark.parametrize('dynamic', [False, True])
 def test_compiles_to_one_graph_with_its_gradients(dynamic):
     torch.compiler.reset()
