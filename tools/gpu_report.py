@@ -1,7 +1,7 @@
 """Check and measure everything on an NVIDIA GPU: `python tools/gpu_report.py --out DIR`.
 
     python tools/gpu_report.py --out DIR --part 2 --minutes 5
-    python tools/gpu_report.py --out DIR --part 3 --minutes 9 --only '512 |' training compiled
+    python tools/gpu_report.py --out DIR --part 3 --minutes 9 --only '512 |' --only compiled
     python tools/gpu_report.py --out DIR --render > tables.md
 
 Part 1 checks the backends of the filter against float64, part 2 times them, part 3 times backbones,
@@ -484,6 +484,10 @@ def read(out: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def name_of(row: Row) -> str:
+    return ' | '.join((row.label, *row.columns))
+
+
 def run_rows(part: int, at: Setting, out: Path, deadline: float, only: Iterable[str] = ()) -> int:
     """Measure rows of a part until a deadline; return the exit status of the process."""
     where = f'{"rehearsal on " * at.rehearse}{machine(at.device)}; timm {timm.__version__}'
@@ -494,10 +498,11 @@ def run_rows(part: int, at: Setting, out: Path, deadline: float, only: Iterable[
 
         kernels = emulation()
     with (out / 'results.jsonl').open('a') as file, kernels:
-        for row in PARTS[part](at):
+        chosen = [row for row in PARTS[part](at) if all(text in name_of(row) for text in only)]
+        if not chosen:
+            print(f'part {part}: no row holds {" and ".join(map(repr, only))}', flush=True)
+        for row in chosen:
             if (row.table[0], row.label, *row.columns) in done:
-                continue
-            if not all(text in ' | '.join((row.label, *row.columns)) for text in only):
                 continue
             if time.time() > deadline:
                 print(f'part {part}: out of time before {row.label}', flush=True)
@@ -524,7 +529,8 @@ def run_part(part: int, minutes: float, out: Path, rehearse: bool, only: Iterabl
     """Measure a part in a process of its own, again in a new one if its CUDA context is lost."""
     deadline = time.time() + 60 * minutes
     command = [sys.executable, __file__, '--part', str(part), '--out', str(out)]
-    command += ['--deadline', str(deadline), *['--rehearse'] * rehearse, '--only', *only]
+    command += ['--deadline', str(deadline), *['--rehearse'] * rehearse]
+    command += [f'--only={text}' for text in only]
     paths = [str(ROOT), os.environ.get('PYTHONPATH')]
     environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, paths))}
     status = BROKEN
@@ -594,7 +600,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--part', type=int, choices=PARTS, help='by default all in this order')
     parser.add_argument('--minutes', type=float, help='of each part; by default 2, 2, 3 and 4')
     parser.add_argument(
-        '--only', nargs='*', default=[], metavar='TEXT', help='rows that hold all of these texts'
+        '--only', action='append', default=[], metavar='TEXT', help='rows that hold all such texts'
     )
     parser.add_argument('--rehearse', action='store_true', help='on a CPU, in tiny sizes')
     parser.add_argument('--render', action='store_true', help='print the tables, measure nothing')

@@ -12,11 +12,11 @@ spectrum counts twice (m = 2) unless it is its own mirror image: column 0 and, f
 count once. The spectra of real maps are Hermitian there, and so is the gradient.
 """
 
-from typing import Any, Protocol
+import inspect
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
 
 from .reference import compute_dtype
@@ -150,23 +150,39 @@ class _Correlate(Function):
         return _correlate(g, x, backend).unflatten(2, (n, -1)), 2
 
 
-def _apply(function: type[Function], *arguments: Any) -> Tensor:
-    if is_transformed():
-        return function.apply(*arguments)
-    # What `Function.apply` does then, but for default arguments, of which there are none: to look
-    # for them takes longer than to filter a small map.
-    return super(Function, function).apply(*unwrap_dead_wrappers(arguments))  # type: ignore[misc]
+class _Bound(NamedTuple):
+    """What torch asks :class:`inspect.BoundArguments` for."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def apply_defaults(self) -> None:
+        """Do nothing: no argument has a default."""
+
+
+class _Positional(inspect.Signature):
+    """The signature of a function that is always given all its arguments, in order."""
+
+    def bind(self, *args: Any) -> _Bound:  # type: ignore[override]
+        return _Bound(args, {})
+
+
+# `apply` looks up the signature and binds the arguments to it in every call, to fill in defaults.
+# As torch has it, that takes longer than filtering a small map.
+_function: Any
+for _function in (_Filter.forward, _Correlate.forward):
+    _function.__signature__ = _Positional([*inspect.signature(_function).parameters.values()])
 
 
 def _filter(x: Tensor, weight: Tensor, conjugate: bool, backend: Backend) -> Tensor:
     if _needs_derivatives(x, weight):
-        return _apply(_Filter, x, weight, conjugate, backend)
+        return _Filter.apply(x, weight, conjugate, backend)
     return backend.filter(x, weight, conjugate)
 
 
 def _correlate(g: Tensor, x: Tensor, backend: Backend) -> Tensor:
     if _needs_derivatives(g, x):
-        return _apply(_Correlate, g, x, backend)
+        return _Correlate.apply(g, x, backend)
     return backend.correlate(g, x)
 
 

@@ -40,7 +40,9 @@ def calls(monkeypatch, tmp_path):
         note(name, *values)
     monkeypatch.setattr(driver, '_architecture', lambda device: 90)
     monkeypatch.setattr(torch.version, 'hip', None)
-    monkeypatch.setattr(torch._C, '_cuda_getCurrentRawStream', lambda device: 77, raising=False)
+    monkeypatch.setattr(
+        torch._C, '_cuda_getCurrentRawStream', lambda device: 70 + device, raising=False
+    )
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     return made
 
@@ -48,7 +50,7 @@ def calls(monkeypatch, tmp_path):
 def make_kernel(tmp_path, scale: int) -> driver.Kernel:
     source = tmp_path / 'twice.cu'
     source.write_text(SOURCE)
-    return driver.Kernel(source, dict(SCALE=scale), 'twice', 'Qif', 64, 4096, 0)
+    return driver.Kernel(source, dict(SCALE=scale), 'twice', 'Qif', 64, 4096, 7)
 
 
 def test_a_kernel_is_compiled_once_for_its_macros(calls, tmp_path, monkeypatch):
