@@ -28,7 +28,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -488,7 +488,7 @@ def name_of(row: Row) -> str:
     return ' | '.join((row.label, *row.columns))
 
 
-def run_rows(part: int, at: Setting, out: Path, deadline: float, only: Iterable[str] = ()) -> int:
+def run_rows(part: int, at: Setting, out: Path, deadline: float, only: Sequence[str] = ()) -> int:
     """Measure rows of a part until a deadline; return the exit status of the process."""
     where = f'{"rehearsal on " * at.rehearse}{machine(at.device)}; timm {timm.__version__}'
     done = {(row['table'], row['label'], *row['cells']) for row in read(out)}
@@ -525,7 +525,7 @@ def run_rows(part: int, at: Setting, out: Path, deadline: float, only: Iterable[
     return 0
 
 
-def run_part(part: int, minutes: float, out: Path, rehearse: bool, only: Iterable[str]) -> None:
+def run_part(part: int, minutes: float, out: Path, rehearse: bool, only: Sequence[str]) -> None:
     """Measure a part in a process of its own, again in a new one if its CUDA context is lost."""
     deadline = time.time() + 60 * minutes
     command = [sys.executable, __file__, '--part', str(part), '--out', str(out)]
