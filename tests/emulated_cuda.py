@@ -2,9 +2,9 @@
 
 import ctypes
 import functools
+import hashlib
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from gfnet_dense.models import cuda as cells
 from gfnet_dense.spectral import cuda
+from gfnet_dense.spectral.build_cache import load_or_build
 
 FOLDER = Path(__file__).parent / 'spectral' / 'cuda'
 SHARED_MEMORY = 227 * 1024  # of a block on a Hopper GPU, in bytes
@@ -25,13 +27,13 @@ class EmulatedKernel:
 
     def __init__(self, source, definitions, name, layout, threads, shared, device) -> None:
         self._layout, self._sizes = layout, (threads, ctypes.c_size_t(shared))
-        self._library = library(source, tuple(definitions.items()))
-        self._launch = getattr(self._library, f'launch_{name}')
+        self._library = library(source, (*definitions.items(), ('NAME', name)))
 
     def launch(self, grid: tuple[int, int], *arguments: float) -> None:
         self._library.shuffle(_seed)
         values = [_KINDS[kind](value) for kind, value in zip(self._layout, arguments, strict=True)]
-        self._launch(*grid, *self._sizes, *values)
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        self._library.launch(*grid, *self._sizes, pointers)
 
 
 # Above 0, threads take turns in an order that it decides.
@@ -47,17 +49,21 @@ def shuffled_threads(seed: int) -> Iterator[None]:
 
 
 @functools.cache
-def library(source: Path, definitions: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+def library(source: Path, definitions: tuple[tuple[str, int | str], ...]) -> ctypes.CDLL:
     compiler = shutil.which('g++')
     if compiler is None:
         raise FileNotFoundError('the emulation of a GPU needs g++')
-    options = [f'-D{name}={value}' for name, value in definitions]
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / 'kernels.so'
-        command = [compiler, '-std=c++20', '-O1', '-shared', '-fPIC', '-w', *options]
-        command += [f'-DSOURCE="{source}"', str(FOLDER / 'emulator.cpp'), '-o', str(target)]
-        subprocess.run(command, check=True)
-        return ctypes.CDLL(str(target))
+    files = [FOLDER / 'emulator.cpp', FOLDER / 'emulator.h', cuda.driver.PTX, source]
+    command = [compiler, '-std=c++17', '-O1', '-shared', '-fPIC', '-w', str(files[0])]
+    command += [f'-D{name}={value}' for name, value in definitions]
+    command += [f'-DSOURCE="{source}"', f'-DPTX="{cuda.driver.PTX}"']
+    parts = repr((command, [file.read_bytes() for file in files]))
+    name = f'emulated-{source.stem}-{hashlib.sha256(parts.encode()).hexdigest()[:16]}.so'
+
+    def build(target: Path) -> None:
+        subprocess.run([*command, '-o', str(target)], check=True)
+
+    return load_or_build(name, build, lambda path: ctypes.CDLL(str(path)))
 
 
 _KEPT: list[torch.Tensor] = []
@@ -70,19 +76,22 @@ def keep(values: torch.Tensor) -> int:
 
 @contextmanager
 def emulation() -> Iterator[None]:
-    """Let 'fused' filter maps on the CPU."""
+    """Let 'fused', and the kernels of blocks, process maps on the CPU."""
     operators = torch.library.Library(cuda.NAMESPACE, 'IMPL')
     operators.impl('filter', cuda._filter, 'CPU')
     operators.impl('correlate', cuda._correlate, 'CPU')
+    caches = cuda._kernel, cuda._compiled_kernel, cells._kernel
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda.driver, 'Kernel', EmulatedKernel)
         patch.setattr(cuda.driver, 'upload', lambda values, device: keep(values))
-        patch.setattr(cuda, '_DEVICE', 'cpu')
-        patch.setattr(cuda, '_device_reason', lambda device: None)
         patch.setattr(cuda, '_shared_memory', lambda device: SHARED_MEMORY)
-        cuda._kernel.cache_clear()
-        cuda._compiled_kernel.cache_clear()
+        patch.setattr(cells, '_multiprocessors', lambda device: 2)
+        for module in (cuda, cells):
+            patch.setattr(module, '_DEVICE', 'cpu')
+            patch.setattr(module, '_device_reason', lambda device: None)
+        for cache in caches:
+            cache.cache_clear()
         yield
-    cuda._kernel.cache_clear()
-    cuda._compiled_kernel.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
     operators._destroy()

@@ -7,14 +7,17 @@ operators take the time of GFNet-H-S, or of a config's model.
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 
 import timm
 import torch
+from timm.layers import LayerNorm
 from torch import nn
 
 from gfnet_dense.benchmark import machine, measure, milliseconds, speedup
 from gfnet_dense.models import GFNetPyramid, GlobalFilter
+from gfnet_dense.models.gfnet import Block
 from gfnet_dense.spectral import global_filter
 from gfnet_dense.spectral.reference import reference_filter
 
@@ -29,17 +32,47 @@ def plain(model: nn.Module) -> nn.Module:
     return model
 
 
-def inference(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+def official(model: nn.Module) -> nn.Module:
+    """Compute the blocks of a model as the official code does, with torch's operators alone."""
+
+    def forward(x: torch.Tensor, block: Block) -> torch.Tensor:
+        y = LayerNorm.forward(block.norm1, x)
+        y = LayerNorm.forward(block.norm2, reference_filter(y, block.filter.spectrum(y.shape[1:3])))
+        y = block.mlp(y)
+        return x + block.drop_path(y if block.gamma is None else block.gamma * y)
+
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.forward = functools.partial(forward, block=module)
+    return model
+
+
+# Autocast is entered for each forward, as in a training loop: it casts the weights anew.
+
+
+def inference(
+    model: nn.Module, x: torch.Tensor, amp: torch.dtype | None = None
+) -> Callable[[], object]:
     model.eval()
-    return torch.no_grad()(lambda: model(x))
+
+    @torch.no_grad()
+    def run() -> object:
+        with torch.autocast(x.device.type, amp, amp is not None):
+            return model(x)
+
+    return run
 
 
-def training_step(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+def training_step(
+    model: nn.Module, x: torch.Tensor, amp: torch.dtype | None = None
+) -> Callable[[], object]:
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
 
     def run() -> None:
-        model(x).float().square().mean().backward()
+        with torch.autocast(x.device.type, amp, amp is not None):
+            loss = model(x).float().square().mean()
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -70,9 +103,9 @@ def compare(args: argparse.Namespace) -> None:
     print('| backbone | inference | ms | training step | ms |\n|---|---|---|---|---|')
     columns = []
     for kind in (inference, training_step):
-        tasks = {name: kind(model.to(args.device), x) for name, model in models.items()}
-        with torch.autocast(args.device, getattr(torch, args.amp or 'float32'), bool(args.amp)):
-            columns.append(measure(tasks, args.repeats, args.seconds, args.device))
+        amp = getattr(torch, args.amp) if args.amp else None
+        tasks = {name: kind(model.to(args.device), x, amp) for name, model in models.items()}
+        columns.append(measure(tasks, args.repeats, args.seconds, args.device))
     for name in models:
         cells = [f'{speedup(t, name, baseline)} | {milliseconds(t, name)}' for t in columns]
         print(f'| {name} | {" | ".join(cells)} |')

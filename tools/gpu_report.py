@@ -16,6 +16,7 @@ of a GPU needs g++.
 
 import argparse
 import contextlib
+import copy
 import functools
 import itertools
 import json
@@ -41,10 +42,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
 import benchmark_filter as bench  # noqa: E402
 import filter_oracle as oracle  # noqa: E402
-from benchmark_model import inference, plain, training_step  # noqa: E402
+from benchmark_model import inference, official, training_step  # noqa: E402
 
 from gfnet_dense.benchmark import machine, measure, speedup  # noqa: E402
-from gfnet_dense.models import GFNetPyramid  # noqa: E402
+from gfnet_dense.models import GFNetPyramid, cuda  # noqa: E402
+from gfnet_dense.models.gfnet import Block  # noqa: E402
 from gfnet_dense.spectral import global_filter, unsupported_reason  # noqa: E402
 
 Cell = dict[str, Any]  # figures by unit, or the text of an error under 'failed'
@@ -60,8 +62,10 @@ ITERATIONS = 40  # of a training
 
 # The operators of a training step, by what they belong to; the first pattern that fits counts.
 SHARES = {
-    'filter': r'fft|gfnet_dense|_Filter|aten::bmm',
+    'kernels of blocks': r'FusedBlock',
+    'filter': r'fft|gfnet_dense|Filter|aten::bmm',
     'norms': r'norm',
+    'residuals': r'addcmul',
     'MLP': r'aten::(addmm|mm|gelu)',
     'copies': r'aten::(copy_|clone|cat)',
     'optimizer': r'foreach|adam',
@@ -70,7 +74,9 @@ SHARES = {
 
 # Tables: the title, and what the lines are labelled with.
 CORRECT = ('Largest error, in units of the largest value of float64', 'H x W x C | dtype | mode')
+BLOCKS = ('The same of a block of the network, all gradients', 'H x W x C | dtype')
 FILTER = ('The filter, batch 16', 'H x W x C | dtype | pass | launch')
+BLOCK_TIMES = ('A block and its parts, bfloat16, batch 16', 'H x W x C | part | pass | launch')
 BACKBONES = ('Backbones, bfloat16 autocast', 'side | batch | pass | mode')
 PROFILE = ('Shares of a training step, bfloat16 autocast', 'backbone')
 PRODUCT = ('UperNet on generated images, through tools/train.py', 'run')
@@ -116,10 +122,22 @@ def correctness(at: Setting) -> Iterator[Row]:
     if at.rehearse:
         sizes, some = ['3x2x2'], ['3x2x2']
     for mode, few in (('eager', sizes), ('compiled', some)):
+        if mode == 'compiled':
+            yield from blocks_correctness(at, dtypes)
         for dtype, size in itertools.product(dtypes, few):
             for backend in ('fused', 'dense', 'fft')[dtype == 'float32' :]:
                 run = functools.partial(check, at, backend, dtype, size, mode)
                 yield Row(CORRECT, f'{size} | {dtype} | {mode}', (backend,), run)
+
+
+def blocks_correctness(at: Setting, dtypes: list[str]) -> Iterator[Row]:
+    """Check blocks as one function, with the kernels of norms and residual."""
+    sizes = ['3x2x4'] if at.rehearse else ['56x56x96', '33x21x192', '7x7x768', '9x8x1000']
+    for dtype, size in itertools.product(dtypes, sizes):
+        if at.rehearse and dtype == 'float16':  # which needs a GPU
+            continue
+        run = functools.partial(check_block, at, dtype, size)
+        yield Row(BLOCKS, f'{size} | {dtype}', ('block',), run)
 
 
 @functools.lru_cache(maxsize=1)
@@ -168,6 +186,53 @@ def check(at: Setting, backend: str, dtype: str, size: str, mode: str) -> dict[s
     return {backend: {'': largest}}
 
 
+def make_block(size: str, device: str) -> Block:
+    """Return a block with parameters that all matter."""
+    height, width, channels = bench.parse_size(size)
+    block = Block(channels, (height, width), 'bilinear', 'auto', 0.0, 1.0).to(device)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return block
+
+
+def check_block(at: Setting, dtype: str, size: str) -> dict[str, Cell]:
+    """Return the largest error of a block: result and all gradients, in outputs of NaN."""
+    torch.manual_seed(0)
+    height, width, channels = bench.parse_size(size)
+    x, g = torch.randn(2, 3, height, width, channels, device=at.device)
+    block, half = make_block(size, at.device), getattr(torch, dtype)
+
+    def run(block: Block, x: Tensor, g: Tensor) -> list[Tensor]:
+        x = x.detach().requires_grad_()
+        with torch.autocast(at.device, half, half != torch.float32 and x.dtype != torch.float64):
+            y = block(x)
+        return [y.detach(), *torch.autograd.grad(y, [x, *block.parameters()], g)]
+
+    # In float64 a block runs layer by layer.
+    truth = run(copy.deepcopy(block).double(), x.double(), g.double())
+    results = {'first': run(block, x, g), 'second': run(block, x, g)}
+    if not all(map(torch.equal, *results.values())):
+        raise AssertionError('a second run gives another result')
+    if at.device == 'cuda':
+        made = []
+        replay = bench.captured(lambda: made.append(run(block, x, g)))
+        for tensor in made[-1]:
+            tensor.fill_(torch.nan)
+        replay()
+        results['CUDA graph'] = made[-1]
+    # Several roundings add up.
+    allowed = 10 * oracle.ERRORS[half]
+    errors = [
+        ((a.double() - e).abs().max() / e.abs().max()).item()
+        for actual in results.values()
+        for a, e in zip(actual, truth, strict=True)
+    ]
+    if not all(error <= allowed for error in errors):
+        raise AssertionError(f'error {max(errors):.1e}, allowed {allowed:.0e}')
+    return {'block': {'': max(errors)}}
+
+
 # Parts 2 and 3: times
 
 
@@ -211,6 +276,71 @@ def filters(at: Setting) -> Iterator[Row]:
         yield Row(FILTER, f'{size} | {dtype} | {what} | {launch}', names, run)
 
 
+def blocks(at: Setting) -> Iterator[Row]:
+    """Time a block and its parts in training, by torch alone and by our kernels."""
+    sizes = ['3x2x4'] if at.rehearse else [*bench.GPU_SIZES, *STAGES_224]
+    launches = ['eager'] if at.rehearse else ['CUDA graph', 'eager']
+    parts = {'block': block_tasks, 'norm': norm_tasks, 'residual': residual_tasks}
+    for launch, (part, tasks), size in itertools.product(launches, parts.items(), sizes):
+        run = functools.partial(time_part, at, tasks, size, launch)
+        label = f'{size} | {part} | forward + backward | {launch}'
+        yield Row(BLOCK_TIMES, label, ('torch', 'ours'), run)
+
+
+def time_part(at: Setting, tasks: Any, size: str, launch: str) -> dict[str, Cell]:
+    shape = 1 if at.rehearse else 16, *bench.parse_size(size)
+    x, g = torch.randn(2, *shape, device=at.device)
+    runs = {
+        name: lambda f=f: torch.autocast(at.device, torch.bfloat16)(f)
+        for name, f in tasks(at, size, x, g).items()
+    }
+    return in_turns(runs, at, lambda seconds: {}, launch == 'CUDA graph')
+
+
+def block_tasks(at: Setting, size: str, x: Tensor, g: Tensor) -> dict[str, Run]:
+    block = make_block(size, at.device)
+    by_torch = official(nn.Sequential(copy.deepcopy(block)))
+    x.requires_grad_()
+
+    def step(block: nn.Module) -> object:
+        return torch.autograd.grad(block(x), [x, *block.parameters()], g)
+
+    return {'torch': lambda: step(by_torch), 'ours': lambda: step(block)}
+
+
+def norm_tasks(at: Setting, size: str, x: Tensor, g: Tensor) -> dict[str, Run]:
+    norm, half = make_block(size, at.device).norm1, g.bfloat16()
+    x.requires_grad_()
+
+    def by_torch() -> object:
+        y = norm(x).bfloat16()
+        return torch.autograd.grad(y, [x, *norm.parameters()], half)
+
+    @torch.no_grad()
+    def by_kernels() -> object:
+        _, statistics = cuda.normalize(x, norm.weight, norm.bias, norm.eps, torch.bfloat16)
+        sums = cuda.new_sums(x, 2)
+        return cuda.normalize_backward(half, x, norm.weight, statistics, None, sums, 0), sums.sum(0)
+
+    return {'torch': by_torch, 'ours': by_kernels}
+
+
+def residual_tasks(at: Setting, size: str, x: Tensor, g: Tensor) -> dict[str, Run]:
+    scale, y = torch.ones(x.shape[-1], device=at.device), g.bfloat16()
+    inputs = [t.requires_grad_() for t in (x, scale, y)]
+
+    def by_torch() -> object:
+        return torch.autograd.grad(torch.addcmul(*inputs), inputs, g)
+
+    @torch.no_grad()
+    def by_kernels() -> object:
+        sums = cuda.new_sums(x, 2)
+        cuda.add_scaled(x, scale, None, y)
+        return cuda.add_scaled_backward(g, scale, None, y, sums, 0), sums.sum(0)
+
+    return {'torch': by_torch, 'ours': by_kernels}
+
+
 _copy_rate = functools.cache(bench.copy_rate)
 
 
@@ -251,12 +381,12 @@ def networks(at: Setting, side: int) -> dict[str, Callable[[], nn.Module]]:
         return make_with_fast_norm
 
     if at.rehearse:
-        tiny = gfnet(dict(embed_dims=(4, 4, 8, 8), depths=(1, 1, 1, 1)))
-        definition = {'GFNet, filter by its definition': lambda: plain(tiny())}
-        return {'GFNet': tiny, **definition, f'GFNet{FAST_NORM}': fast_norm(tiny)}
+        tiny = gfnet(dict(embed_dims=(4, 4, 4, 4), depths=(1, 1, 1, 1)))
+        baseline = {'GFNet, official form': lambda: official(tiny())}
+        return {'GFNet': tiny, **baseline, f'GFNet{FAST_NORM}': fast_norm(tiny)}
     return {
         'GFNet-H-S': gfnet('h-s'),
-        'GFNet-H-S, filter by its definition': lambda: plain(gfnet('h-s')()),
+        'GFNet-H-S, official form': lambda: official(gfnet('h-s')()),
         'ConvNeXt-T': other('convnext_tiny'),
         'Swin-T': other('swin_tiny_patch4_window7_224', img_size=side),
         'GFNet-H-Ti': gfnet('h-ti'),
@@ -293,7 +423,8 @@ def time_backbones(
     def maker(name: str, compiled: bool = False) -> Callable[[], Run]:
         def make() -> Run:
             model = made[name]().to(at.device)
-            return PASSES[what](torch.compile(model, backend=at.compiler) if compiled else model, x)
+            model = torch.compile(model, backend=at.compiler) if compiled else model
+            return PASSES[what](model, x, torch.bfloat16)
 
         return make
 
@@ -301,19 +432,17 @@ def time_backbones(
     if compiled:
         torch.compiler.reset()
         makers = {'eager baseline': maker(next(iter(made))), **makers}
-    with torch.autocast(at.device, torch.bfloat16):
-        return in_turns(makers, at, lambda seconds: {'images/s': batch / seconds})
+    return in_turns(makers, at, lambda seconds: {'images/s': batch / seconds})
 
 
 def profile(at: Setting, side: int, batch: int) -> dict[str, Cell]:
     """Return the shares of a training step of the baseline that its kinds of operators take."""
     x = torch.randn(batch, 3, side, side, device=at.device)
     make, *_ = networks(at, side).values()
-    run = training_step(make().to(at.device), x)
-    with torch.autocast(at.device, torch.bfloat16):
+    run = training_step(make().to(at.device), x, torch.bfloat16)
+    run()
+    with torch.profiler.profile(acc_events=True) as profiler:
         run()
-        with torch.profiler.profile(acc_events=True) as profiler:
-            run()
     kind = 'cpu' if at.rehearse else 'device'
     totals = dict.fromkeys(SHARES, 0.0)
     for event in profiler.key_averages():
@@ -471,7 +600,13 @@ def make_config(
 # Running and rendering
 
 
-PARTS = {1: correctness, 2: filters, 3: backbones, 4: products}
+def times_of_operators(at: Setting) -> Iterator[Row]:
+    """Time the filter, then blocks."""
+    yield from filters(at)
+    yield from blocks(at)
+
+
+PARTS = {1: correctness, 2: times_of_operators, 3: backbones, 4: products}
 
 
 def failure(error: Exception) -> Cell:

@@ -43,6 +43,7 @@ from torch.utils.checkpoint import checkpoint
 from gfnet_dense.serialization import CheckpointError
 from gfnet_dense.spectral import Grid, resize_position_embedding
 
+from . import fused_block
 from .checkpoint import adapt_state_dict, find_weights, prefix_errors, read_state_dict
 from .global_filter import GlobalFilter
 from .hub import OFFICIAL_WEIGHTS
@@ -183,6 +184,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Process a map `(B, H, W, C)`; the shape stays the same."""
+        if (y := fused_block.run(self, x)) is not None:
+            return y
         filtered = self.filter(self.norm1(x))
         return apply_to_cells(self, self._mix_channels, _MLP_RATIO, x, filtered)
 

@@ -23,6 +23,7 @@ __all__ = [
     'hermitian_part',
     'resize_position_embedding',
     'resize_spectrum',
+    'select_backend',
     'unsupported_reason',
 ]
 
@@ -95,12 +96,16 @@ def global_filter(x: Tensor, weight: Tensor, backend: str = 'auto') -> Tensor:
         raise ValueError(f'unknown backend {backend!r}, choose one of {", ".join(BACKENDS)}')
     if x.shape[0] == 0:  # FFT libraries refuse an empty batch
         return x + 0 * weight.sum().to(x.dtype)
+    return differentiable_filter(select_backend(x, backend), x, weight)
+
+
+def select_backend(x: Tensor, backend: str = 'auto') -> Backend:
+    """Return the backend of a name; for maps that it does not support the one of 'auto'."""
     if reason := unsupported_reason(x, backend):
         if not is_capturing():  # a graph cannot hold logging
             _log_once(logging.DEBUG, f"'auto' replaces {backend!r}: {reason}")
         backend = 'auto'
-    backend = _fastest(x) if backend == 'auto' else backend
-    return differentiable_filter(_BACKENDS[backend], x, weight)
+    return _BACKENDS[_fastest(x) if backend == 'auto' else backend]
 
 
 def unsupported_reason(x: Tensor, backend: str) -> str | None:

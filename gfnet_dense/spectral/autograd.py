@@ -12,15 +12,14 @@ spectrum counts twice (m = 2) unless it is its own mirror image: column 0 and, f
 count once. The spectra of real maps are Hermitian there, and so is the gradient.
 """
 
-import inspect
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from .reference import compute_dtype
-from .tracing import is_capturing, is_transformed
+from .tracing import is_capturing, is_in_forward_mode, is_transformed
 
 
 class Backend(Protocol):
@@ -150,39 +149,41 @@ class _Correlate(Function):
         return _correlate(g, x, backend).unflatten(2, (n, -1)), 2
 
 
-class _Bound(NamedTuple):
-    """What torch asks :class:`inspect.BoundArguments` for."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def apply_defaults(self) -> None:
-        """Do nothing: no argument has a default."""
+# Outside of torch.func the same in the older style, without `setup_context`: `apply` takes half the
+# time, and the other half is longer than filtering a small map takes.
 
 
-class _Positional(inspect.Signature):
-    """The signature of a function that is always given all its arguments, in order."""
+class _PlainFilter(_Filter):
+    setup_context = staticmethod(Function.setup_context)  # marks the style
 
-    def bind(self, *args: Any) -> _Bound:  # type: ignore[override]
-        return _Bound(args, {})
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y = _Filter.forward(*inputs)
+        _Filter.setup_context(ctx, inputs, y)
+        return y
 
 
-# `apply` looks up the signature and binds the arguments to it in every call, to fill in defaults.
-# As torch has it, that takes longer than filtering a small map.
-_function: Any
-for _function in (_Filter.forward, _Correlate.forward):
-    _function.__signature__ = _Positional([*inspect.signature(_function).parameters.values()])
+class _PlainCorrelate(_Correlate):
+    setup_context = staticmethod(Function.setup_context)
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y = _Correlate.forward(*inputs)
+        _Correlate.setup_context(ctx, inputs, y)
+        return y
 
 
 def _filter(x: Tensor, weight: Tensor, conjugate: bool, backend: Backend) -> Tensor:
     if _needs_derivatives(x, weight):
-        return _Filter.apply(x, weight, conjugate, backend)
+        function = _Filter if is_transformed() else _PlainFilter
+        return function.apply(x, weight, conjugate, backend)
     return backend.filter(x, weight, conjugate)
 
 
 def _correlate(g: Tensor, x: Tensor, backend: Backend) -> Tensor:
     if _needs_derivatives(g, x):
-        return _Correlate.apply(g, x, backend)
+        function = _Correlate if is_transformed() else _PlainCorrelate
+        return function.apply(g, x, backend)
     return backend.correlate(g, x)
 
 
@@ -190,6 +191,8 @@ def _needs_derivatives(*tensors: Tensor) -> bool:
     """Tell whether a result must be differentiable: `apply` takes as long as a small filter."""
     if is_transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return True
+    if not is_in_forward_mode():
+        return False
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 

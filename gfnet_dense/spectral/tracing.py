@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
@@ -23,15 +24,25 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_in_forward_mode() -> bool:
+    """Tell whether tensors can have tangents of forward-mode differentiation."""
+    # Private: the public way asks every tensor for its tangent.
+    return forward_ad._current_level >= 0
+
+
 def is_plain(*tensors: Tensor) -> bool:
     """Tell whether torch runs on these tensors directly, so that nobody misses an operator."""
     if is_capturing() or is_transformed() or is_in_torch_dispatch_mode():
         return False
-    # Operators turn lazily negated tensors, and zeros without memory, into others first.
     return all(
-        type(t) in (Tensor, torch.nn.Parameter) and not (t.is_neg() or t._is_zerotensor())
-        for t in tensors
+        type(t) is torch.nn.Parameter or (type(t) is Tensor and _has_values(t)) for t in tensors
     )
+
+
+def _has_values(t: Tensor) -> bool:
+    # Operators turn lazily negated tensors, and zeros without memory, into others first. Gradients
+    # that torch.autograd.grad() gets with is_grads_batched=True have no storage.
+    return torch._C._has_storage(t) and not (t.is_neg() or t._is_zerotensor())
 
 
 def operator_unsupported_reason() -> str | None:

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import logging
 import struct
+import threading
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from pathlib import Path
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 
 from ..build_cache import load_or_build
+
+# Comes before every source.
+PTX = Path(__file__).with_name('ptx.h')
 
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
@@ -88,42 +92,55 @@ class Kernel:
     ) -> None:
         from cuda.bindings import driver
 
-        self._layout, self._threads, self._shared, self._device = layout, threads, shared, device
-        sizes = [struct.calcsize(kind) for kind in layout]
-        self._offsets = [end - size for end, size in zip(accumulate(sizes), sizes, strict=True)]
+        self._device, self._arguments = device, _Arguments(layout)
         _bind(device)
         (module,) = _check(driver.cuModuleLoadData(_compiled(source, definitions, device)))
         (function,) = _check(driver.cuModuleGetFunction(module, name.encode()))
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _check(driver.cuFuncSetAttribute(function, attribute, shared))
-        self._function = int(function)
+        self._function, self._block = int(function), (threads, 1, 1, shared)
 
     def launch(self, grid: tuple[int, int], *arguments: float) -> None:
         """Launch the kernel on the current stream of its device, which must be the current one."""
-        values = ctypes.create_string_buffer(struct.pack('=' + self._layout, *arguments))
-        start = ctypes.addressof(values)
-        pointers = [start + offset for offset in self._offsets]
         everything = (
-            ctypes.c_void_p(self._function),
-            *(*grid, 1, self._threads, 1, 1, self._shared),
+            *(self._function, *grid, 1, *self._block),
             # Private, but what TorchInductor and Triton call; torch.cuda.current_stream() makes an
             # object in every call.
-            ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device)),
-            (ctypes.c_void_p * len(pointers))(*pointers),
+            torch._C._cuda_getCurrentRawStream(self._device),
+            self._arguments.pack(*arguments),
             None,
         )
-        status = _library().cuLaunchKernel(*everything)
+        status = _launch_kernel()(*everything)
         if status == _INVALID_CONTEXT:
             _bind(self._device)
-            status = _library().cuLaunchKernel(*everything)
+            status = _launch_kernel()(*everything)
         if status:
             raise RuntimeError(f'a CUDA kernel cannot be launched: error {status} of the driver')
 
 
+class _Arguments(threading.local):
+    """The memory that a thread hands the arguments of a kernel over in; CUDA copies them."""
+
+    def __init__(self, layout: str) -> None:
+        self._struct = struct.Struct('=' + layout)
+        self._values = ctypes.create_string_buffer(self._struct.size)
+        sizes = [struct.calcsize(kind) for kind in layout]
+        start = ctypes.addressof(self._values)
+        addresses = (start + end - size for end, size in zip(accumulate(sizes), sizes, strict=True))
+        self._pointers = (ctypes.c_void_p * len(layout))(*addresses)
+
+    def pack(self, *arguments: float) -> ctypes.Array:
+        """Return pointers to the arguments, valid until the next call in this thread."""
+        self._struct.pack_into(self._values, 0, *arguments)
+        return self._pointers
+
+
 @functools.cache
-def _library() -> ctypes.CDLL:
-    # A launch takes a third of the time that the bindings take.
-    return ctypes.CDLL('libcuda.so.1')
+def _launch_kernel() -> Any:
+    # Takes a third of the time that the bindings take.
+    function = ctypes.CDLL('libcuda.so.1').cuLaunchKernel
+    function.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3]
+    return function
 
 
 def _architecture(device: int) -> int:
@@ -135,7 +152,7 @@ def _compiled(source: Path, definitions: dict[str, int], device: int) -> bytes:
     """Return the machine code of a source, from the user's cache if it was compiled before."""
     from cuda.bindings import nvrtc
 
-    code = source.read_bytes()
+    code = read_source(source)
     options = ['-std=c++17', f'--gpu-architecture=sm_{_architecture(device)}']
     options += [f'-D{name}={value}' for name, value in definitions.items()]
     parts = repr((options, _check(nvrtc.nvrtcVersion())))
@@ -147,6 +164,11 @@ def _compiled(source: Path, definitions: dict[str, int], device: int) -> bytes:
     return load_or_build(name, build, Path.read_bytes)
 
 
+def read_source(source: Path) -> bytes:
+    """Return a source with what comes before every one."""
+    return b'%s#line 1 "%s"\n%s' % (PTX.read_bytes(), source.name.encode(), source.read_bytes())
+
+
 def compile_source(code: bytes, options: list[str]) -> bytes:
     """Return the machine code that NVIDIA's run-time compiler makes of CUDA C++.
 
@@ -156,7 +178,7 @@ def compile_source(code: bytes, options: list[str]) -> bytes:
     from cuda.bindings import nvrtc
 
     logging.getLogger(__name__).info('Compiling for a GPU: %s', ' '.join(options))
-    (program,) = _check(nvrtc.nvrtcCreateProgram(code, b'filter.cu', 0, [], []))
+    (program,) = _check(nvrtc.nvrtcCreateProgram(code, PTX.name.encode(), 0, [], []))
     try:
         encoded = [option.encode() for option in options]
         if nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)[0]:

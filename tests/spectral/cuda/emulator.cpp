@@ -1,22 +1,22 @@
-// The kernels of filter.cu, emulated, with C functions that launch them.
+// The kernel NAME of a source, emulated, with a C function that launches it as CUDA's driver does.
 #include "emulator.h"
+#include PTX
 #include SOURCE
 
-#if CORRELATE
-extern "C" void launch_correlate_maps(int x, int y, int threads, size_t bytes, const u16* g,
-                                      const u16* map, Complex* gradient, const uint4* basis_h,
-                                      const uint4* basis_w, int height, int width, int channels) {
+template <class... Arguments, size_t... I>
+void launch_with(void (*kernel)(Arguments...), std::index_sequence<I...>, int x, int y, int threads,
+                 size_t bytes, void** pointers) {
     emulated::launch(x, y, threads, bytes, [=] {
-        correlate_maps(g, map, gradient, basis_h, basis_w, height, width, channels);
+        kernel(*static_cast<std::remove_cv_t<Arguments>*>(pointers[I])...);
     });
 }
-#else
-extern "C" void launch_filter_maps(int x, int y, int threads, size_t bytes, const u16* map,
-                                   const Complex* weight, u16* result, const uint4* basis_h,
-                                   const uint4* basis_w, int height, int width, int channels,
-                                   float sign) {
-    emulated::launch(x, y, threads, bytes, [=] {
-        filter_maps(map, weight, result, basis_h, basis_w, height, width, channels, sign);
-    });
+
+template <class... Arguments>
+void launch_kernel(void (*kernel)(Arguments...), int x, int y, int threads, size_t bytes,
+                   void** pointers) {
+    launch_with(kernel, std::index_sequence_for<Arguments...>(), x, y, threads, bytes, pointers);
 }
-#endif
+
+extern "C" void launch(int x, int y, int threads, size_t bytes, void** pointers) {
+    launch_kernel(NAME, x, y, threads, bytes, pointers);
+}

@@ -1,13 +1,11 @@
-// CUDA on a CPU, as much of it as filter.cu needs: each thread of a block is a fibre.
+// CUDA on a CPU, as much of it as the kernels need: each thread of a block is a fibre.
 #define EMULATED
 #include <ucontext.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <random>
+#include <utility>
 #include <vector>
 
 #define DEVICE inline
@@ -16,6 +14,9 @@
 
 struct uint4 {
     unsigned x, y, z, w;
+};
+struct uint2 {
+    unsigned x, y;
 };
 struct float2 {
     float x, y;
@@ -120,6 +121,13 @@ inline unsigned largest_of_warp(unsigned x) {
     return largest;
 }
 
+inline float of_lane_xor(float x, int bits) {
+    const uint64_t* given = emulated::exchange(float_to_bits(x));
+    return bits_to_float(given[emulated::running % 32 ^ bits]);
+}
+
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+
 inline unsigned larger_pair(unsigned x, unsigned y) {
     const unsigned low = (x & 0xffff) > (y & 0xffff) ? x : y, high = x >> 16 > y >> 16 ? x : y;
     return (high & 0xffff0000) | (low & 0xffff);
@@ -197,7 +205,13 @@ std::vector<char> done;
 
 // Whether threads take turns in any order, some more often than others, as they may on a GPU.
 bool is_shuffled = false;
-std::minstd_rand generator;
+uint64_t state;
+
+// Return a number below a bound (Lehmer's generator, as std::minstd_rand).
+int random_below(int bound) {
+    state = state * 48271 % 2147483647;
+    return state % bound;
+}
 
 void start() {
     entry(arguments);
@@ -209,9 +223,9 @@ void start() {
 template <class Kernel>
 void launch(int x, int y, int threads, size_t bytes, Kernel kernel) {
     constexpr size_t STACK = 1 << 17;
-    std::unique_ptr<unsigned char[]> storage(new unsigned char[bytes + 16]);
-    memory = storage.get() + 16 - reinterpret_cast<uintptr_t>(storage.get()) % 16;
-    std::unique_ptr<char[]> stacks(new char[threads * STACK]);
+    std::vector<unsigned char> storage(bytes + 16);
+    memory = storage.data() + 16 - reinterpret_cast<uintptr_t>(storage.data()) % 16;
+    char* stacks = new char[threads * STACK];
     fibres.resize(threads), done.resize(threads), warps.assign(threads / 32, {});
     std::vector<int> order(threads);
     for (int i = 0; i < threads; ++i) order[i] = i;
@@ -231,20 +245,23 @@ void launch(int x, int y, int threads, size_t bytes, Kernel kernel) {
             makecontext(&fibres[i], start, 0);
         }
         for (int left = threads; left > 0;) {
-            if (is_shuffled) std::shuffle(order.begin(), order.end(), generator);
+            for (int i = threads - 1; is_shuffled && i > 0; --i) {
+                std::swap(order[i], order[random_below(i + 1)]);
+            }
             for (int next = 0; next < threads; ++next) {
                 running = order[next];
-                if (done[running] || (is_shuffled && generator() % 3 == 0)) continue;
+                if (done[running] || (is_shuffled && random_below(3) == 0)) continue;
                 threadIdx = {running, 0};
                 swapcontext(&main_context, &fibres[running]);
                 left -= done[running];
             }
         }
     }
+    delete[] stacks;
 }
 }  // namespace emulated
 
 extern "C" void shuffle(unsigned seed) {
     emulated::is_shuffled = seed > 0;
-    emulated::generator.seed(seed);
+    emulated::state = seed;
 }

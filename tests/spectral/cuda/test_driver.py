@@ -3,7 +3,6 @@
 import ctypes
 import re
 import struct
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,10 +80,10 @@ def test_a_launch_hands_over_sizes_stream_and_arguments(calls, tmp_path, monkeyp
             struct.unpack(kind, ctypes.string_at(pointer, struct.calcsize(kind)))[0]
             for kind, pointer in zip('Qif', pointers, strict=True)
         ]
-        launched.append((function.value, sizes, stream.value, values, extra))
+        launched.append((function, sizes, stream, values, extra))
         return status
 
-    monkeypatch.setattr(driver, '_library', lambda: SimpleNamespace(cuLaunchKernel=launch))
+    monkeypatch.setattr(driver, '_launch_kernel', lambda: launch)
     kernel, status = make_kernel(tmp_path, 2), 0
     kernel.launch((5, 6), 2**40, -7, 0.5)
     assert launched == [(123, [5, 6, 1, 64, 1, 1, 4096], 77, [2**40, -7, 0.5], None)]

@@ -1,0 +1,200 @@
+"""Layer norm and scaled residual of maps, in CUDA C++ for NVIDIA GPUs, compiled on first use.
+
+Under autocast torch casts 16-bit maps to float32, normalises them and casts the result back, and
+the same in the backward pass. Here one kernel reads and writes maps in the types that they have;
+the arithmetic is float32 all the same.
+
+Maps are `(B, H, W, C)`, contiguous at addresses that are multiples of 16 (:func:`readable`); so are
+parameters `(C,)`, which are float32. None of the functions is differentiable.
+"""
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gfnet_dense.spectral.cuda import driver
+
+_SOURCE = Path(__file__).with_name('cells.cu')
+
+_DEVICE = 'cuda'
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_WARPS = 4  # of a block of threads
+_CELLS = 4  # that a thread takes part in, one after the other, where nothing is summed up
+_LARGEST_CELL = 1024  # channels; threads hold whole cells in registers
+
+_SUMS = 2  # over all cells, that a backward kernel returns
+
+# Types of arguments, as `struct` writes them.
+_KERNELS = {
+    'normalize': 'QQQQQif',
+    'normalize_backward': 'QQQQQQQii',
+    'add_scaled': 'QQQQQii',
+    'add_scaled_backward': 'QQQQQQiii',
+}
+
+
+def is_supported(x: Tensor) -> bool:
+    """Tell whether the kernels take maps like `x`. Asks for device, dtype and shape alone."""
+    channels = x.shape[-1]
+    return (
+        x.device.type == _DEVICE
+        and x.dtype in _TYPES
+        and channels % 4 == 0
+        and 0 < channels <= _LARGEST_CELL
+        and 0 < x.numel() < 2**31 * channels
+        and _device_reason(x.device.index) is None
+    )
+
+
+_device_reason = functools.cache(driver.unsupported_reason)
+
+
+def readable(x: Tensor) -> Tensor:
+    """Return a tensor that the kernels can read 16 bytes at a time."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def normalize(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Normalise the channels of each cell.
+
+    Returns:
+        The result in a dtype; means and `1 / sqrt(variance + eps)`, of shape `(2, B H W)`.
+    """
+    y = torch.empty_like(x, dtype=dtype)
+    statistics = x.new_empty((2, _cells(x)), dtype=torch.float32)
+    _launch('normalize', x, dtype, (x, weight, bias, y, statistics), eps)
+    return y, statistics
+
+
+def normalize_backward(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    statistics: Tensor,
+    residual: Tensor | None,
+    sums: Tensor,
+    row: int,
+) -> Tensor:
+    """Return the gradient of `x`, to which `residual` in float32 is added.
+
+    Rows `row` and `row + 1` of `sums` (:func:`new_sums`) become those of weight and bias.
+    """
+    grad_x = torch.empty_like(x)
+    tensors = g, x, weight, statistics, residual, grad_x
+    _launch('normalize_backward', x, g.dtype, tensors, sums=(sums, row))
+    return grad_x
+
+
+def add_scaled(x: Tensor, scale: Tensor | None, factors: Tensor | None, y: Tensor) -> Tensor:
+    """Return `x + scale * factors * y` in float32: scales of channels, factors of images."""
+    out = torch.empty_like(x, dtype=torch.float32)
+    _launch('add_scaled', x, y.dtype, (x, scale, factors, y, out), _cells_of_image(x))
+    return out
+
+
+def add_scaled_backward(
+    g: Tensor, scale: Tensor | None, factors: Tensor | None, y: Tensor, sums: Tensor, row: int
+) -> Tensor:
+    """Return the gradient of `y`.
+
+    Row `row` of `sums` (:func:`new_sums`) becomes the gradient of the scale, `row + 1` that of a
+    bias which was added to `y`.
+    """
+    grad_y = torch.empty_like(y)
+    tensors = g, scale, factors, y, grad_y
+    _launch('add_scaled_backward', g, y.dtype, tensors, _cells_of_image(g), sums=(sums, row))
+    return grad_y
+
+
+def new_sums(x: Tensor, rows: int) -> Tensor:
+    """Return memory, `(blocks, rows, C)`, for what backward kernels sum up over the cells of `x`.
+
+    `sums.sum(0)` are the sums.
+    """
+    channels = x.shape[-1]
+    most = _resident(channels) * _multiprocessors(x.device.index)
+    blocks = min(-(-_cells(x) // _cells_of_block(channels)), most)
+    return x.new_empty((blocks, rows, channels), dtype=torch.float32)
+
+
+def _cells(x: Tensor) -> int:
+    return x.numel() // x.shape[-1]
+
+
+def _cells_of_image(x: Tensor) -> int:
+    return x.shape[1] * x.shape[2]
+
+
+def _launch(
+    name: str,
+    like: Tensor,
+    result: torch.dtype,
+    tensors: tuple[Tensor | None, ...],
+    *others: float,
+    sums: tuple[Tensor, int] | None = None,
+) -> None:
+    """Launch a kernel for maps like one, and results of a dtype."""
+    channels, cells = like.shape[-1], _cells(like)
+    arguments: list[float] = [0 if t is None else t.data_ptr() for t in tensors]
+    if sums is None:
+        arguments += (cells, *others)
+        blocks = -(-cells // (_CELLS * _cells_of_block(channels)))
+    else:
+        memory, row = sums
+        blocks, rows, _ = memory.shape
+        arguments += (memory.data_ptr() + 4 * row * channels, cells, *others, rows * channels)
+    with torch.cuda.device_of(like):
+        kernel = _kernel(name, channels, like.dtype, result, like.device.index)
+        kernel.launch((blocks, 1), *arguments)
+
+
+def _resident(channels: int) -> int:
+    """Return how many blocks a multiprocessor shall have room for, which limits their registers."""
+    return 4 if channels <= 512 else 2
+
+
+def _cells_of_block(channels: int) -> int:
+    return 32 * _WARPS // _lanes(channels)
+
+
+@functools.cache
+def _lanes(channels: int) -> int:
+    """Return how many threads share a cell: a power of two that leaves each 8 channels or more."""
+    return min(32, 1 << (max(1, channels // 8).bit_length() - 1))
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _kernel(
+    name: str, channels: int, map_: torch.dtype, result: torch.dtype, device: int
+) -> driver.Kernel:
+    definitions = _definitions(channels, map_, result)
+    shared = _shared(channels) if name.endswith('backward') else 0
+    return driver.Kernel(_SOURCE, definitions, name, _KERNELS[name], 32 * _WARPS, shared, device)
+
+
+def _definitions(channels: int, map_: torch.dtype, result: torch.dtype) -> dict[str, int]:
+    """Return the macros of `cells.cu`."""
+    return dict(
+        CHANNELS=channels,
+        LANES=_lanes(channels),
+        MAP=_TYPES[map_],
+        RESULT=_TYPES[result],
+        WARPS=_WARPS,
+        RESIDENT=_resident(channels),
+    )
+
+
+def _shared(channels: int) -> int:
+    """Return the bytes of shared memory that a block of threads adds its sums up in."""
+    return 4 * _WARPS * _SUMS * channels

@@ -1,0 +1,416 @@
+"""Blocks as one function, with kernels for norms and residual, on a GPU or emulated."""
+
+import copy
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from emulated_cuda import emulation, shuffled_threads
+from filter_oracle import ERRORS, assert_near
+from timm.layers import set_fast_norm
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.utils import prune
+
+from gfnet_dense.models import GFNetPyramid, cuda, fused_block
+from gfnet_dense.models.gfnet import Block
+from gfnet_dense.spectral.reference import reference_filter
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = 'cuda' if ON_GPU else 'cpu'
+FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
+EPS = 1e-6
+
+# Channels that the lanes of a cell share evenly and unevenly, and that one has for itself; so many
+# cells that a block of threads processes several turns, and the last is not full.
+CASES = [
+    (4, (2, 9, 211), FLOAT, BFLOAT),
+    (36, (3, 7, 31), FLOAT, FLOAT),
+    (96, (2, 9, 11), BFLOAT, BFLOAT),
+    (768, (1, 5, 7), HALF, HALF),
+]
+if ON_GPU:
+    channels, types = (64, 96, 192, 384, 512, 768, 1000, 1024), (FLOAT, BFLOAT, HALF)
+    CASES += itertools.product(channels, [(2, 67, 45)], types, types)
+cases = pytest.mark.parametrize(('channels', 'size', 'map_', 'result'), CASES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _kernels():
+    # Fills what `empty` returns with NaN.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    if ON_GPU:
+        yield
+    else:
+        with emulation():
+            yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[str]:
+    """Return the names of the kernels that are launched."""
+    names, launch = [], cuda._launch
+
+    def note(name: str, *args, **options) -> None:
+        names.append(name)
+        launch(name, *args, **options)
+
+    monkeypatch.setattr(cuda, '_launch', note)
+    return names
+
+
+def draw(*shape: int, dtype: torch.dtype = FLOAT) -> Tensor:
+    x = 3 * torch.randn(shape, dtype=torch.float64, device=DEVICE) + 1
+    return x.to(dtype)
+
+
+def truth(function, *inputs: Tensor, g: Tensor) -> list[Tensor]:
+    """Return result and gradients of a function in float64."""
+    inputs = [t.double().cpu().requires_grad_() for t in inputs]
+    y = function(*inputs)
+    return [y, *torch.autograd.grad(y, inputs, g.double().cpu())]
+
+
+def assert_all_near(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        assert_near([a], [e], ERRORS[a.dtype])
+
+
+# The kernels
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, EPS)
+
+
+def normalized(x: Tensor, weight: Tensor, bias: Tensor, g: Tensor) -> list[Tensor]:
+    """Return the result of the kernels and its gradients."""
+    y, statistics = cuda.normalize(x, weight, bias, EPS, g.dtype)
+    sums = cuda.new_sums(x, 3)
+    grad_x = cuda.normalize_backward(g, x, weight, statistics, None, sums, 1)
+    return [y, grad_x, *sums.sum(0)[1:]]
+
+
+def norm_case(channels: int, size, map_, result) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, g = draw(*size, channels, dtype=map_), draw(*size, channels, dtype=result)
+    return x, draw(channels), draw(channels), g
+
+
+@cases
+def test_layer_norm(channels, size, map_, result):
+    x, weight, bias, g = norm_case(channels, size, map_, result)
+    assert cuda.is_supported(x)
+    actual, expected = normalized(x, weight, bias, g), truth(layer_norm, x, weight, bias, g=g)
+    assert [t.dtype for t in actual] == [result, map_, FLOAT, FLOAT]
+    assert_all_near(actual, expected)
+    _, statistics = cuda.normalize(x, weight, bias, EPS, result)
+    residual, sums = draw(*x.shape), cuda.new_sums(x, 2)
+    actual = cuda.normalize_backward(g, x, weight, statistics, residual, sums, 0)
+    assert_near([actual], [expected[1] + residual.double().cpu()], ERRORS[map_])
+
+
+@cases
+def test_add_scaled(channels, size, map_, result):
+    x, y, g = draw(*size, channels, dtype=map_), draw(*size, channels, dtype=result), None
+    scale, factors, g = draw(channels), draw(len(x)), draw(*x.shape)
+
+    def by_torch(x: Tensor, scale: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+        return x + scale * factors.double().cpu()[:, None, None, None] * (y + bias)
+
+    out, sums = cuda.add_scaled(x, scale, factors, y), cuda.new_sums(x, 2)
+    grad_y = cuda.add_scaled_backward(g, scale, factors, y, sums, 0)
+    expected, _, *gradients = truth(by_torch, x, scale, y, torch.zeros(channels), g=g)
+    grad_scale, grad_bias = sums.sum(0)
+    assert_all_near([out, grad_scale, grad_y, grad_bias], [expected, *gradients])
+    assert torch.equal(cuda.add_scaled(x, None, None, y), x + y.float())
+    grad_y = cuda.add_scaled_backward(g, None, None, y, sums, 0)
+    assert torch.equal(grad_y, g.to(result))
+
+
+@pytest.mark.skipif(ON_GPU, reason='needs the emulation')
+def test_any_order_of_threads():
+    case = norm_case(96, (2, 9, 11), BFLOAT, BFLOAT)
+    results = []
+    for seed in (0, 1, 2):
+        with shuffled_threads(seed):
+            results.append(normalized(*case))
+    assert all(map(torch.equal, results[0], results[1]))
+    assert all(map(torch.equal, results[0], results[2]))
+
+
+@pytest.mark.parametrize('channels', [96, 768, 1000])
+@pytest.mark.parametrize('capability', [80, 90])
+def test_compiles_for_a_gpu(channels, capability):
+    pytest.importorskip('cuda.bindings')
+    options = ['-std=c++17', f'--gpu-architecture=sm_{capability}']
+    definitions = cuda._definitions(channels, FLOAT, BFLOAT)
+    options += [f'-D{macro}={value}' for macro, value in definitions.items()]
+    source = cuda.driver.read_source(cuda._SOURCE)
+    assert cuda.driver.compile_source(source, options).startswith(b'\x7fELF')
+    assert cuda._shared(channels) <= 48 * 1024  # what a block has without asking for more
+
+
+# Blocks
+
+KERNELS = Counter(normalize=2, add_scaled=1)
+BACKWARD = Counter(normalize_backward=2, add_scaled_backward=1)
+
+
+def make_block(dim: int = 4, drop_path: float = 0.0, gamma: float | None = 0.5) -> Block:
+    block = Block(dim, (6, 5), 'bilinear', 'fft', drop_path, gamma).to(DEVICE)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return block
+
+
+def autocast(dtype: torch.dtype = BFLOAT, enabled: bool = True):
+    return torch.autocast(DEVICE, dtype, enabled)
+
+
+def step(block: nn.Module, x: Tensor, g: Tensor, **options) -> list[Tensor]:
+    """Return result and gradients of a block."""
+    x = x.detach().requires_grad_()
+    with autocast(**options):
+        y = block(x)
+    return [y, *torch.autograd.grad(y, [x, *block.parameters()], g)]
+
+
+def by_definition(block: Block, x: Tensor, factors: Tensor | None = None) -> Tensor:
+    """Compute a block in float64."""
+    y = block.norm2(reference_filter(block.norm1(x), block.filter.spectrum(x.shape[1:3])))
+    y = block.mlp.fc2(F.gelu(block.mlp.fc1(y)))
+    if factors is not None:
+        y = y * factors
+    return x + (y if block.gamma is None else block.gamma * y)
+
+
+@pytest.mark.parametrize('gamma', [0.5, None])
+@pytest.mark.parametrize('dtype', [FLOAT, BFLOAT])
+@pytest.mark.parametrize('size', [(6, 5), (9, 8)], ids=str)
+def test_a_block(launched, gamma, dtype, size):
+    block, x, g = make_block(gamma=gamma), draw(3, *size, 4), draw(3, *size, 4)
+    actual = step(block, x, g, enabled=dtype == BFLOAT)
+    assert Counter(launched) == KERNELS + BACKWARD
+    assert {t.dtype for t in actual} == {FLOAT}
+    exact = copy.deepcopy(block).double().cpu()
+    x = x.double().cpu().requires_grad_()
+    y = by_definition(exact, x)
+    expected = [y, *torch.autograd.grad(y, [x, *exact.parameters()], g.double().cpu())]
+    # Several roundings to bfloat16 add up.
+    assert_near(actual, expected, 1e-5 if dtype == FLOAT else 5 * ERRORS[BFLOAT])
+    launched.clear()
+    with torch.no_grad(), autocast(enabled=dtype == BFLOAT):
+        assert torch.equal(block(x.to(DEVICE, FLOAT)), actual[0])
+    assert Counter(launched) == KERNELS
+
+
+def test_16_bit_maps_between_stages(launched):
+    block, x = make_block(), draw(2, 6, 5, 4, dtype=BFLOAT).requires_grad_()
+    with autocast():
+        y = block(x)
+    assert y.dtype == FLOAT and launched
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert grad.dtype == BFLOAT
+    exact = copy.deepcopy(block).double().cpu()
+    expected = truth(lambda x: by_definition(exact, x), x.detach(), g=torch.ones_like(y))
+    assert_near([y, grad], expected, 5 * ERRORS[BFLOAT])
+
+
+def test_drop_path(launched, monkeypatch):
+    block, x, g = make_block(drop_path=0.5), draw(64, 6, 5, 4), draw(64, 6, 5, 4)
+
+    def steps() -> list[Tensor]:
+        torch.manual_seed(0)
+        results = step(block, x, g, enabled=False)
+        with torch.no_grad():
+            return [*results, block(x), block.eval()(x), block.train()(x)]
+
+    actual = steps()
+    assert Counter(launched) == KERNELS + KERNELS + KERNELS + KERNELS + BACKWARD
+    dropped = (actual[0] == x).flatten(1).all(1).sum()
+    assert 16 < dropped < 48
+    monkeypatch.setattr(fused_block, 'run', lambda *_: None)
+    assert_near(actual, [t.double().cpu() for t in steps()], 1e-5)
+
+
+def test_strides_and_addresses():
+    block, x, g = make_block(), draw(2, 6, 5, 4), draw(2, 6, 5, 4)
+    expected = step(block, x, g)
+    strided = (t.movedim(-1, 1).contiguous().movedim(1, -1) for t in (x, g))
+    assert all(map(torch.equal, expected, step(block, *strided)))
+
+    def shifted(t: Tensor) -> Tensor:  # to an address that is no multiple of 16
+        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+    for parameter in block.parameters():
+        parameter.data = shifted(parameter.data)
+    assert all(map(torch.equal, expected, step(block, shifted(x), shifted(g))))
+
+
+@pytest.mark.parametrize('enabled', [False, True])
+def test_backward_under_autocast(enabled):
+    block, x, g = make_block(), draw(2, 6, 5, 4), draw(2, 6, 5, 4)
+    expected = step(block, x, g, enabled=enabled)
+    x = x.requires_grad_()
+    with autocast(enabled=enabled):
+        y = block(x)
+    with autocast():
+        actual = torch.autograd.grad(y, [x, *block.parameters()], g)
+    assert all(map(torch.equal, expected[1:], actual))
+
+
+def gradients_of_gradients(function, x: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    x = x.requires_grad_()
+    inputs = [x, *parameters]
+    first = torch.autograd.grad(function(x).square().sum(), inputs, create_graph=True)
+    return [*torch.autograd.grad(sum(t.square().sum() for t in first), inputs)]
+
+
+def test_second_derivatives():
+    block, x = make_block(), draw(2, 6, 5, 4)
+    actual = gradients_of_gradients(block, x, [*block.parameters()])
+    exact = copy.deepcopy(block).double().cpu()
+    expected = gradients_of_gradients(
+        lambda x: by_definition(exact, x), x.detach().double().cpu(), [*exact.parameters()]
+    )
+    assert_near(actual, expected, 2e-5)
+
+
+def test_batched_gradients(launched):
+    """As in `torch.autograd.functional.jacobian(..., vectorize=True)`."""
+    block, x = make_block(), draw(2, 6, 5, 4).requires_grad_()
+    y, inputs = block(x), [x, *block.parameters()]
+    assert launched
+    g = draw(3, *y.shape)
+    batched = torch.autograd.grad(y, inputs, g, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        single = torch.autograd.grad(y, inputs, g[i], retain_graph=True)
+        assert_near([b[i] for b in batched], [t.double().cpu() for t in single], 1e-5)
+
+
+def test_frozen_parameters(launched):
+    block = make_block().requires_grad_(False)
+    x = draw(2, 6, 5, 4).requires_grad_()
+    block(x).sum().backward()
+    assert x.grad is not None and all(p.grad is None for p in block.parameters())
+    block.requires_grad_()
+    block(x.detach()).sum().backward()
+    assert all(p.grad is not None for p in block.parameters())
+    assert Counter(launched) == KERNELS + KERNELS + BACKWARD + BACKWARD
+
+
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_a_network_trains_as_layer_by_layer(launched, monkeypatch, checkpointing):
+    torch.manual_seed(0)
+    arch = dict(embed_dims=(4, 4), depths=(1, 2), patch_size=4, layer_scale_init_value=0.5)
+    model = GFNetPyramid(arch, img_size=32, num_classes=0, filter_backend='fft').to(DEVICE)
+    model.set_grad_checkpointing(checkpointing)
+    images = torch.randn(2, 3, 32, 32, device=DEVICE)
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        with autocast():
+            y = model(images)[-1]
+        y.float().square().sum().backward()
+        return [y, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    actual = gradients()
+    forwards = 2 if checkpointing else 1  # of three blocks
+    forward, backward = [*KERNELS.elements()], [*BACKWARD.elements()]
+    assert Counter(launched) == Counter(3 * forwards * forward + 3 * backward)
+    monkeypatch.setattr(fused_block, 'run', lambda *_: None)
+    assert_near(actual, [t.double().cpu() for t in gradients()], 0.05)
+
+
+# What runs layer by layer
+
+
+def watch_filter(block: Block) -> None:
+    block.filter.register_forward_hook(lambda *_: None)
+
+
+def replace_forward(block: Block) -> None:
+    block.filter.forward = lambda x: 2 * x
+
+
+def replace_layer(block: Block) -> None:
+    class Adapter(nn.Linear):
+        pass
+
+    block.mlp.fc1.__class__ = Adapter
+
+
+def prune_layer(block: Block) -> None:
+    prune.l1_unstructured(block.mlp.fc1, 'weight', 0.5)
+
+
+def drop_out(block: Block) -> None:
+    block.mlp.drop1.p = 0.5
+
+
+def parametrize(block: Block) -> None:
+    nn.utils.parametrizations.weight_norm(block.mlp.fc2)
+
+
+def to_16_bits(block: Block) -> None:
+    block.filter.bfloat16()
+
+
+def without_bias(block: Block) -> None:
+    block.mlp.fc2.bias = None
+
+
+def compile_layer(block: Block) -> None:
+    block.norm2.compile(backend='eager')
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        watch_filter,
+        replace_forward,
+        replace_layer,
+        prune_layer,
+        drop_out,
+        parametrize,
+        to_16_bits,
+        without_bias,
+        compile_layer,
+    ],
+)
+def test_changed_layers(launched, change):
+    block = make_block()
+    change(block)
+    with autocast():
+        block(draw(2, 6, 5, 4))
+    assert launched == []
+
+
+def test_other_ways_to_run(launched, monkeypatch):
+    block, x = make_block(), draw(2, 6, 5, 4)
+    with forward_ad.dual_level():
+        y = block(forward_ad.make_dual(x, torch.ones_like(x)))
+        assert forward_ad.unpack_dual(y).tangent is not None
+    torch.func.grad(lambda x: block(x).sum())(x)
+    torch.func.vmap(block, randomness='same')(x[None])
+    copy.deepcopy(block).double()(x.double())
+    make_block(6)(draw(2, 6, 5, 6))
+    block(x[:0])
+    torch.compile(block, backend='eager', fullgraph=True)(x)
+    set_fast_norm(True)
+    try:
+        make_block()(x)
+    finally:
+        set_fast_norm(False)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    block(x)
+    handle.remove()
+    with pytest.raises(RuntimeError, match='dtype'):
+        block(x.bfloat16())
+    with autocast():
+        make_block(gamma=None)(x.bfloat16())
+    assert launched == []
