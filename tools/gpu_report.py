@@ -261,16 +261,14 @@ def in_turns(
     return cells
 
 
-def filters(at: Setting) -> Iterator[Row]:
-    """Time the backends of the filter: 16 bits first, the stages at 512 first."""
+def filters(at: Setting, dtype: str) -> Iterator[Row]:
+    """Time the backends of the filter, the stages at 512 first."""
     sizes = [*bench.GPU_SIZES, *STAGES_224, *COCO_SIZES]
     launches = ['eager', 'CUDA graph']
     if at.rehearse:
         sizes, launches = ['3x2x2'], ['eager']
     passes = ('forward', 'forward + backward')
-    for dtype, size, what, launch in itertools.product(
-        ('bfloat16', 'float32'), sizes, passes, launches
-    ):
+    for size, what, launch in itertools.product(sizes, passes, launches):
         names = ('baseline', 'fft', 'dense') + ('fused',) * (dtype == 'bfloat16')
         run = functools.partial(time_filter, at, size, dtype, what, launch, names)
         yield Row(FILTER, f'{size} | {dtype} | {what} | {launch}', names, run)
@@ -601,9 +599,10 @@ def make_config(
 
 
 def times_of_operators(at: Setting) -> Iterator[Row]:
-    """Time the filter, then blocks."""
-    yield from filters(at)
+    """Time filters and blocks: what trainings with autocast use first."""
+    yield from filters(at, 'bfloat16')
     yield from blocks(at)
+    yield from filters(at, 'float32')
 
 
 PARTS = {1: correctness, 2: times_of_operators, 3: backbones, 4: products}
