@@ -55,6 +55,8 @@ def library(source: Path, definitions: tuple[tuple[str, int | str], ...]) -> cty
         raise FileNotFoundError('the emulation of a GPU needs g++')
     files = [FOLDER / 'emulator.cpp', FOLDER / 'emulator.h', cuda.driver.PTX, source]
     command = [compiler, '-std=c++17', '-O1', '-shared', '-fPIC', '-w', str(files[0])]
+    # Ends the process at an address that a GPU would refuse.
+    command += ['-fsanitize=alignment', '-fsanitize-undefined-trap-on-error']
     command += [f'-D{name}={value}' for name, value in definitions]
     command += [f'-DSOURCE="{source}"', f'-DPTX="{cuda.driver.PTX}"']
     parts = repr((command, [file.read_bytes() for file in files]))

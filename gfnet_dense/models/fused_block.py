@@ -4,8 +4,9 @@ Layer by layer, autocast casts maps between 16 bits and float32 around both norm
 in both passes, and every operator is a node for autograd. Here norms and residual are the kernels
 of :mod:`.cuda`, which need no casts, and the block is one node.
 
-:func:`run` is strict: a block with hooks or with other layers than its own runs layer by layer, and
-so does everything that needs to see torch's operators, such as compilers and `torch.func`.
+:func:`run` is strict: a block with hooks or with other layers than its own runs layer by layer. So
+do blocks in compiled, exported or traced graphs, under `torch.func`, in forward-mode derivatives
+and under dispatch modes, which need to see torch's operators.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as of_all_modules
 
 from gfnet_dense.spectral import select_backend
 from gfnet_dense.spectral.autograd import Backend, differentiable_filter
@@ -70,36 +71,50 @@ _LAYERS: dict[str, type[nn.Module]] = dict(
     drop2=nn.Dropout,
 )
 
+_GLOBAL_HOOKS = (
+    of_all_modules._global_forward_hooks,
+    of_all_modules._global_forward_pre_hooks,
+    of_all_modules._global_backward_hooks,
+    of_all_modules._global_backward_pre_hooks,
+)
+
 
 def run(block: 'Block', x: Tensor) -> Tensor | None:
     """Process a map `(B, H, W, C)` as the layers of a block do; None if they have to do it.
 
     The result is float32.
     """
-    if type(x) is not Tensor or is_capturing() or not cuda.is_supported(x):
+    if type(x) is not Tensor or is_capturing() or x.ndim != 4 or not cuda.is_supported(x):
         return None
     if (layers := _own_layers(block)) is None:
         return None
     is_autocast = torch.is_autocast_enabled(x.device.type)
-    gamma = block._parameters.get('gamma')
+    gamma = block.gamma
     if x.dtype != torch.float32 and (gamma is None or not is_autocast):
         return None  # torch returns 16 bits, or an error
     # From their dicts, since attributes of modules take many times as long.
+    spectrum = layers['filter']._parameters.get('complex_weight')
     parameters = [
         layers[name]._parameters.get(key)
         for name in ('norm1', 'norm2', 'fc1', 'fc2')
         for key in ('weight', 'bias')
     ]
-    tensors = [layers['filter']._parameters.get('complex_weight'), *parameters]
-    tensors += [] if gamma is None else [gamma]
+    tensors = [spectrum, *parameters, *(() if gamma is None else (gamma,))]
     if any(t is None or t.dtype != torch.float32 or t.device != x.device for t in tensors):
         return None
     if is_in_forward_mode() or not is_plain(x, *tensors):
         return None
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
+    if needs_grad and not all(t.requires_grad for t in tensors):
+        return None  # the layers save the work for gradients that nobody needs
 
-    factors = None
-    if block.training and layers['drop_path'].drop_prob:
-        factors = layers['drop_path'](x.new_ones((len(x), 1, 1, 1), dtype=torch.float32)).flatten()
+    spectrum = layers['filter'].spectrum((x.shape[1], x.shape[2]))
+    inputs = _Inputs._make((x, spectrum, *parameters, gamma))
+    if not _fits(inputs):
+        return None  # the layers say what is wrong
+    drop_path, factors = layers['drop_path'], None
+    if drop_path.training and drop_path.drop_prob:
+        factors = drop_path(x.new_ones((len(x), 1, 1, 1), dtype=torch.float32)).flatten()
     settings = _Settings(
         torch.get_autocast_dtype(x.device.type) if is_autocast else torch.float32,
         layers['norm1'].eps,
@@ -108,19 +123,27 @@ def run(block: 'Block', x: Tensor) -> Tensor | None:
         layers['act'].approximate,
         factors,
     )
-    spectrum = layers['filter'].spectrum((x.shape[1], x.shape[2]))
-    inputs = _Inputs._make(
-        t if t is None else cuda.readable(t) for t in (x, spectrum, *parameters, gamma)
+    return _FusedBlock.apply(settings, *inputs) if needs_grad else _infer(settings, inputs)
+
+
+def _fits(i: _Inputs) -> bool:
+    """Tell whether the shapes of parameters are those of a block for maps like its input."""
+    _, height, width, channels = i.x.shape
+    of_channels = i.norm1_weight, i.norm1_bias, i.norm2_weight, i.norm2_bias, i.fc2_bias
+    hidden = len(i.fc1_bias)
+    return (
+        all(t.shape == (channels,) for t in of_channels)
+        and (i.gamma is None or i.gamma.shape == (channels,))
+        and i.spectrum.shape == (height, width // 2 + 1, channels, 2)
+        and i.fc1_weight.shape == (hidden, channels)
+        and i.fc2_weight.shape == (channels, hidden)
     )
-    if torch.is_grad_enabled():
-        return _FusedBlock.apply(settings, *inputs)
-    return _infer(settings, inputs)
 
 
 def _own_layers(block: 'Block') -> dict[str, Any] | None:
     """Return the layers of a block by name; None if somebody has changed or watches them."""
     mlp = block._modules.get('mlp')
-    if mlp is None or _has_any_global_hook():
+    if mlp is None or any(_GLOBAL_HOOKS):
         return None
     layers: dict[str, Any] = block._modules | mlp._modules
     layer: Any
@@ -140,10 +163,10 @@ def _own_layers(block: 'Block') -> dict[str, Any] | None:
 
 
 def _infer(s: _Settings, i: _Inputs) -> Tensor:
-    """Compute a block without gradients; every map is freed as soon as the next is there."""
+    """Compute a block without gradients, each map of which is freed when the next one is there."""
     y, _ = cuda.normalize(i.x, i.norm1_weight, i.norm1_bias, s.eps1, s.dtype)
     y = select_backend(y, s.backend).filter(y, i.spectrum, False)
-    y, _ = cuda.normalize(cuda.readable(y), i.norm2_weight, i.norm2_bias, s.eps2, s.dtype)
+    y, _ = cuda.normalize(y, i.norm2_weight, i.norm2_bias, s.eps2, s.dtype)
     y = F.linear(y, i.fc1_weight.to(s.dtype), i.fc1_bias.to(s.dtype))
     y = F.gelu(y, approximate=s.gelu)
     y = F.linear(y, i.fc2_weight.to(s.dtype), i.fc2_bias.to(s.dtype))
@@ -170,7 +193,7 @@ class _FusedBlock(Function):
         i = _Inputs._make(inputs)
         normal1, statistics1 = cuda.normalize(i.x, i.norm1_weight, i.norm1_bias, s.eps1, s.dtype)
         ctx.backend = select_backend(normal1, s.backend)
-        filtered = cuda.readable(ctx.backend.filter(normal1, i.spectrum, False))
+        filtered = ctx.backend.filter(normal1, i.spectrum, False)
         normal2, statistics2 = cuda.normalize(
             filtered, i.norm2_weight, i.norm2_bias, s.eps2, s.dtype
         )
@@ -189,7 +212,7 @@ class _FusedBlock(Function):
         saved, count = ctx.saved_tensors, len(_Inputs._fields)
         s, inputs = ctx.settings, _Inputs._make(saved[:count])
         with torch.autocast(g.device.type, enabled=False):  # as in the operators of autograd
-            if torch.is_grad_enabled() or not is_plain(g):
+            if torch.is_grad_enabled() or is_in_forward_mode() or not is_plain(g):
                 return None, *_differentiate(s, inputs, g, ctx.needs_input_grad[1:])
             return None, *_backward(s, ctx.backend, inputs, saved[count:], g)
 
@@ -200,7 +223,7 @@ def _backward(
     """Return the gradients of the inputs."""
     statistics1, statistics2, fc1, fc2, *maps = saved
     normal1, filtered, normal2, hidden, activated, y = maps
-    g, sums = cuda.readable(g), cuda.new_sums(i.x, 6)
+    sums = cuda.new_sums(i.x, 6)
     grad = cuda.add_scaled_backward(g, i.gamma, s.factors, y, sums, 0)
     grad, grad_fc2 = _linear_backward(grad, activated, fc2)
     grad = torch.ops.aten.gelu_backward(grad, hidden, approximate=s.gelu)
@@ -208,7 +231,6 @@ def _backward(
     grad, grad_fc1 = _linear_backward(grad, normal2, fc1)
     grad = cuda.normalize_backward(grad, filtered, i.norm2_weight, statistics2, None, sums, 2)
     grad, grad_spectrum = backend.adjoint(grad, normal1, i.spectrum)
-    grad = cuda.readable(grad)
     grad = cuda.normalize_backward(grad, i.x, i.norm1_weight, statistics1, g, sums, 4)
     gamma, fc2_bias, norm2_weight, norm2_bias, norm1_weight, norm1_bias = sums.sum(0)
     return _Inputs(
@@ -236,9 +258,11 @@ def _differentiate(
     s: _Settings, inputs: _Inputs, g: Tensor, needed: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """Return gradients that have derivatives, of the inputs that need them."""
-    wanted: Any = [t for t, is_needed in zip(inputs, needed, strict=True) if is_needed]
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        y = _by_layers(s, inputs)
+        # Views, since one input may depend on another.
+        i = _Inputs._make(None if t is None else t.view_as(t) for t in inputs)
+        y = _by_layers(s, i)
+    wanted: Any = [t for t, is_needed in zip(i, needed, strict=True) if is_needed]
     grads = iter(torch.autograd.grad(y, wanted, g, create_graph=create_graph))
     return [next(grads) if is_needed else None for is_needed in needed]

@@ -187,11 +187,12 @@ class Block(nn.Module):
         if (y := fused_block.run(self, x)) is not None:
             return y
         filtered = self.filter(self.norm1(x))
-        return apply_to_cells(self, self._mix_channels, _MLP_RATIO, x, filtered)
 
-    def _mix_channels(self, x: Tensor, filtered: Tensor) -> Tensor:
-        y = self.drop_path(self.mlp(self.norm2(filtered)))
-        return x + y if self.gamma is None else torch.addcmul(x, self.gamma, y)
+        def mix_channels(x: Tensor, filtered: Tensor) -> Tensor:
+            y = self.drop_path(self.mlp(self.norm2(filtered)))
+            return x + y if self.gamma is None else torch.addcmul(x, self.gamma, y)
+
+        return apply_to_cells(self, mix_channels, _MLP_RATIO, x, filtered)
 
 
 MakeBlock = Callable[[int, Grid], Block]

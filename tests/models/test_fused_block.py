@@ -142,11 +142,15 @@ def test_any_order_of_threads():
 
 
 @pytest.mark.parametrize('channels', [96, 768, 1000])
-@pytest.mark.parametrize('capability', [80, 90])
-def test_compiles_for_a_gpu(channels, capability):
+@pytest.mark.parametrize(
+    ('capability', 'map_', 'result'),
+    [(80, FLOAT, BFLOAT), (90, FLOAT, FLOAT), (90, HALF, HALF), (90, BFLOAT, BFLOAT)],
+    ids=str,
+)
+def test_compiles_for_a_gpu(channels, capability, map_, result):
     pytest.importorskip('cuda.bindings')
     options = ['-std=c++17', f'--gpu-architecture=sm_{capability}']
-    definitions = cuda._definitions(channels, FLOAT, BFLOAT)
+    definitions = cuda._definitions(channels, map_, result)
     options += [f'-D{macro}={value}' for macro, value in definitions.items()]
     source = cuda.driver.read_source(cuda._SOURCE)
     assert cuda.driver.compile_source(source, options).startswith(b'\x7fELF')
@@ -244,7 +248,7 @@ def test_strides_and_addresses():
     assert all(map(torch.equal, expected, step(block, *strided)))
 
     def shifted(t: Tensor) -> Tensor:  # to an address that is no multiple of 16
-        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+        return torch.cat([t.new_zeros(2), t.flatten()])[2:].view(t.shape)
 
     for parameter in block.parameters():
         parameter.data = shifted(parameter.data)
@@ -280,6 +284,34 @@ def test_second_derivatives():
     assert_near(actual, expected, 2e-5)
 
 
+def test_second_derivatives_of_inputs_that_depend_on_each_other():
+    block, x = make_block(), 0.3 * draw(2, 6, 5, 4)
+    block.norm2 = block.norm1
+
+    def twice(block: nn.Module, x: Tensor) -> Tensor:
+        return block(block(x))
+
+    exact = copy.deepcopy(block).double().cpu()
+    parameters = [*dict.fromkeys(block.parameters())]
+    actual = gradients_of_gradients(lambda x: twice(block, x), x, parameters)
+    expected = gradients_of_gradients(
+        lambda x: by_definition(exact, by_definition(exact, x)),
+        x.detach().double().cpu(),
+        [*dict.fromkeys(exact.parameters())],
+    )
+    assert_near(actual, expected, 1e-4)
+
+
+def test_tangents_of_gradients():
+    block, x = make_block(), draw(2, 6, 5, 4).requires_grad_()
+    y, g, t = block(x), draw(2, 6, 5, 4), draw(2, 6, 5, 4)
+    with forward_ad.dual_level():
+        (grad,) = torch.autograd.grad(y, x, forward_ad.make_dual(g, t), retain_graph=True)
+        tangent = forward_ad.unpack_dual(grad).tangent
+    (expected,) = torch.autograd.grad(y, x, t)
+    assert_near([tangent], [expected.double().cpu()], 1e-4)
+
+
 def test_batched_gradients(launched):
     """As in `torch.autograd.functional.jacobian(..., vectorize=True)`."""
     block, x = make_block(), draw(2, 6, 5, 4).requires_grad_()
@@ -296,10 +328,31 @@ def test_frozen_parameters(launched):
     block = make_block().requires_grad_(False)
     x = draw(2, 6, 5, 4).requires_grad_()
     block(x).sum().backward()
-    assert x.grad is not None and all(p.grad is None for p in block.parameters())
+    assert launched == [] and x.grad is not None
+    y = block(x.detach())  # all are frozen
+    assert Counter(launched) == KERNELS and not y.requires_grad
+    launched.clear()
+    block.norm1.requires_grad_()
+    block(x.detach()).sum().backward()
+    assert launched == [] and block.norm1.weight.grad is not None
     block.requires_grad_()
     block(x.detach()).sum().backward()
+    assert Counter(launched) == KERNELS + BACKWARD
     assert all(p.grad is not None for p in block.parameters())
+
+
+def test_saved_maps_come_back_with_other_strides(launched):
+    """As hooks may return them that keep saved tensors elsewhere."""
+
+    def elsewhere(t: Tensor) -> Tensor:
+        return (
+            torch.cat([t.new_zeros(1), t.mT.flatten()])[1:].view(t.mT.shape).mT if t.ndim > 1 else t
+        )
+
+    block, x, g = make_block(), draw(2, 6, 5, 4), draw(2, 6, 5, 4)
+    expected = step(block, x, g)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, elsewhere):
+        assert all(map(torch.equal, expected, step(block, x, g)))
     assert Counter(launched) == KERNELS + KERNELS + BACKWARD + BACKWARD
 
 
@@ -348,6 +401,14 @@ def prune_layer(block: Block) -> None:
     prune.l1_unstructured(block.mlp.fc1, 'weight', 0.5)
 
 
+def share_scale(block: Block) -> None:
+    block.gamma = nn.Parameter(block.gamma[:1].detach())
+
+
+def watch_backward(block: Block) -> None:
+    block.mlp.register_full_backward_hook(lambda *_: None)
+
+
 def drop_out(block: Block) -> None:
     block.mlp.drop1.p = 0.5
 
@@ -375,6 +436,8 @@ def compile_layer(block: Block) -> None:
         replace_forward,
         replace_layer,
         prune_layer,
+        share_scale,
+        watch_backward,
         drop_out,
         parametrize,
         to_16_bits,
@@ -388,6 +451,39 @@ def test_changed_layers(launched, change):
     with autocast():
         block(draw(2, 6, 5, 4))
     assert launched == []
+
+
+def test_wrong_shapes_are_reported_by_the_layers(launched):
+    block = make_block()
+    block.norm1.weight = nn.Parameter(torch.ones(2, device=DEVICE))
+    with pytest.raises(RuntimeError, match='normalized_shape'):
+        block(draw(2, 6, 5, 4))
+    block = make_block()
+    block.filter.complex_weight = nn.Parameter(torch.ones(9, 2, 4, 2, device=DEVICE))
+    with pytest.raises(ValueError, match='resize_spectrum'):
+        block(draw(2, 6, 5, 4))
+    for shape in ((2, 6, 5, 8), (6, 5, 4), (1, 2, 6, 5, 4)):
+        with pytest.raises((RuntimeError, ValueError)):
+            make_block()(draw(*shape))
+    assert launched == []
+
+
+def test_changed_scale_and_settings(launched, monkeypatch):
+    block, x, g = make_block(), draw(2, 6, 5, 4), draw(2, 6, 5, 4)
+    prune.l1_unstructured(block, 'gamma', 0.5)
+    block.norm2.eps = 0.5
+    block.mlp.act = nn.GELU('tanh')
+    block.drop_path.drop_prob = 0.5
+    block.eval().drop_path.train()
+
+    def steps() -> list[Tensor]:
+        torch.manual_seed(1)
+        return step(block, x, g, enabled=False)
+
+    actual = steps()
+    assert Counter(launched) == KERNELS + BACKWARD
+    monkeypatch.setattr(fused_block, 'run', lambda *_: None)
+    assert_near(actual, [t.double().cpu() for t in steps()], 1e-5)
 
 
 def test_other_ways_to_run(launched, monkeypatch):

@@ -4,8 +4,8 @@ Under autocast torch casts 16-bit maps to float32, normalises them and casts the
 the same in the backward pass. Here one kernel reads and writes maps in the types that they have;
 the arithmetic is float32 all the same.
 
-Maps are `(B, H, W, C)`, contiguous at addresses that are multiples of 16 (:func:`readable`); so are
-parameters `(C,)`, which are float32. None of the functions is differentiable.
+Maps are `(B, H, W, C)`; parameters are `(C,)` and float32. Strides do not matter. None of the
+functions is differentiable.
 """
 
 import functools
@@ -52,12 +52,6 @@ def is_supported(x: Tensor) -> bool:
 _device_reason = functools.cache(driver.unsupported_reason)
 
 
-def readable(x: Tensor) -> Tensor:
-    """Return a tensor that the kernels can read 16 bytes at a time."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
-
-
 def normalize(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -66,9 +60,10 @@ def normalize(
     Returns:
         The result in a dtype; means and `1 / sqrt(variance + eps)`, of shape `(2, B H W)`.
     """
-    y = torch.empty_like(x, dtype=dtype)
+    read = [_readable(t) for t in (x, weight, bias)]
+    y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     statistics = x.new_empty((2, _cells(x)), dtype=torch.float32)
-    _launch('normalize', x, dtype, (x, weight, bias, y, statistics), eps)
+    _launch('normalize', x, dtype, (*read, y, statistics), eps)
     return y, statistics
 
 
@@ -85,16 +80,17 @@ def normalize_backward(
 
     Rows `row` and `row + 1` of `sums` (:func:`new_sums`) become those of weight and bias.
     """
-    grad_x = torch.empty_like(x)
-    tensors = g, x, weight, statistics, residual, grad_x
-    _launch('normalize_backward', x, g.dtype, tensors, sums=(sums, row))
+    read = [_readable(t) for t in (g, x, weight, statistics, residual)]
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _launch('normalize_backward', x, g.dtype, (*read, grad_x), sums=(sums, row))
     return grad_x
 
 
 def add_scaled(x: Tensor, scale: Tensor | None, factors: Tensor | None, y: Tensor) -> Tensor:
     """Return `x + scale * factors * y` in float32: scales of channels, factors of images."""
-    out = torch.empty_like(x, dtype=torch.float32)
-    _launch('add_scaled', x, y.dtype, (x, scale, factors, y, out), _cells_of_image(x))
+    read = [_readable(t) for t in (x, scale, factors, y)]
+    out = torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
+    _launch('add_scaled', x, y.dtype, (*read, out), _cells_of_image(x))
     return out
 
 
@@ -106,9 +102,11 @@ def add_scaled_backward(
     Row `row` of `sums` (:func:`new_sums`) becomes the gradient of the scale, `row + 1` that of a
     bias which was added to `y`.
     """
-    grad_y = torch.empty_like(y)
-    tensors = g, scale, factors, y, grad_y
-    _launch('add_scaled_backward', g, y.dtype, tensors, _cells_of_image(g), sums=(sums, row))
+    read = [_readable(t) for t in (g, scale, factors, y)]
+    grad_y = torch.empty_like(y, memory_format=torch.contiguous_format)
+    _launch(
+        'add_scaled_backward', g, y.dtype, (*read, grad_y), _cells_of_image(g), sums=(sums, row)
+    )
     return grad_y
 
 
@@ -121,6 +119,10 @@ def new_sums(x: Tensor, rows: int) -> Tensor:
     most = _resident(channels) * _multiprocessors(x.device.index)
     blocks = min(-(-_cells(x) // _cells_of_block(channels)), most)
     return x.new_empty((blocks, rows, channels), dtype=torch.float32)
+
+
+def _readable(t: Tensor | None) -> Tensor | None:
+    return None if t is None else driver.readable(t)
 
 
 def _cells(x: Tensor) -> int:

@@ -91,7 +91,7 @@ def adjoint(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _filter(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
-    x, weight = _readable(x), _readable(weight)
+    x, weight = driver.readable(x), driver.readable(weight)
     y = torch.empty_like(x)
     with torch.cuda.device_of(x):
         kernel, blocks = _kernel('filter', *x.shape[1:], x.dtype, x.device.index)
@@ -102,7 +102,7 @@ def _filter(x: Tensor, weight: Tensor, conjugate: bool) -> Tensor:
 
 
 def _correlate(g: Tensor, x: Tensor) -> Tensor:
-    g, x = _readable(g), _readable(x)
+    g, x = driver.readable(g), driver.readable(x)
     shape = _spectrum_shape(x)
     chunk = max(1, _GRADIENTS // (4 * math.prod(shape)))
     total: Tensor | None = None
@@ -129,12 +129,6 @@ def _fits_integers(height: int, width: int, channels: int) -> bool:
 def _spectrum_shape(x: Tensor) -> tuple[int, int, int, int]:
     _, height, width, channels = x.shape
     return height, width // 2 + 1, channels, 2
-
-
-def _readable(x: Tensor) -> Tensor:
-    """Return a tensor that the kernels can read 16 bytes at a time."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
 
 
 _LIBRARY.impl('filter', _filter, 'CUDA')

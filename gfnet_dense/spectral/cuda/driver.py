@@ -58,6 +58,12 @@ def upload(values: Tensor, device: int) -> int:
     return int(address)
 
 
+def readable(x: Tensor) -> Tensor:
+    """Return a tensor that kernels can read 16 bytes at a time: contiguous, at such an address."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
 def _bind(device: int) -> None:
     """Give the thread the context of a GPU, which torch does not in a new thread."""
     from cuda.bindings import driver

@@ -12,13 +12,13 @@
 #define KERNEL extern "C" void
 #define SHARED_MEMORY() unsigned char* shared = emulated::memory
 
-struct uint4 {
+struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
-struct uint2 {
+struct alignas(8) uint2 {
     unsigned x, y;
 };
-struct float2 {
+struct alignas(8) float2 {
     float x, y;
 };
 struct Index {
