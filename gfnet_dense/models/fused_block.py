@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn.modules import module as of_all_modules
+from torch.nn.modules import module as nn_module
 
 from gfnet_dense.spectral import select_backend
 from gfnet_dense.spectral.autograd import Backend, differentiable_filter
@@ -71,11 +71,12 @@ _LAYERS: dict[str, type[nn.Module]] = dict(
     drop2=nn.Dropout,
 )
 
+# Hooks on all modules, which no public function of torch tells.
 _GLOBAL_HOOKS = (
-    of_all_modules._global_forward_hooks,
-    of_all_modules._global_forward_pre_hooks,
-    of_all_modules._global_backward_hooks,
-    of_all_modules._global_backward_pre_hooks,
+    nn_module._global_forward_hooks,
+    nn_module._global_forward_pre_hooks,
+    nn_module._global_backward_hooks,
+    nn_module._global_backward_pre_hooks,
 )
 
 
@@ -211,7 +212,8 @@ class _FusedBlock(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         saved, count = ctx.saved_tensors, len(_Inputs._fields)
         s, inputs = ctx.settings, _Inputs._make(saved[:count])
-        with torch.autocast(g.device.type, enabled=False):  # as in the operators of autograd
+        # Under autocast products would get another dtype than in the forward pass.
+        with torch.autocast(g.device.type, enabled=False):
             if torch.is_grad_enabled() or is_in_forward_mode() or not is_plain(g):
                 return None, *_differentiate(s, inputs, g, ctx.needs_input_grad[1:])
             return None, *_backward(s, ctx.backend, inputs, saved[count:], g)
