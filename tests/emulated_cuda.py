@@ -87,7 +87,9 @@ def emulation() -> Iterator[None]:
         patch.setattr(cuda.driver, 'Kernel', EmulatedKernel)
         patch.setattr(cuda.driver, 'upload', lambda values, device: keep(values))
         patch.setattr(cuda, '_shared_memory', lambda device: SHARED_MEMORY)
-        patch.setattr(cells, '_multiprocessors', lambda device: 2)
+        # So few blocks that each has to take turns.
+        patch.setattr(cells, '_multiprocessors', lambda device: 1)
+        patch.setattr(cells, '_BLOCKS', 2)
         for module in (cuda, cells):
             patch.setattr(module, '_DEVICE', 'cpu')
             patch.setattr(module, '_device_reason', lambda device: None)

@@ -22,7 +22,7 @@ _DEVICE = 'cuda'
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WARPS = 4  # of a block of threads
-_CELLS = 4  # that a thread takes part in, one after the other, where nothing is summed up
+_BLOCKS = 32  # for each multiprocessor, one after the other, where nothing is summed up
 _LARGEST_CELL = 1024  # channels; threads hold whole cells in registers
 
 _SUMS = 2  # over all cells, that a backward kernel returns
@@ -116,9 +116,14 @@ def new_sums(x: Tensor, rows: int) -> Tensor:
     `sums.sum(0)` are the sums.
     """
     channels = x.shape[-1]
-    most = _resident(channels) * _multiprocessors(x.device.index)
-    blocks = min(-(-_cells(x) // _cells_of_block(channels)), most)
+    blocks = _blocks(x, _resident(channels))
     return x.new_empty((blocks, rows, channels), dtype=torch.float32)
+
+
+def _blocks(x: Tensor, most: int) -> int:
+    """Return how many blocks share the cells of a map, at `most` for each multiprocessor."""
+    at_once = 32 * _WARPS // _lanes(x.shape[-1])  # cells of a block
+    return min(-(-_cells(x) // at_once), most * _multiprocessors(x.device.index))
 
 
 def _readable(t: Tensor | None) -> Tensor | None:
@@ -146,7 +151,7 @@ def _launch(
     arguments: list[float] = [0 if t is None else t.data_ptr() for t in tensors]
     if sums is None:
         arguments += (cells, *others)
-        blocks = -(-cells // (_CELLS * _cells_of_block(channels)))
+        blocks = _blocks(like, _BLOCKS)
     else:
         memory, row = sums
         blocks, rows, _ = memory.shape
@@ -159,10 +164,6 @@ def _launch(
 def _resident(channels: int) -> int:
     """Return how many blocks a multiprocessor shall have room for, which limits their registers."""
     return 4 if channels <= 512 else 2
-
-
-def _cells_of_block(channels: int) -> int:
-    return 32 * _WARPS // _lanes(channels)
 
 
 @functools.cache
