@@ -90,8 +90,9 @@ def emulation() -> Iterator[None]:
         # So few blocks that each has to take turns.
         patch.setattr(cells, '_multiprocessors', lambda device: 1)
         patch.setattr(cells, '_BLOCKS', 2)
+        patch.setattr(cuda, '_DEVICE', 'cpu')
+        patch.setattr(cells, 'DEVICE', 'cpu')
         for module in (cuda, cells):
-            patch.setattr(module, '_DEVICE', 'cpu')
             patch.setattr(module, '_device_reason', lambda device: None)
         for cache in caches:
             cache.cache_clear()

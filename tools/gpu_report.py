@@ -45,7 +45,7 @@ import filter_oracle as oracle  # noqa: E402
 from benchmark_model import inference, official, training_step  # noqa: E402
 
 from gfnet_dense.benchmark import machine, measure, speedup  # noqa: E402
-from gfnet_dense.models import GFNetPyramid, cuda  # noqa: E402
+from gfnet_dense.models import GFNetPyramid, cuda, fused_block  # noqa: E402
 from gfnet_dense.models.gfnet import Block  # noqa: E402
 from gfnet_dense.spectral import global_filter, unsupported_reason  # noqa: E402
 
@@ -209,7 +209,10 @@ def check_block(at: Setting, dtype: str, size: str) -> dict[str, Cell]:
             y = block(x)
         return [y.detach(), *torch.autograd.grad(y, [x, *block.parameters()], g)]
 
-    # In float64 a block runs layer by layer.
+    with torch.no_grad():
+        if fused_block.run(block, x) is None:
+            raise AssertionError('the block runs layer by layer')
+    # So it does in float64.
     truth = run(copy.deepcopy(block).double(), x.double(), g.double())
     results = {'first': run(block, x, g), 'second': run(block, x, g)}
     if not all(map(torch.equal, *results.values())):

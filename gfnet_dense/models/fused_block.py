@@ -9,6 +9,8 @@ do blocks in compiled, exported or traced graphs, under `torch.func`, in forward
 and under dispatch modes, which need to see torch's operators.
 """
 
+import functools
+import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import timm.layers
@@ -21,6 +23,7 @@ from torch.nn.modules import module as nn_module
 
 from gfnet_dense.spectral import select_backend
 from gfnet_dense.spectral.autograd import Backend, differentiable_filter
+from gfnet_dense.spectral.cuda import driver
 from gfnet_dense.spectral.tracing import is_capturing, is_in_forward_mode, is_plain
 
 from . import cuda
@@ -83,16 +86,36 @@ _GLOBAL_HOOKS = (
 def run(block: 'Block', x: Tensor) -> Tensor | None:
     """Process a map `(B, H, W, C)` as the layers of a block do; None if they have to do it.
 
-    The result is float32.
+    The result is float32. On an NVIDIA GPU the log says once why layers have to do it.
     """
-    if type(x) is not Tensor or is_capturing() or x.ndim != 4 or not cuda.is_supported(x):
+    if type(x) is not Tensor or is_capturing() or x.device.type != cuda.DEVICE:
         return None
-    if (layers := _own_layers(block)) is None:
+    if isinstance(prepared := _prepare(block, x), str):
+        _log_once(prepared)
         return None
+    settings, inputs = prepared
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _FusedBlock.apply(settings, *inputs)
+    return _infer(settings, inputs)
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    logging.getLogger(__name__).info('Blocks run layer by layer: %s', reason)
+
+
+def _prepare(block: 'Block', x: Tensor) -> tuple[_Settings, _Inputs] | str:
+    """Return what the function works with, or why the layers have to do it."""
+    if reason := cuda.unsupported_reason(x):
+        return reason
+    if isinstance(layers := _own_layers(block), str):
+        return layers
     is_autocast = torch.is_autocast_enabled(x.device.type)
     gamma = block.gamma
-    if x.dtype != torch.float32 and (gamma is None or not is_autocast):
-        return None  # torch returns 16 bits, or an error
+    if x.dtype != torch.float32 and not is_autocast:
+        return '16-bit maps need autocast'
+    if x.dtype != torch.float32 and gamma is None:
+        return 'without LayerScale the sum of 16-bit maps has 16 bits'
     # From their dicts, since attributes of modules take many times as long.
     spectrum = layers['filter']._parameters.get('complex_weight')
     parameters = [
@@ -102,17 +125,19 @@ def run(block: 'Block', x: Tensor) -> Tensor | None:
     ]
     tensors = [spectrum, *parameters, *(() if gamma is None else (gamma,))]
     if any(t is None or t.dtype != torch.float32 or t.device != x.device for t in tensors):
-        return None
+        return 'parameters must be float32, on the device of the map, and not computed'
     if is_in_forward_mode() or not is_plain(x, *tensors):
-        return None
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
-    if needs_grad and not all(t.requires_grad for t in tensors):
-        return None  # the layers save the work for gradients that nobody needs
+        return 'torch transforms the call'
+    trained = [t.requires_grad for t in tensors]
+    if torch.is_grad_enabled() and (x.requires_grad or any(trained)) and not all(trained):
+        return 'layers skip the gradients of frozen parameters'
 
+    if x.ndim != 4:
+        return f'maps have 4 dimensions, not {x.ndim}'
     spectrum = layers['filter'].spectrum((x.shape[1], x.shape[2]))
     inputs = _Inputs._make((x, spectrum, *parameters, gamma))
     if not _fits(inputs):
-        return None  # the layers say what is wrong
+        return 'a parameter has another shape than that of a new block'
     drop_path, factors = layers['drop_path'], None
     if drop_path.training and drop_path.drop_prob:
         factors = drop_path(x.new_ones((len(x), 1, 1, 1), dtype=torch.float32)).flatten()
@@ -124,47 +149,52 @@ def run(block: 'Block', x: Tensor) -> Tensor | None:
         layers['act'].approximate,
         factors,
     )
-    return _FusedBlock.apply(settings, *inputs) if needs_grad else _infer(settings, inputs)
+    return settings, inputs
 
 
 def _fits(i: _Inputs) -> bool:
     """Tell whether the shapes of parameters are those of a block for maps like its input."""
     _, height, width, channels = i.x.shape
     of_channels = i.norm1_weight, i.norm1_bias, i.norm2_weight, i.norm2_bias, i.fc2_bias
-    hidden = len(i.fc1_bias)
+    hidden = i.fc1_weight.shape[:1]
     return (
         all(t.shape == (channels,) for t in of_channels)
         and (i.gamma is None or i.gamma.shape == (channels,))
         and i.spectrum.shape == (height, width // 2 + 1, channels, 2)
-        and i.fc1_weight.shape == (hidden, channels)
-        and i.fc2_weight.shape == (channels, hidden)
+        and i.fc1_weight.shape == (*hidden, channels)
+        and i.fc1_bias.shape == hidden
+        and i.fc2_weight.shape == (channels, *hidden)
     )
 
 
-def _own_layers(block: 'Block') -> dict[str, Any] | None:
-    """Return the layers of a block by name; None if somebody has changed or watches them."""
+def _own_layers(block: 'Block') -> dict[str, Any] | str:
+    """Return the layers of a block by name, or how somebody has changed or watches them."""
+    if any(_GLOBAL_HOOKS):
+        return 'there are hooks on all modules'
     mlp = block._modules.get('mlp')
-    if mlp is None or any(_GLOBAL_HOOKS):
-        return None
-    layers: dict[str, Any] = block._modules | mlp._modules
+    layers: dict[str, Any] = block._modules | (mlp._modules if mlp else {})
     layer: Any
     for name, kind in _LAYERS.items():
         layer = layers.get(name)
         if type(layer) is not kind:
-            return None
+            return f'{name} is a {type(layer).__name__}'
         if 'forward' in layer.__dict__ or layer._compiled_call_impl:
-            return None
+            return f'{name} has a forward function of its own'
         if layer._forward_hooks or layer._forward_pre_hooks:
-            return None
+            return f'{name} has hooks'
         if layer._backward_hooks or layer._backward_pre_hooks:
-            return None
+            return f'{name} has hooks'
     if layers['drop1'].p or layers['drop2'].p:
-        return None
-    return None if layers['norm1']._fast_norm or layers['norm2']._fast_norm else layers
+        return 'the MLP has dropout'
+    if layers['norm1']._fast_norm or layers['norm2']._fast_norm:
+        return "timm's fast norm is on"
+    if layers['filter'].backend not in ('auto', 'fused'):
+        return f"its filter_backend is {layers['filter'].backend!r}, not 'auto' or 'fused'"
+    return layers
 
 
 def _infer(s: _Settings, i: _Inputs) -> Tensor:
-    """Compute a block without gradients, each map of which is freed when the next one is there."""
+    """Compute a block without gradients. Free each map once the next one is computed."""
     y, _ = cuda.normalize(i.x, i.norm1_weight, i.norm1_bias, s.eps1, s.dtype)
     y = select_backend(y, s.backend).filter(y, i.spectrum, False)
     y, _ = cuda.normalize(y, i.norm2_weight, i.norm2_bias, s.eps2, s.dtype)
@@ -225,7 +255,7 @@ def _backward(
     """Return the gradients of the inputs."""
     statistics1, statistics2, fc1, fc2, *maps = saved
     normal1, filtered, normal2, hidden, activated, y = maps
-    sums = cuda.new_sums(i.x, 6)
+    g, sums = driver.readable(g), cuda.new_sums(i.x, 6)
     grad = cuda.add_scaled_backward(g, i.gamma, s.factors, y, sums, 0)
     grad, grad_fc2 = _linear_backward(grad, activated, fc2)
     grad = torch.ops.aten.gelu_backward(grad, hidden, approximate=s.gelu)
@@ -262,7 +292,8 @@ def _differentiate(
     """Return gradients that have derivatives, of the inputs that need them."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Views, since one input may depend on another.
+        # x may have been computed from the same parameters. With views the gradients stop at this
+        # block and do not follow that path, too.
         i = _Inputs._make(None if t is None else t.view_as(t) for t in inputs)
         y = _by_layers(s, i)
     wanted: Any = [t for t, is_needed in zip(i, needed, strict=True) if is_needed]

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from emulated_cuda import emulation, shuffled_threads
 from filter_oracle import ERRORS, assert_near
-from timm.layers import set_fast_norm
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 
 from gfnet_dense.models import GFNetPyramid, cuda, fused_block
 from gfnet_dense.models.gfnet import Block
@@ -102,7 +102,7 @@ def norm_case(channels: int, size, map_, result) -> tuple[Tensor, Tensor, Tensor
 @cases
 def test_layer_norm(channels, size, map_, result):
     x, weight, bias, g = norm_case(channels, size, map_, result)
-    assert cuda.is_supported(x)
+    assert cuda.unsupported_reason(x) is None
     actual, expected = normalized(x, weight, bias, g), truth(layer_norm, x, weight, bias, g=g)
     assert [t.dtype for t in actual] == [result, map_, FLOAT, FLOAT]
     assert_all_near(actual, expected)
@@ -164,7 +164,7 @@ BACKWARD = Counter(normalize_backward=2, add_scaled_backward=1)
 
 
 def make_block(dim: int = 4, drop_path: float = 0.0, gamma: float | None = 0.5) -> Block:
-    block = Block(dim, (6, 5), 'bilinear', 'fft', drop_path, gamma).to(DEVICE)
+    block = Block(dim, (6, 5), 'bilinear', 'auto', drop_path, gamma).to(DEVICE)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -360,7 +360,7 @@ def test_saved_maps_come_back_with_other_strides(launched):
 def test_a_network_trains_as_layer_by_layer(launched, monkeypatch, checkpointing):
     torch.manual_seed(0)
     arch = dict(embed_dims=(4, 4), depths=(1, 2), patch_size=4, layer_scale_init_value=0.5)
-    model = GFNetPyramid(arch, img_size=32, num_classes=0, filter_backend='fft').to(DEVICE)
+    model = GFNetPyramid(arch, img_size=32, num_classes=0).to(DEVICE)
     model.set_grad_checkpointing(checkpointing)
     images = torch.randn(2, 3, 32, 32, device=DEVICE)
 
@@ -382,89 +382,96 @@ def test_a_network_trains_as_layer_by_layer(launched, monkeypatch, checkpointing
 # What runs layer by layer
 
 
-def watch_filter(block: Block) -> None:
-    block.filter.register_forward_hook(lambda *_: None)
+class Adapter(nn.Linear):
+    """Stands for a layer that somebody has put in."""
 
 
-def replace_forward(block: Block) -> None:
-    block.filter.forward = lambda x: 2 * x
+def set_class(layer: nn.Module, kind: type) -> None:
+    layer.__class__ = kind
 
 
-def replace_layer(block: Block) -> None:
-    class Adapter(nn.Linear):
-        pass
-
-    block.mlp.fc1.__class__ = Adapter
+def set_parameter(layer: nn.Module, name: str, *shape: int) -> None:
+    setattr(layer, name, nn.Parameter(torch.ones(shape, device=DEVICE)))
 
 
-def prune_layer(block: Block) -> None:
-    prune.l1_unstructured(block.mlp.fc1, 'weight', 0.5)
+def ignore(*_) -> None:
+    pass
 
 
-def share_scale(block: Block) -> None:
-    block.gamma = nn.Parameter(block.gamma[:1].detach())
+# What is done to a block, and why its layers run then.
+CHANGES = {
+    'forward hook': (lambda b: b.filter.register_forward_hook(ignore), 'filter has hooks'),
+    'pre-hook': (lambda b: b.mlp.act.register_forward_pre_hook(ignore), 'act has hooks'),
+    'backward hook': (lambda b: b.mlp.register_full_backward_hook(ignore), 'mlp has hooks'),
+    'backward pre-hook': (
+        lambda b: b.mlp.fc2.register_full_backward_pre_hook(ignore),
+        'fc2 has hooks',
+    ),
+    'forward': (lambda b: setattr(b.filter, 'forward', lambda x: 2 * x), 'filter has a forward'),
+    'compile': (lambda b: b.norm2.compile(backend='eager'), 'norm2 has a forward'),
+    'adapter': (lambda b: set_class(b.mlp.fc1, Adapter), 'fc1 is a Adapter'),
+    'parametrisation': (
+        lambda b: nn.utils.parametrizations.weight_norm(b.mlp.fc2),
+        'fc2 is a Parametrized',
+    ),
+    'pruning': (lambda b: prune.l1_unstructured(b.mlp.fc1, 'weight', 0.5), 'fc1 has hooks'),
+    'no MLP': (lambda b: setattr(b, 'mlp', nn.Identity()), 'mlp is a Identity'),
+    'first dropout': (lambda b: setattr(b.mlp.drop1, 'p', 0.5), 'dropout'),
+    'second dropout': (lambda b: setattr(b.mlp.drop2, 'p', 0.5), 'dropout'),
+    'first fast norm': (lambda b: setattr(b.norm1, '_fast_norm', True), 'fast norm'),
+    'second fast norm': (lambda b: setattr(b.norm2, '_fast_norm', True), 'fast norm'),
+    'backend': (lambda b: setattr(b.filter, 'backend', 'fft'), "filter_backend is 'fft'"),
+    '16-bit parameter': (lambda b: b.filter.bfloat16(), 'must be float32'),
+    'no bias': (lambda b: setattr(b.mlp.fc2, 'bias', None), 'must be float32'),
+    'shared scale': (lambda b: set_parameter(b, 'gamma', 1), 'another shape'),
+    'shared bias': (lambda b: set_parameter(b.mlp.fc1, 'bias', 1), 'another shape'),
+    'shape of norm1': (lambda b: set_parameter(b.norm1, 'weight', 2), 'another shape'),
+    'shape of norm2': (lambda b: set_parameter(b.norm2, 'bias', 8), 'another shape'),
+    'shape of fc1': (lambda b: set_parameter(b.mlp.fc1, 'weight', 16, 8), 'another shape'),
+    'shape of fc2': (lambda b: set_parameter(b.mlp.fc2, 'weight', 8, 16), 'another shape'),
+    'shape of filter': (
+        lambda b: set_parameter(b.filter, 'complex_weight', 9, 2, 4, 2),
+        'another shape',
+    ),
+    'frozen norm': (lambda b: b.norm1.requires_grad_(False), 'frozen'),
+}
 
 
-def watch_backward(block: Block) -> None:
-    block.mlp.register_full_backward_hook(lambda *_: None)
-
-
-def drop_out(block: Block) -> None:
-    block.mlp.drop1.p = 0.5
-
-
-def parametrize(block: Block) -> None:
-    nn.utils.parametrizations.weight_norm(block.mlp.fc2)
-
-
-def to_16_bits(block: Block) -> None:
-    block.filter.bfloat16()
-
-
-def without_bias(block: Block) -> None:
-    block.mlp.fc2.bias = None
-
-
-def compile_layer(block: Block) -> None:
-    block.norm2.compile(backend='eager')
-
-
-@pytest.mark.parametrize(
-    'change',
-    [
-        watch_filter,
-        replace_forward,
-        replace_layer,
-        prune_layer,
-        share_scale,
-        watch_backward,
-        drop_out,
-        parametrize,
-        to_16_bits,
-        without_bias,
-        compile_layer,
-    ],
-)
-def test_changed_layers(launched, change):
-    block = make_block()
+@pytest.mark.parametrize('what', CHANGES)
+def test_changed_blocks(launched, what):
+    block, (change, reason) = make_block(), CHANGES[what]
     change(block)
-    with autocast():
-        block(draw(2, 6, 5, 4))
+    x = draw(2, 6, 5, 4)
+    assert reason in fused_block._prepare(block, x)
+    if 'shape of' in what:  # the layers report it
+        with pytest.raises((RuntimeError, ValueError)):
+            block(x)
+    else:
+        with autocast():
+            block(x)
     assert launched == []
 
 
-def test_wrong_shapes_are_reported_by_the_layers(launched):
-    block = make_block()
-    block.norm1.weight = nn.Parameter(torch.ones(2, device=DEVICE))
-    with pytest.raises(RuntimeError, match='normalized_shape'):
-        block(draw(2, 6, 5, 4))
-    block = make_block()
-    block.filter.complex_weight = nn.Parameter(torch.ones(9, 2, 4, 2, device=DEVICE))
-    with pytest.raises(ValueError, match='resize_spectrum'):
-        block(draw(2, 6, 5, 4))
-    for shape in ((2, 6, 5, 8), (6, 5, 4), (1, 2, 6, 5, 4)):
-        with pytest.raises((RuntimeError, ValueError)):
-            make_block()(draw(*shape))
+def test_maps_that_do_not_fit(launched, caplog):
+    block, x = make_block(), draw(2, 6, 5, 4)
+    for map_, reason in (
+        (x[0], 'not 3'),
+        (x[None], 'not 5'),
+        (x[:0], '1 to 2'),
+        (draw(2, 6, 5, 6), 'not 6'),
+        (x.double(), 'not torch.float64'),
+        (x.bfloat16(), 'need autocast'),
+    ):
+        assert reason in fused_block._prepare(block, map_)
+    with autocast():
+        assert 'LayerScale' in fused_block._prepare(make_block(gamma=None), x.bfloat16())
+    caplog.set_level('INFO', 'gfnet_dense')
+    fused_block._log_once.cache_clear()
+    for _ in range(2):
+        make_block(6)(draw(2, 6, 5, 6))
+    assert [record.getMessage() for record in caplog.records] == [
+        'Blocks run layer by layer: it supports 4, 8, ... 1024 channels, not 6'
+    ]
     assert launched == []
 
 
@@ -486,27 +493,40 @@ def test_changed_scale_and_settings(launched, monkeypatch):
     assert_near(actual, [t.double().cpu() for t in steps()], 1e-5)
 
 
-def test_other_ways_to_run(launched, monkeypatch):
+def test_other_ways_to_run(launched):
     block, x = make_block(), draw(2, 6, 5, 4)
     with forward_ad.dual_level():
         y = block(forward_ad.make_dual(x, torch.ones_like(x)))
         assert forward_ad.unpack_dual(y).tangent is not None
     torch.func.grad(lambda x: block(x).sum())(x)
     torch.func.vmap(block, randomness='same')(x[None])
-    copy.deepcopy(block).double()(x.double())
-    make_block(6)(draw(2, 6, 5, 6))
-    block(x[:0])
+    with FlopCounterMode(display=False) as counter:
+        block(x)
+    assert counter.get_total_flops() > 0
     torch.compile(block, backend='eager', fullgraph=True)(x)
-    set_fast_norm(True)
-    try:
-        make_block()(x)
-    finally:
-        set_fast_norm(False)
-    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    handle = nn.modules.module.register_module_forward_hook(ignore)
     block(x)
     handle.remove()
-    with pytest.raises(RuntimeError, match='dtype'):
-        block(x.bfloat16())
-    with autocast():
-        make_block(gamma=None)(x.bfloat16())
     assert launched == []
+
+
+def test_backbones_of_openmmlab(launched):
+    """Frozen stages run as one function, too, and so do averaged and synchronised models."""
+    pytest.importorskip('mmengine')
+    from mmengine.model import ExponentialMovingAverage
+
+    from gfnet_dense.openmmlab import GFNetPyramid as Backbone
+
+    arch = dict(embed_dims=(4, 4), depths=(1, 1), patch_size=4, layer_scale_init_value=0.5)
+    model = Backbone(arch=arch, img_size=32, frozen_stages=1, norm_eval=True, with_cp=True)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model.to(DEVICE)).train()
+    images = torch.randn(2, 3, 32, 32, device=DEVICE)
+    with autocast():
+        outputs = model(images)
+    sum(y.float().sum() for y in outputs).backward()
+    # The second block runs again for its backward pass.
+    assert Counter(launched) == KERNELS + KERNELS + KERNELS + BACKWARD
+    launched.clear()
+    with torch.no_grad(), autocast():
+        ExponentialMovingAverage(model)(images)
+    assert Counter(launched) == KERNELS + KERNELS

@@ -18,14 +18,16 @@ from gfnet_dense.spectral.cuda import driver
 
 _SOURCE = Path(__file__).with_name('cells.cu')
 
-_DEVICE = 'cuda'
+DEVICE = 'cuda'
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_WARPS = 4  # of a block of threads
-_BLOCKS = 32  # for each multiprocessor, one after the other, where nothing is summed up
+_WARPS = 4  # of a thread block
+# Thread blocks for each multiprocessor, of kernels without sums: more than fit at once, so that the
+# last ones fill gaps.
+_BLOCKS = 32
 _LARGEST_CELL = 1024  # channels; threads hold whole cells in registers
 
-_SUMS = 2  # over all cells, that a backward kernel returns
+_SUMS = 2  # of all cells, for each channel, that a backward kernel computes
 
 # Types of arguments, as `struct` writes them.
 _KERNELS = {
@@ -36,17 +38,18 @@ _KERNELS = {
 }
 
 
-def is_supported(x: Tensor) -> bool:
-    """Tell whether the kernels take maps like `x`. Asks for device, dtype and shape alone."""
+def unsupported_reason(x: Tensor) -> str | None:
+    """Say why the kernels cannot process maps like `x`; None if they can."""
+    if x.device.type != DEVICE:
+        return 'it needs an NVIDIA GPU'
+    if x.dtype not in _TYPES:
+        return f'it supports float32, bfloat16 and float16, not {x.dtype}'
     channels = x.shape[-1]
-    return (
-        x.device.type == _DEVICE
-        and x.dtype in _TYPES
-        and channels % 4 == 0
-        and 0 < channels <= _LARGEST_CELL
-        and 0 < x.numel() < 2**31 * channels
-        and _device_reason(x.device.index) is None
-    )
+    if channels % 4 or not 0 < channels <= _LARGEST_CELL:
+        return f'it supports 4, 8, ... {_LARGEST_CELL} channels, not {channels}'
+    if not 0 < x.numel() < 2**31 * channels:
+        return 'it supports maps of 1 to 2**31 - 1 cells'
+    return _device_reason(x.device.index)
 
 
 _device_reason = functools.cache(driver.unsupported_reason)
@@ -111,19 +114,20 @@ def add_scaled_backward(
 
 
 def new_sums(x: Tensor, rows: int) -> Tensor:
-    """Return memory, `(blocks, rows, C)`, for what backward kernels sum up over the cells of `x`.
+    """Return memory, `(thread blocks, rows, C)`, for sums over the cells of `x`.
 
-    `sums.sum(0)` are the sums.
+    Backward kernels fill it; `sums.sum(0)` are the sums.
     """
     channels = x.shape[-1]
-    blocks = _blocks(x, _resident(channels))
+    blocks = _thread_blocks(x, _resident(channels))
     return x.new_empty((blocks, rows, channels), dtype=torch.float32)
 
 
-def _blocks(x: Tensor, most: int) -> int:
-    """Return how many blocks share the cells of a map, at `most` for each multiprocessor."""
-    at_once = 32 * _WARPS // _lanes(x.shape[-1])  # cells of a block
-    return min(-(-_cells(x) // at_once), most * _multiprocessors(x.device.index))
+def _thread_blocks(x: Tensor, limit_per_multiprocessor: int) -> int:
+    """Return how many thread blocks share the cells of a map."""
+    at_once = 32 * _WARPS // _lanes(x.shape[-1])  # cells of a thread block
+    limit = limit_per_multiprocessor * _multiprocessors(x.device.index)
+    return min(-(-_cells(x) // at_once), limit)
 
 
 def _readable(t: Tensor | None) -> Tensor | None:
@@ -151,7 +155,7 @@ def _launch(
     arguments: list[float] = [0 if t is None else t.data_ptr() for t in tensors]
     if sums is None:
         arguments += (cells, *others)
-        blocks = _blocks(like, _BLOCKS)
+        blocks = _thread_blocks(like, _BLOCKS)
     else:
         memory, row = sums
         blocks, rows, _ = memory.shape
@@ -162,7 +166,7 @@ def _launch(
 
 
 def _resident(channels: int) -> int:
-    """Return how many blocks a multiprocessor shall have room for, which limits their registers."""
+    """Return how many thread blocks must fit on a multiprocessor. It bounds their registers."""
     return 4 if channels <= 512 else 2
 
 
@@ -199,5 +203,5 @@ def _definitions(channels: int, map_: torch.dtype, result: torch.dtype) -> dict[
 
 
 def _shared(channels: int) -> int:
-    """Return the bytes of shared memory that a block of threads adds its sums up in."""
+    """Return the bytes of shared memory that a thread block adds its sums up in."""
     return 4 * _WARPS * _SUMS * channels

@@ -1,8 +1,9 @@
 // What a block of the network computes for each cell alone, on an NVIDIA GPU: LayerNorm, and the
 // residual with LayerScale. Maps are read once and written once, in the types that they have.
 //
-// A map is an array of cells of CHANNELS channels. LANES neighbouring lanes of a warp share a cell;
-// each holds every LANES-th four of its channels. Sums are float32.
+// A map is an array of cells of CHANNELS channels, which are handled in groups of four. LANES
+// neighbouring lanes of a warp share a cell: the first holds groups 0, LANES, 2 * LANES and so on.
+// Sums are float32.
 //
 // Python defines CHANNELS, a multiple of 4, LANES, a power of two, and the types MAP and RESULT of
 // maps (0 for float32, 1 for bfloat16, 2 for float16), besides what ptx.h needs.
@@ -11,7 +12,7 @@ constexpr int FLOAT32 = 0, BFLOAT16 = 1;
 constexpr int FOURS = CHANNELS / 4;  // of a cell
 
 constexpr int OWN = (FOURS + LANES - 1) / LANES;  // fours of a lane
-constexpr int THREADS = 32 * WARPS, CELLS = THREADS / LANES;  // of a block of threads at once
+constexpr int THREADS = 32 * WARPS, CELLS = THREADS / LANES;  // of a thread block at once
 
 struct Four {
     float at[4];
@@ -71,7 +72,7 @@ DEVICE void store_part(void* map, long long cell, bool inside, const Part& part)
     }
 }
 
-// Call a function with every value of a part that exists, as four of a lane and place in it.
+// Call function(i, k) for channel k of group i, for each group that a lane holds.
 template <class Function>
 DEVICE void for_each(const Function& function) {
 #pragma unroll
@@ -102,7 +103,7 @@ DEVICE float sum_of_lanes(float x) {
 
 DEVICE float sum_of_cell(float x) { return sum_of_lanes<1, LANES>(x); }
 
-// Store the sums of a block, `(N, CHANNELS)`; those of the next block follow `stride` values later.
+// Store the sums of a thread block, `(N, CHANNELS)`; the next block's follow `stride` values later.
 template <int N>
 DEVICE void store_sums(const Part (&sums)[N], float* partial_sums, int stride) {
     SHARED_MEMORY();
@@ -155,7 +156,7 @@ KERNEL normalize(const void* x, const float* weight, const float* bias, void* y,
 }
 
 // The gradients of `normalize`: of x, to which `residual` is added unless it is null, and the sums of
-// blocks of threads that make up those of weight and bias.
+// thread blocks that make up those of weight and bias.
 KERNEL normalize_backward(const void* g, const void* x, const float* weight,
                           const float* statistics, const float* residual, void* grad_x,
                           float* partial_sums, int cells, int stride) {
@@ -220,7 +221,7 @@ KERNEL add_scaled(const void* x, const float* scale, const float* factors, const
     });
 }
 
-// The gradients of `add_scaled`: of y, and the sums of blocks of threads that make up the gradient of
+// The gradients of `add_scaled`: of y, and the sums of thread blocks that make up the gradient of
 // the scale, and the sum of that of y over all cells.
 KERNEL add_scaled_backward(const float* g, const float* scale, const float* factors, const void* y,
                            void* grad_y, float* partial_sums, int cells, int cells_of_image,
