@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -100,3 +100,15 @@ def emulation() -> Iterator[None]:
     for cache in caches:
         cache.cache_clear()
     operators._destroy()
+
+
+@contextmanager
+def kernels() -> Iterator[None]:
+    """Run kernels on the GPU, or emulate them where there is none, in outputs of NaN."""
+    # Fills what `empty` returns with NaN.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with nullcontext() if torch.cuda.is_available() else emulation():
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)

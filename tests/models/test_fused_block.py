@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from emulated_cuda import emulation, shuffled_threads
+from emulated_cuda import kernels, shuffled_threads
 from filter_oracle import ERRORS, assert_near
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -39,14 +39,8 @@ cases = pytest.mark.parametrize(('channels', 'size', 'map_', 'result'), CASES, i
 
 @pytest.fixture(autouse=True)
 def _kernels():
-    # Fills what `empty` returns with NaN.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    if ON_GPU:
+    with kernels():
         yield
-    else:
-        with emulation():
-            yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from filter_oracle import ERRORS
 from processes import ROOT, run_tool
 
@@ -45,6 +46,15 @@ def test_what_is_wrong_fails_and_the_run_goes_on(tool, tmp_path, monkeypatch):
     ]
     assert len(failed) == sum(len(row.columns) for row in planned)
     assert all(text.startswith('AssertionError') for text in failed)
+
+
+def test_the_official_form_computes_the_same(tool):
+    arch = dict(embed_dims=(4, 8), depths=(1, 2), patch_size=4, layer_scale_init_value=0.5)
+    model, x = tool.GFNetPyramid(arch, img_size=32, num_classes=0), torch.randn(2, 3, 32, 32)
+    expected = model(x)
+    actual = tool.official(model)(x)
+    assert not torch.equal(actual, expected)  # the filter is another one
+    assert torch.allclose(actual, expected, atol=1e-5)
 
 
 def test_times_are_kept_continued_and_rendered(tool, tmp_path, monkeypatch, capsys):

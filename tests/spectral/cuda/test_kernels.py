@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from emulated_cuda import SHARED_MEMORY, emulation, shuffled_threads
+from emulated_cuda import SHARED_MEMORY, kernels, shuffled_threads
 from filter_oracle import (
     ERRORS,
     Case,
@@ -48,14 +48,8 @@ if ON_GPU:
 
 @pytest.fixture(autouse=True)
 def _kernels():
-    # Fills what `empty` returns with NaN.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    if ON_GPU:
+    with kernels():
         yield
-    else:
-        with emulation():
-            yield
-    torch.use_deterministic_algorithms(False)
 
 
 def case(size, dtype, batch: int = 2, channels: int = 3) -> Case:
@@ -100,6 +94,17 @@ def test_any_order_of_threads(size):
     assert all(
         torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True)
     )
+
+
+def test_batched_gradients():
+    """As in `torch.autograd.functional.jacobian(..., vectorize=True)`."""
+    x, weight, _ = case((3, 4), HALF)
+    y = by_kernels(x, weight)
+    g = torch.randn(3, *y.shape, device=DEVICE).to(HALF)
+    batched = torch.autograd.grad(y, (x, weight), g, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        single = torch.autograd.grad(y, (x, weight), g[i], retain_graph=True)
+        assert all(torch.equal(b[i], s) for b, s in zip(batched, single, strict=True))
 
 
 def test_gradients_in_chunks(monkeypatch):
