@@ -15,6 +15,7 @@ import torch
 from gfnet_dense.models import cuda as cells
 from gfnet_dense.spectral import cuda
 from gfnet_dense.spectral.build_cache import load_or_build
+from gfnet_dense.spectral.cuda import blocks, driver
 
 FOLDER = Path(__file__).parent / 'spectral' / 'cuda'
 SHARED_MEMORY = 227 * 1024  # of a block on a Hopper GPU, in bytes
@@ -53,12 +54,13 @@ def library(source: Path, definitions: tuple[tuple[str, int | str], ...]) -> cty
     compiler = shutil.which('g++')
     if compiler is None:
         raise FileNotFoundError('the emulation of a GPU needs g++')
-    files = [FOLDER / 'emulator.cpp', FOLDER / 'emulator.h', cuda.driver.PTX, source]
+    headers = driver.HEADERS.glob('*.h')
+    files = [FOLDER / 'emulator.cpp', FOLDER / 'emulator.h', *sorted(headers), source]
     command = [compiler, '-std=c++17', '-O1', '-shared', '-fPIC', '-w', str(files[0])]
     # Ends the process at an address that a GPU would refuse.
     command += ['-fsanitize=alignment', '-fsanitize-undefined-trap-on-error']
     command += [f'-D{name}={value}' for name, value in definitions]
-    command += [f'-DSOURCE="{source}"', f'-DPTX="{cuda.driver.PTX}"']
+    command += [f'-DSOURCE="{source}"', f'-I{driver.HEADERS}']
     parts = repr((command, [file.read_bytes() for file in files]))
     name = f'emulated-{source.stem}-{hashlib.sha256(parts.encode()).hexdigest()[:16]}.so'
 
@@ -82,13 +84,13 @@ def emulation() -> Iterator[None]:
     operators = torch.library.Library(cuda.NAMESPACE, 'IMPL')
     operators.impl('filter', cuda._filter, 'CPU')
     operators.impl('correlate', cuda._correlate, 'CPU')
-    caches = cuda._kernel, cuda._compiled_kernel, cells._kernel
+    caches = blocks._kernel, blocks._compiled_kernel, cells._kernel
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda.driver, 'Kernel', EmulatedKernel)
-        patch.setattr(cuda.driver, 'upload', lambda values, device: keep(values))
-        patch.setattr(cuda, '_shared_memory', lambda device: SHARED_MEMORY)
+        patch.setattr(driver, 'Kernel', EmulatedKernel)
+        patch.setattr(driver, 'upload', lambda values, device: keep(values))
+        patch.setattr(driver, 'shared_memory', lambda device: SHARED_MEMORY)
         # So few blocks that each has to take turns.
-        patch.setattr(cells, '_multiprocessors', lambda device: 1)
+        patch.setattr(driver, 'multiprocessors', lambda device: 1)
         patch.setattr(cells, '_BLOCKS', 2)
         patch.setattr(cuda, '_DEVICE', 'cpu')
         patch.setattr(cells, 'DEVICE', 'cpu')

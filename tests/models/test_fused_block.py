@@ -146,8 +146,7 @@ def test_compiles_for_a_gpu(channels, capability, map_, result):
     options = ['-std=c++17', f'--gpu-architecture=sm_{capability}']
     definitions = cuda._definitions(channels, map_, result)
     options += [f'-D{macro}={value}' for macro, value in definitions.items()]
-    source = cuda.driver.read_source(cuda._SOURCE)
-    assert cuda.driver.compile_source(source, options).startswith(b'\x7fELF')
+    assert cuda.driver.compile_source(cuda._SOURCE, options).startswith(b'\x7fELF')
     assert cuda._shared(channels) <= 48 * 1024  # what a block has without asking for more
 
 

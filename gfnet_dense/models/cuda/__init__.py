@@ -126,7 +126,7 @@ def new_sums(x: Tensor, rows: int) -> Tensor:
 def _thread_blocks(x: Tensor, limit_per_multiprocessor: int) -> int:
     """Return how many thread blocks share the cells of a map."""
     at_once = 32 * _WARPS // _lanes(x.shape[-1])  # cells of a thread block
-    limit = limit_per_multiprocessor * _multiprocessors(x.device.index)
+    limit = limit_per_multiprocessor * driver.multiprocessors(x.device.index)
     return min(-(-_cells(x) // at_once), limit)
 
 
@@ -174,11 +174,6 @@ def _resident(channels: int) -> int:
 def _lanes(channels: int) -> int:
     """Return how many threads share a cell: a power of two that leaves each 8 channels or more."""
     return min(32, 1 << (max(1, channels // 8).bit_length() - 1))
-
-
-@functools.cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache

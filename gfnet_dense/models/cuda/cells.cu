@@ -8,6 +8,8 @@
 // Python defines CHANNELS, a multiple of 4, LANES, a power of two, and the types MAP and RESULT of
 // maps (0 for float32, 1 for bfloat16, 2 for float16), besides what ptx.h needs.
 
+#include "ptx.h"
+
 constexpr int FLOAT32 = 0, BFLOAT16 = 1;
 constexpr int FOURS = CHANNELS / 4;  // of a cell
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..build_cache import load_or_build
 
-# Comes before every source.
-PTX = Path(__file__).with_name('ptx.h')
+# Holds the headers that sources include.
+HEADERS = Path(__file__).parent
 
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
@@ -62,6 +62,19 @@ def readable(x: Tensor) -> Tensor:
     """Return a tensor that kernels can read 16 bytes at a time: contiguous, at such an address."""
     x = x.contiguous()
     return x.clone() if x.data_ptr() % 16 else x
+
+
+@functools.cache
+def shared_memory(device: int) -> int:
+    """Return the bytes of shared memory that a block of threads can use on a GPU."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    """Return how many multiprocessors a GPU has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _bind(device: int) -> None:
@@ -158,24 +171,24 @@ def _compiled(source: Path, definitions: dict[str, int], device: int) -> bytes:
     """Return the machine code of a source, from the user's cache if it was compiled before."""
     from cuda.bindings import nvrtc
 
-    code = read_source(source)
+    code, headers = source.read_bytes(), _read_headers()
     options = ['-std=c++17', f'--gpu-architecture=sm_{_architecture(device)}']
     options += [f'-D{name}={value}' for name, value in definitions.items()]
     parts = repr((options, _check(nvrtc.nvrtcVersion())))
-    name = f'{source.stem}-{hashlib.sha256(code + parts.encode()).hexdigest()[:16]}.cubin'
+    parts += repr((code, headers))
+    name = f'{source.stem}-{hashlib.sha256(parts.encode()).hexdigest()[:16]}.cubin'
 
     def build(target: Path) -> None:
-        target.write_bytes(compile_source(code, options))
+        target.write_bytes(compile_source(source, options))
 
     return load_or_build(name, build, Path.read_bytes)
 
 
-def read_source(source: Path) -> bytes:
-    """Return a source with what comes before every one."""
-    return b'%s#line 1 "%s"\n%s' % (PTX.read_bytes(), source.name.encode(), source.read_bytes())
+def _read_headers() -> dict[bytes, bytes]:
+    return {path.name.encode(): path.read_bytes() for path in sorted(HEADERS.glob('*.h'))}
 
 
-def compile_source(code: bytes, options: list[str]) -> bytes:
+def compile_source(source: Path, options: list[str]) -> bytes:
     """Return the machine code that NVIDIA's run-time compiler makes of CUDA C++.
 
     Raises:
@@ -184,7 +197,13 @@ def compile_source(code: bytes, options: list[str]) -> bytes:
     from cuda.bindings import nvrtc
 
     logging.getLogger(__name__).info('Compiling for a GPU: %s', ' '.join(options))
-    (program,) = _check(nvrtc.nvrtcCreateProgram(code, PTX.name.encode(), 0, [], []))
+    headers = _read_headers()
+    names, codes = list(headers), list(headers.values())
+    (program,) = _check(
+        nvrtc.nvrtcCreateProgram(
+            source.read_bytes(), source.name.encode(), len(headers), codes, names
+        )
+    )
     try:
         encoded = [option.encode() for option in options]
         if nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)[0]:

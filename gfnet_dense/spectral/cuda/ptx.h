@@ -1,8 +1,10 @@
-// Instructions of NVIDIA GPUs, by what they do. The driver puts this file in front of every source.
+// Instructions of NVIDIA GPUs, by what they do.
 // tests/spectral/cuda/emulator.h has the same functions for CPUs.
 //
 // A source with a KERNEL is given WARPS (of a block of threads) and RESIDENT (how many blocks a
 // multiprocessor has room for).
+
+#pragma once
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -31,13 +33,6 @@ DEVICE uint4 load_transposed(const u16* p) {
                  : "r"(address(p))
                  : "memory");
     return r;
-}
-
-// Transpose an 8x8 matrix of 16 bits, which holds columns 2 * (lane % 4) and + 1 of row lane / 4.
-DEVICE u32 transpose(u32 x) {
-    u32 y;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-    return y;
 }
 
 DEVICE u32 largest_of_warp(u32 x) { return __reduce_max_sync(~0u, x); }

@@ -1,6 +1,5 @@
 // The kernel NAME of a source, emulated, with a C function that launches it as CUDA's driver does.
 #include "emulator.h"
-#include PTX
 #include SOURCE
 
 template <class... Arguments, size_t... I>

@@ -162,18 +162,6 @@ inline uint4 load_transposed(const unsigned short* p) {
     return {r[0], r[1], r[2], r[3]};
 }
 
-inline unsigned transpose(unsigned x) {
-    const uint64_t* given = emulated::exchange(x);
-    const int lane = emulated::running % 32;
-    const int column = lane / 4, row = lane % 4 * 2;
-    unsigned y = 0;
-    for (int i = 0; i < 2; ++i) {
-        const unsigned pair = given[(row + i) * 4 + column / 2];
-        y |= (column % 2 ? pair >> 16 : pair & 0xffff) << 16 * i;
-    }
-    return y;
-}
-
 inline void multiply_add(float (&d)[4], const uint4& a, unsigned b0, unsigned b1) {
     using emulated::from_half;
     const int lane = emulated::running % 32;

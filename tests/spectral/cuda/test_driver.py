@@ -136,6 +136,8 @@ def test_uploads_for_good(calls):
     assert calls[-1] == ('cuCtxSynchronize',)
 
 
-def test_says_what_the_compiler_says():
-    with pytest.raises(RuntimeError, match='no_such_function'):
-        driver.compile_source(b'__global__ void f() { no_such_function(); }', ['-std=c++17'])
+def test_says_what_the_compiler_says(tmp_path):
+    source = tmp_path / 'wrong.cu'
+    source.write_text('#include "ptx.h"\n__global__ void f() { no_such_function(); }')
+    with pytest.raises(RuntimeError, match=r'wrong.cu\(2\).*no_such_function'):
+        driver.compile_source(source, ['--gpu-architecture=sm_90', '-DWARPS=1', '-DRESIDENT=1'])

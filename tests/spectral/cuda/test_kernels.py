@@ -18,6 +18,7 @@ from torch import Tensor, distributed, nn
 
 from gfnet_dense.models import GlobalFilter
 from gfnet_dense.spectral import cuda, global_filter
+from gfnet_dense.spectral.cuda import blocks, driver, maps
 from gfnet_dense.spectral.reference import reference_filter
 
 ON_GPU = torch.cuda.is_available()
@@ -25,7 +26,8 @@ DEVICE = 'cuda' if ON_GPU else 'cpu'
 dtypes = pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
 
 # Tiles of every kind, filled and not, with a middle cell and without; channels that fill blocks,
-# that do not, and that cannot be read several at once.
+# that do not, and that cannot be read several at once. Maps that are filtered and correlated whole,
+# filtered whole and correlated in strips, and all in strips.
 HALF, BFLOAT = torch.float16, torch.bfloat16
 CASES = [
     ((1, 1), HALF, 3),
@@ -35,10 +37,10 @@ CASES = [
     ((16, 16), HALF, 24),
     ((28, 20), BFLOAT, 3),
     ((5, 33), HALF, 8),
-    ((64, 64), BFLOAT, 8),
+    ((60, 50), BFLOAT, 8),
     ((100, 25), HALF, 8),
     ((9, 130), BFLOAT, 3),
-    pytest.param((97, 161), BFLOAT, 4, marks=pytest.mark.slow),
+    ((66, 130), BFLOAT, 4),
 ]
 if ON_GPU:
     sizes = [(14, 14), (32, 32), (56, 56), (63, 17), (7, 64), (65, 64), (128, 128), (100, 168)]
@@ -74,19 +76,48 @@ def test_by_definition(size, dtype, channels):
     assert_near(actual, expected(*inputs), ERRORS[dtype])
 
 
+def in_strips(monkeypatch) -> None:
+    """Let the smallest maps be cut into strips, as large ones are."""
+    monkeypatch.setattr(cuda, 'whole_channels', lambda *_: 0)
+
+
+# Halves of 8 and more, one strip and several, one share of the images and several.
+@pytest.mark.parametrize(
+    ('size', 'dtype', 'channels'),
+    [
+        ((1, 1), HALF, 3),
+        ((7, 6), BFLOAT, 16),
+        ((4, 40), HALF, 24),
+        ((37, 5), BFLOAT, 8),
+        ((20, 21), HALF, 40),
+    ],
+    ids=str,
+)
+def test_strips_by_definition(monkeypatch, size, dtype, channels):
+    in_strips(monkeypatch)
+    inputs = case(size, dtype, batch=3, channels=channels)
+    actual = result_and_gradients(by_kernels, *inputs)
+    assert_near(actual, expected(*inputs), ERRORS[dtype])
+
+
 def test_with_less_shared_memory(monkeypatch):
     """GPUs of compute capability 8.6 leave a block 99 KB."""
-    monkeypatch.setattr(cuda, '_shared_memory', lambda device: 99 * 1024)
-    inputs = case((64, 50), HALF, batch=1, channels=4)
+    monkeypatch.setattr(driver, 'shared_memory', lambda device: 99 * 1024)
+    blocks._kernel.cache_clear()
+    inputs = case((32, 20), HALF, batch=1, channels=4)
+    assert blocks.whole_channels(32, 20, 99 * 1024) < blocks.whole_channels(32, 20, SHARED_MEMORY)
     actual = result_and_gradients(by_kernels, *inputs)
     assert_near(actual, expected(*inputs), ERRORS[HALF])
 
 
 @pytest.mark.skipif(ON_GPU, reason='needs the emulation')
-@pytest.mark.parametrize('size', [(13, 9), (28, 20), (100, 25)], ids=str)
-def test_any_order_of_threads(size):
+@pytest.mark.parametrize('cut', [False, True], ids=['whole', 'strips'])
+@pytest.mark.parametrize('size', [(13, 9), (28, 20), (36, 37)], ids=str)
+def test_any_order_of_threads(monkeypatch, size, cut):
     """A missing barrier shows where threads overtake each other."""
-    x, weight, g = (t.detach() for t in case(size, HALF, batch=1, channels=8))
+    if cut:
+        in_strips(monkeypatch)
+    x, weight, g = (t.detach() for t in case(size, HALF, channels=8))
     results = []
     for seed in (0, 1, 2):
         with shuffled_threads(seed):
@@ -108,7 +139,7 @@ def test_batched_gradients():
 
 
 def test_gradients_in_chunks(monkeypatch):
-    monkeypatch.setattr(cuda, '_GRADIENTS', 2 * 4 * 3 * 2 * 3 * 2)  # of two images
+    monkeypatch.setattr(maps, '_GRADIENTS', 2 * 4 * 3 * 2 * 3 * 2)  # of two images
     inputs = case((3, 3), HALF, batch=5)
     actual = result_and_gradients(by_kernels, *inputs)
     assert_near(actual, expected(*inputs), ERRORS[HALF])
@@ -118,27 +149,35 @@ def test_gradients_in_chunks(monkeypatch):
 LIMITS = {80: 163 * 1024, 86: 99 * 1024, 90: SHARED_MEMORY}
 
 
+MAPS = 'filter_maps', 'correlate_maps'
+STRIPS = 'transform_strips', 'filter_strips', 'restore_strips', 'correlate_strips'
+COMPILED = [*itertools.product(MAPS, [((16, 16), 80), ((64, 64), 90), ((28, 20), 86)])]
+COMPILED += itertools.product(STRIPS, [((16, 16), 80), ((64, 64), 90), ((100, 168), 90)])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['filter', 'correlate'])
-@pytest.mark.parametrize(
-    ('size', 'capability'),
-    [((16, 16), 80), ((64, 64), 90), ((128, 128), 90), ((64, 64), 86), ((100, 168), 90)],
-    ids=str,
-)
-def test_compiles_for_a_gpu(name, size, capability):
+@pytest.mark.parametrize(('name', 'on'), COMPILED, ids=str)
+def test_compiles_for_a_gpu(name, on):
     pytest.importorskip('cuda.bindings')
-    blocks = cuda.divide(name, *size, LIMITS[capability])
-    definitions = cuda._definitions(name, *size, BFLOAT, blocks, is_aligned=True)
+    size, capability = on
+    division = blocks.divide(name, *size, LIMITS[capability])
+    macros = blocks.definitions(name, *size, 8, BFLOAT, division)
     options = ['-std=c++17', f'--gpu-architecture=sm_{capability}']
-    options += [f'-D{macro}={value}' for macro, value in definitions.items()]
-    machine_code = cuda.driver.compile_source(cuda.driver.read_source(cuda._SOURCE), options)
-    assert machine_code.startswith(b'\x7fELF')
-    assert blocks.shared <= LIMITS[capability]
+    options += [f'-D{macro}={value}' for macro, value in macros.items()]
+    assert driver.compile_source(blocks.source_of(name), options).startswith(b'\x7fELF')
 
 
-@pytest.mark.parametrize('size', [(300, 300), (513, 2)])
-def test_maps_that_do_not_fit(size):
-    assert cuda._fit(*size, SHARED_MEMORY) is None
+@pytest.mark.parametrize('name', blocks.KERNELS)
+def test_blocks_fit_on_every_gpu(name):
+    for limit, (height, width) in itertools.product(
+        LIMITS.values(), itertools.product(range(1, blocks.LARGEST_SIDE + 1, 15), repeat=2)
+    ):
+        if 'maps' in name and not blocks.whole_channels(height, width, limit):
+            continue
+        division = blocks.divide(name, height, width, limit)
+        assert division.shared <= limit
+        assert division.warps * division.resident <= 64
+        assert division.warps <= 32
 
 
 def test_the_same_every_time_and_from_any_strides():
@@ -172,7 +211,7 @@ def test_the_whole_range_of_values(dtype):
     assert not by_kernels(torch.zeros_like(x, dtype=dtype), weight).any()
 
 
-@pytest.mark.parametrize('size', [(64, 64), (100, 25)], ids=str)
+@pytest.mark.parametrize('size', [(60, 50), (100, 25), (66, 130)], ids=str)
 def test_a_quiet_channel_beside_a_loud_one(size):
     """Its values lie in other frequencies, a hundred thousand times smaller."""
     x, weight, g = (t.detach().clone() for t in case(size, HALF, batch=1, channels=8))
@@ -186,8 +225,26 @@ def test_a_quiet_channel_beside_a_loud_one(size):
     assert_near(*quiet, ERRORS[HALF])
 
 
+def test_quiet_rows_beside_loud_ones(monkeypatch):
+    """Strips have scales of their own; a channel of the quiet ones keeps its precision."""
+    in_strips(monkeypatch)
+    x, weight, g = (t.detach().clone() for t in case((40, 21), BFLOAT, batch=1, channels=8))
+    quiet = torch.arange(40, device=DEVICE)[:, None] // 8 % 2 == 1
+    for t in (x, g):
+        t[..., 1] *= torch.where(quiet, 1e-5, 0)
+        t[..., 0] *= torch.where(quiet, 0, 1)
+    inputs = x.requires_grad_(), weight.requires_grad_(), g
+    actual, truth = result_and_gradients(by_kernels, *inputs), expected(*inputs)
+    for y, e in zip(actual, truth, strict=True):
+        at = (..., slice(1, 2)) if y.shape[-1] == 8 else (..., slice(1, 2), slice(None))
+        assert_near([y[at]], [e[at]], ERRORS[BFLOAT])
+
+
+@pytest.mark.parametrize('cut', [False, True], ids=['whole', 'strips'])
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
-def test_channels_and_images_keep_what_is_not_finite_to_themselves(bad):
+def test_channels_and_images_keep_what_is_not_finite_to_themselves(monkeypatch, bad, cut):
+    if cut:
+        in_strips(monkeypatch)
     x, weight, g = (t.detach().clone() for t in case((20, 20), BFLOAT, channels=4))
     x[0, 3, 4, 1] = bad
     y = by_kernels(x, weight)
@@ -217,7 +274,7 @@ def test_float64_stays_under_autocast():
 
 def test_channels_that_vmap_makes_are_counted():
     with pytest.raises(ValueError, match='too large'):
-        cuda._kernel('filter', 200, 200, 27000, HALF, 0)
+        blocks._kernel('filter_maps', 200, 200, 27000, HALF, 0)
 
 
 def test_gradients_of_gradients():
@@ -404,7 +461,7 @@ def test_a_device_that_is_not_the_current_one():
     ('shape', 'dtype', 'message'),
     [
         ((1, 4, 4, 1), torch.float32, 'not torch.float32'),
-        ((1, 300, 300, 1), torch.bfloat16, '300 x 300 cells does not fit'),
+        ((1, 513, 300, 1), torch.bfloat16, '512 cells a side, not 513 x 300'),
         ((1, 100, 100, 2**18), torch.bfloat16, r'2\*\*30 values'),
         ((2**16, 4, 4, 1), torch.bfloat16, '65535 images'),
         ((1, 4, 4, 1), torch.bfloat16, None),

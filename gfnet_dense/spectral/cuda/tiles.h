@@ -1,46 +1,54 @@
-// The global filter of a 16-bit map (B, H, W, C) on an NVIDIA GPU, in one pass over memory.
+// Transforms of a 16-bit map (B, H, W, C) on an NVIDIA GPU, by matrix products on tensor cores.
 //
-// A block of threads holds all cells of an image and CHANNELS of its channels in shared memory and
-// transforms them by matrix products on tensor cores. folded.py explains the algebra: an axis of n
-// cells is folded about its centre into an even and an odd part of ceil(n / 2) values, whose
-// cosine and sine coefficients are products with matrices of half the size.
+// folded.py explains the algebra: an axis of n cells is folded about its centre into an even and an
+// odd part of ceil(n / 2) values, whose cosine and sine coefficients are products with matrices of
+// half the size.
 //
-//     tile[row][column * CHANNELS + channel]    ROWS = 2 * HALF_H, COLUMNS = 2 * HALF_W
+// A block of threads holds some rows, columns and CHANNELS channels of an image in shared memory:
 //
-// Rows 0 to HALF_H - 1 of the tile belong to the even part of H or its cosines, the others to the
-// odd part or its sines; so do columns. HALF_H and HALF_W are ceil(H / 2) and ceil(W / 2), rounded
-// up to 8 or a multiple of 16; what lies beyond the map is zero.
+//     tile[row][column * CHANNELS + channel]    ROWS = 2 * TILE_H, COLUMNS = 2 * TILE_W
+//
+// Rows 0 to TILE_H - 1 belong to the even part of H or its cosines, the others to the odd part or
+// its sines; so do columns. HALF_H and HALF_W are ceil(H / 2) and ceil(W / 2), rounded up to 8 or a
+// multiple of 16. A tile that is transformed along an axis holds all of it: TILE_H = HALF_H or
+// TILE_W = HALF_W. What lies beyond the map is zero.
 //
 // Factors are rounded to float16, sums are float32. Before rounding, values are scaled by a power
 // of two, which is exact, so that the largest lies between 2^6 and 2^7. Then sums over 256 slots do
 // not overflow, and values a million times smaller keep their precision. The true value is
 // `stored / 2^shift`.
 //
-// Python defines CORRELATE (which of the kernels), HALF_H, HALF_W, CHANNELS, BFLOAT16 (else float16)
-// and VECTOR (how many channels a thread reads at once), besides what ptx.h needs.
+// Python defines HALF_H, HALF_W, TILE_H, TILE_W, CHANNELS, BFLOAT16 (else float16) and VECTOR (how
+// many channels a thread reads at once), besides what ptx.h needs.
 
-constexpr int ROWS = 2 * HALF_H, COLUMNS = 2 * HALF_W;
+#pragma once
+#include "ptx.h"
+
+constexpr int ROWS = 2 * TILE_H, COLUMNS = 2 * TILE_W;
 // Parts that are transformed apart. A half of 8 is too small for the tensor cores: there both parts
 // are one, and the matrix has zeros where they would mix.
 constexpr int PARTS_H = HALF_H < 16 ? 1 : 2, PARTS_W = HALF_W < 16 ? 1 : 2;
 // Blocks of 16 slots, or cells, in a part.
-constexpr int BLOCKS_H = ROWS / PARTS_H / 16, BLOCKS_W = COLUMNS / PARTS_W / 16;
+constexpr int BLOCKS_H = 2 * HALF_H / PARTS_H / 16, BLOCKS_W = 2 * HALF_W / PARTS_W / 16;
 // From row to row, in values; the 16 bytes more put rows into different banks.
 constexpr int STRIDE = COLUMNS * CHANNELS + 8;
 constexpr int TILE = ROWS * STRIDE;
 // A group is 16 neighbours in the rows of cosines along W, slots and channels, with their 16
 // counterparts among the sines. A warp filters one at a time.
-constexpr int GROUPS = HALF_W * CHANNELS / 16;
+constexpr int GROUPS = TILE_W * CHANNELS / 16;
 constexpr int THREADS = 32 * WARPS;
 constexpr int TARGET = 6, LARGEST_SHIFT = 126;
-// The basis that restores rows is multiplied by 2^14. So where one channel is loud and others are
-// quiet, their groups can be scaled by as little as 2^-28 without loss.
+// Where values of different shifts are added up, the basis is multiplied by their scales and by 2^14.
+// So where one channel is loud and others are quiet, scales can be as small as 2^-28 without loss.
 constexpr int HEADROOM = 14;
 
-static_assert(HALF_W * CHANNELS % 16 == 0 && CHANNELS >= 2 && CHANNELS <= 16, "");
+static_assert(TILE_W * CHANNELS % 16 == 0 && (CHANNELS == 8 || CHANNELS == 16), "");
 
+// The size of a map, and where the tile begins in it: at a channel, a row of the upper half and a
+// slot along W.
 struct Shape {
     int height, width, channels;
+    int first_channel, first_row, first_slot;
 };
 
 struct Complex {
@@ -127,67 +135,86 @@ DEVICE u32 largest_of_block(u32 x, u32* scratch) {
     return x;
 }
 
-// Load an image and fold both axes. Each thread folds the cells that it has read, in place. Returns
-// the shift.
-DEVICE int load_parts(u16* tile, const u16* x, const Shape& shape, u32* scratch) {
-    constexpr int CHUNKS = CHANNELS / VECTOR, PLACES = HALF_H * HALF_W * CHUNKS;
-    constexpr int RIGHT = HALF_W * CHANNELS, BOTTOM = HALF_H * STRIDE;
-    const int first_channel = blockIdx.x * CHANNELS, row_size = shape.width * shape.channels;
-    for (int i = threadIdx.x; i < PLACES; i += THREADS) {
-        const int c = i % CHUNKS * VECTOR, w = i / CHUNKS % HALF_W, h = i / CHUNKS / HALF_W;
-        u16* to = tile + h * STRIDE + w * CHANNELS + c;
+// Call function(row, chunk) for every VECTOR channels of a quarter of the tile. A thread keeps to a
+// column as far as it can.
+template <class Function>
+DEVICE void for_each_chunk(const Function& function) {
+    constexpr int CHUNKS = TILE_W * CHANNELS / VECTOR;  // of a row
+    constexpr int AT_ONCE = THREADS >= CHUNKS ? THREADS / CHUNKS : 1;  // rows
+    const int first = AT_ONCE > 1 ? threadIdx.x / CHUNKS : 0;
+    if (first >= AT_ONCE) return;
+    for (int i = AT_ONCE > 1 ? threadIdx.x % CHUNKS : threadIdx.x; i < CHUNKS; i += THREADS) {
+#pragma unroll 2
+        for (int r = first; r < TILE_H; r += AT_ONCE) function(r, i);
+    }
+}
+
+// Values of the tile from one quarter to the next.
+constexpr int RIGHT = TILE_W * CHANNELS, BOTTOM = TILE_H * STRIDE;
+
+// Call function(chunk in the tile, in the map, whether it exists) for every VECTOR channels.
+template <class Function>
+DEVICE void for_each_chunk_of_map(u16* tile, const Shape& shape, const Function& function) {
+    const int row_size = shape.width * shape.channels;
+    for_each_chunk([&](int r, int i) {
+        const int c = shape.first_channel + i * VECTOR % CHANNELS, w = i * VECTOR / CHANNELS;
+        const int h = shape.first_row + r;
         const int row[2] = {h * row_size, (shape.height - 1 - h) * row_size};
-        const int column[2] = {w * shape.channels, (shape.width - 1 - w) * shape.channels};
-        const bool in_channels = first_channel + c < shape.channels;
+        const int column[2] = {w * shape.channels + c, (shape.width - 1 - w) * shape.channels + c};
 #pragma unroll
         for (int quarter = 0; quarter < 4; ++quarter) {
             const int bottom = quarter / 2, right = quarter % 2;
             // The middle cell of an odd axis belongs to the first half alone.
             const bool inside = 2 * h + bottom < shape.height && 2 * w + right < shape.width &&
-                                in_channels;
-            u16* at = to + bottom * BOTTOM + right * RIGHT;
-            const u16* from = x + (inside ? row[bottom] + column[right] + first_channel + c : 0);
-            if constexpr (VECTOR > 1) {
-                copy_async<2 * VECTOR>(at, from, inside);
-            } else {
-                *at = inside ? *from : 0;
-            }
+                                c < shape.channels;
+            function(tile + r * STRIDE + i * VECTOR + bottom * BOTTOM + right * RIGHT,
+                     row[bottom] + column[right], inside);
         }
-    }
+    });
+}
+
+// Load a part of an image and fold both axes. Each thread folds the cells that it has read, in
+// place. Returns the shift.
+DEVICE int load_parts(u16* tile, const u16* x, const Shape& shape, u32* scratch) {
+    for_each_chunk_of_map(tile, shape, [&](u16* at, int offset, bool inside) {
+        const u16* from = x + (inside ? offset : 0);
+        if constexpr (VECTOR > 1) {
+            copy_async<2 * VECTOR>(at, from, inside);
+        } else {
+            *at = inside ? *from : 0;
+        }
+    });
     wait_for_copies();
 
     u32 largest = 0;
-    for (int i = threadIdx.x; i < PLACES; i += THREADS) {
-        const int c = i % CHUNKS * VECTOR, w = i / CHUNKS % HALF_W, h = i / CHUNKS / HALF_W;
-        const u16* at = tile + h * STRIDE + w * CHANNELS + c;
+    for_each_chunk([&](int r, int i) {
+        const u16* at = tile + r * STRIDE + i * VECTOR;
 #pragma unroll
         for (int quarter = 0; quarter < 4; ++quarter) {
             const Vector x = load_vector(at + quarter / 2 * BOTTOM + quarter % 2 * RIGHT);
 #pragma unroll
             for (int k = 0; k < PAIRS; ++k) largest = larger_pair(largest, x.pairs[k] & 0x7fff7fff);
         }
-    }
+    });
     largest = largest_of_block(larger_bits(largest & 0xffff, largest >> 16), scratch);
     if (largest >= INFINITE) {  // of the others: channels keep to themselves
         largest = 0;
-        for (int i = threadIdx.x; i < PLACES; i += THREADS) {
-            const int c = i % CHUNKS * VECTOR, w = i / CHUNKS % HALF_W, h = i / CHUNKS / HALF_W;
-            const u16* at = tile + h * STRIDE + w * CHANNELS + c;
+        for_each_chunk([&](int r, int i) {
+            const u16* at = tile + r * STRIDE + i * VECTOR;
             for (int quarter = 0; quarter < 4; ++quarter) {
                 for (int k = 0; k < VECTOR; ++k) {
                     const u32 x = at[quarter / 2 * BOTTOM + quarter % 2 * RIGHT + k] & 0x7fff;
                     if (x < INFINITE) largest = larger_bits(largest, x);
                 }
             }
-        }
+        });
         largest = largest_of_block(largest, scratch);
     }
     const int shift = shift_of(float_to_bits(widen_low(largest))) - 2;  // for sums of four
     const float scale = power_of_two(shift);
 
-    for (int i = threadIdx.x; i < PLACES; i += THREADS) {
-        const int c = i % CHUNKS * VECTOR, w = i / CHUNKS % HALF_W, h = i / CHUNKS / HALF_W;
-        u16* at = tile + h * STRIDE + w * CHANNELS + c;
+    for_each_chunk([&](int r, int i) {
+        u16* at = tile + r * STRIDE + i * VECTOR;
         Vector cells[4];
 #pragma unroll
         for (int quarter = 0; quarter < 4; ++quarter) {
@@ -222,54 +249,46 @@ DEVICE int load_parts(u16* tile, const u16* x, const Shape& shape, u32* scratch)
         for (int quarter = 0; quarter < 4; ++quarter) {
             store_vector(at + quarter / 2 * BOTTOM + quarter % 2 * RIGHT, cells[quarter]);
         }
-    }
+    });
     __syncthreads();
     return shift;
 }
 
-// Matrix fragments of the basis of an axis, `(2, PARTS, BLOCKS, BLOCKS, 32)`: first slot x cell, to
-// transform, then cell x slot, to restore.
+// Matrix fragments of the basis of an axis, `(3, PARTS, BLOCKS, BLOCKS, 32)`, by what they are for:
+// slot x cell, to transform rows; cell x slot, to restore; slot x cell as right factors, to
+// transform columns.
+enum { TRANSFORM, RESTORE, TRANSFORM_COLUMNS };
+
 template <int PARTS, int BLOCKS>
-DEVICE uint4 fragment(const uint4* basis, int inverse, int part, int row, int column) {
-    const int index = ((inverse * PARTS + part) * BLOCKS + row) * BLOCKS + column;
+DEVICE uint4 fragment(const uint4* basis, int use, int part, int row, int column) {
+    const int index = ((use * PARTS + part) * BLOCKS + row) * BLOCKS + column;
     return __ldg(basis + index * 32 + lane());
 }
 
-// Eight columns of a matrix for products along W: channels of a row of the tile, or of several rows
-// where there are fewer than 8 channels.
+// Eight columns of a matrix for products along W: channels of a row of the tile.
 struct Octet {
     int row, channel;
 };
 
 DEVICE Octet octet(int index) {
-    if constexpr (CHANNELS >= 8) return {index / (CHANNELS / 8), index % (CHANNELS / 8) * 8};
-    return {index * (8 / CHANNELS), 0};
+    return {index / (CHANNELS / 8), index % (CHANNELS / 8) * 8};
 }
 
-// Return a pointer to value n of an octet at a column of the tile.
-DEVICE u16* value_at(u16* tile, const Octet& at, int column, int n) {
-    u16* start = tile + at.row * STRIDE + column * CHANNELS + at.channel;
-    return start + (CHANNELS >= 8 ? n : n / CHANNELS * STRIDE + n % CHANNELS);
+// Return a pointer to a pair of an octet at a column of the tile, from lane / 4 and lane % 4.
+DEVICE u16* pair_of_lane(u16* tile, const Octet& at, int column) {
+    return tile + at.row * STRIDE + (column + lane() / 4) * CHANNELS + at.channel + lane() % 4 * 2;
 }
 
 // Load 16 columns of two octets as factors.
 DEVICE uint4 load_octets(u16* tile, const Octet& first, const Octet& second, int column) {
-    if constexpr (CHANNELS >= 8) {
-        const Octet& at = lane() < 16 ? first : second;
-        return load_transposed(value_at(tile, at, column + lane() % 16, 0));
-    } else {
-        const auto load = [&](const Octet& at, int next) {
-            const int k = column + lane() / 4 + next;
-            return transpose(pair_at(value_at(tile, at, k, lane() % 4 * 2)));
-        };
-        return {load(first, 0), load(first, 8), load(second, 0), load(second, 8)};
-    }
+    const Octet& at = lane() < 16 ? first : second;
+    return load_transposed(tile + at.row * STRIDE + (column + lane() % 16) * CHANNELS + at.channel);
 }
 
 // Transform all rows along W, in place.
 DEVICE void transform_rows(u16* tile, const uint4* basis_w) {
-    constexpr int OCTETS = BLOCKS_W <= 8 ? 4 : 2;  // at once
     constexpr int ALL = ROWS * CHANNELS / 8;
+    constexpr int OCTETS = BLOCKS_W <= 8 && ALL >= 4 * WARPS ? 4 : 2;  // at once
     for (int first = warp() * OCTETS; first < ALL; first += WARPS * OCTETS) {
         Octet at[OCTETS];
 #pragma unroll
@@ -290,17 +309,16 @@ DEVICE void transform_rows(u16* tile, const uint4* basis_w) {
                 float sum[OCTETS][4] = {};
 #pragma unroll
                 for (int k = 0; k < BLOCKS_W; ++k) {
-                    const uint4 f = fragment<PARTS_W, BLOCKS_W>(basis_w, 0, part, block, k);
+                    const uint4 f = fragment<PARTS_W, BLOCKS_W>(basis_w, TRANSFORM, part, block, k);
 #pragma unroll
                     for (int n = 0; n < OCTETS / 2; ++n) {
                         multiply_add(sum[2 * n], f, x[k][n].x, x[k][n].y);
                         multiply_add(sum[2 * n + 1], f, x[k][n].z, x[k][n].w);
                     }
                 }
-                const int column = part * HALF_W + 16 * block + lane() / 4;
 #pragma unroll
                 for (int n = 0; n < OCTETS; ++n) {
-                    u16* to = value_at(tile, at[n], column, lane() % 4 * 2);
+                    u16* to = pair_of_lane(tile, at[n], part * HALF_W + 16 * block);
                     pair_at(to) = pack(sum[n][0], sum[n][1]);
                     pair_at(to + 8 * CHANNELS) = pack(sum[n][2], sum[n][3]);
                 }
@@ -315,8 +333,9 @@ DEVICE void transform_rows(u16* tile, const uint4* basis_w) {
 // lie where the first 8 slots would and the sines where the others would.
 typedef float Coefficients[2][PARTS_H][2][4];
 
+// `scales` are pairs of factors of strips of rows, or null if the rows have one shift.
 DEVICE void transform_columns(Coefficients& sum, u16* tile, const uint4* basis_h, int group,
-                              int block) {
+                              int block, const u32* scales = nullptr) {
 #pragma unroll
     for (int w = 0; w < 2; ++w) {
 #pragma unroll
@@ -333,13 +352,20 @@ DEVICE void transform_columns(Coefficients& sum, u16* tile, const uint4* basis_h
     for (int part = 0; part < PARTS_H; ++part) {
 #pragma unroll
         for (int k = 0; k < BLOCKS_H; ++k) {
-            const uint4 f = fragment<PARTS_H, BLOCKS_H>(basis_h, 0, part, block, k);
+            uint4 f = fragment<PARTS_H, BLOCKS_H>(basis_h, TRANSFORM_COLUMNS, part, block, k);
+            if (scales) {
+                // In a single part the second 8 rows are the odd parts of the first.
+                const u32* scale = scales + (16 * k + lane() % 4 * 2) / STRIP;
+                const u32 first = scale[0], second = scale[PARTS_H == 1 ? 0 : 8 / STRIP];
+                f.x = multiply_pair(f.x, first), f.y = multiply_pair(f.y, second);
+                f.z = multiply_pair(f.z, first), f.w = multiply_pair(f.w, second);
+            }
 #pragma unroll
             for (int w = 0; w < 2; ++w) {
                 const uint4 x = load_transposed(at + (part * HALF_H + 16 * k) * STRIDE +
-                                                w * HALF_W * CHANNELS);
-                multiply_add(sum[w][part][0], x, f.x, f.z);
-                multiply_add(sum[w][part][1], x, f.y, f.w);
+                                                w * TILE_W * CHANNELS);
+                multiply_add(sum[w][part][0], x, f.x, f.y);
+                multiply_add(sum[w][part][1], x, f.z, f.w);
             }
         }
     }
@@ -351,25 +377,29 @@ struct Slot {
     bool inside, u0, v0, corner;
 };
 
+// Most groups have no slot in column 0, which is a case of its own: there ZERO is false.
+template <bool ZERO>
 DEVICE Slot slot_of(int group, int block, int eight, int r, const Shape& shape) {
     const int f = group * 16 + lane() / 4 + r / 2 * 8;
     Slot slot;
     slot.u = block * 16 + eight * 8 + lane() % 4 * 2 + r % 2;
-    slot.v = f / CHANNELS;
-    slot.channel = blockIdx.x * CHANNELS + f % CHANNELS;
+    slot.v = shape.first_slot + f / CHANNELS;
+    slot.channel = shape.first_channel + f % CHANNELS;
     slot.inside = slot.u < (shape.height + 1) / 2 && slot.v < (shape.width + 1) / 2 &&
                   slot.channel < shape.channels;
-    // The compiler knows the first three, so most slots cost no comparison.
+    // Where the compiler knows the first three, most slots cost no comparison.
     slot.u0 = block == 0 && eight == 0 && r % 2 == 0 && lane() % 4 == 0;
-    slot.v0 = slot.v == 0;
+    slot.v0 = ZERO && slot.v == 0;
     slot.corner = slot.u0 && slot.v0;
     return slot;
 }
 
-DEVICE bool holds_zero_column(int group) { return group * 16 < CHANNELS; }
+DEVICE bool holds_zero_column(int group, const Shape& shape) {
+    return shape.first_slot == 0 && group * 16 < CHANNELS;
+}
 
 DEVICE int place(int u, int v, int channel, const Shape& shape) {
-    return (u * (shape.width / 2 + 1) + v) * shape.channels + channel;
+    return u * ((shape.width / 2 + 1) * shape.channels) + (v * shape.channels + channel);
 }
 
 // The two values of a slot, from its four coefficients.
@@ -419,11 +449,14 @@ DEVICE Complex hermitian(const Complex& k, const Complex& mirror, bool u0) {
     return {0.5f * k.re + 0.5f * mirror.re, 0.5f * k.im - 0.5f * mirror.im};
 }
 
-// All coefficients of a group in float16, `[block][along W][along H][8 slots][8 rows]`.
-typedef u32 Packed[BLOCKS_H][2][PARTS_H][2][2];
+// Return pair i of the coefficients of a block, as `Coefficients` counts them.
+template <class Values>
+DEVICE auto& place_of(Values& packed, int i) {
+    return packed[i / (4 * PARTS_H)][i / 4 % PARTS_H][i % 2][i / 2 % 2];
+}
 
-// Round the coefficients of a block; returns their shift.
-DEVICE int pack_block(u32 (&packed)[2][PARTS_H][2][2], const Coefficients& x) {
+// Return the bits of the largest value of a block that is finite.
+DEVICE u32 largest_of_coefficients(const Coefficients& x) {
     float largest = 0;
 #pragma unroll
     for (int i = 0; i < 16 * PARTS_H; ++i) largest = fmaxf(largest, fabsf((&x[0][0][0][0])[i]));
@@ -437,18 +470,34 @@ DEVICE int pack_block(u32 (&packed)[2][PARTS_H][2][2], const Coefficients& x) {
         }
         bits = largest_of_warp(float_to_bits(largest));
     }
-    const int shift = shift_of(bits);
+    return bits;
+}
+
+// The coefficients of a block in float16, `[along W][along H][8 columns][8 slots]`, in the order of
+// factors.
+typedef u32 PackedBlock[2][PARTS_H][2][2];
+
+// Round the coefficients of a block with a shift.
+DEVICE void pack_block(PackedBlock& packed, const Coefficients& x, int shift) {
     const float scale = power_of_two(shift);
 #pragma unroll
     for (int i = 0; i < 8 * PARTS_H; ++i) {
         const float* values = &x[0][0][0][0] + 2 * i;
-        (&packed[0][0][0][0])[i] = pack(values[0] * scale, values[1] * scale);
+        place_of(packed, i) = pack(values[0] * scale, values[1] * scale);
     }
-    return shift;
+}
+
+DEVICE void unpack_block(const PackedBlock& packed, Coefficients& x) {
+#pragma unroll
+    for (int i = 0; i < 8 * PARTS_H; ++i) {
+        const u32 pair = place_of(packed, i);
+        (&x[0][0][0][0])[2 * i] = from_float16(static_cast<u16>(pair));
+        (&x[0][0][0][0])[2 * i + 1] = from_float16(static_cast<u16>(pair >> 16));
+    }
 }
 
 // Bring all blocks to one shift, which is returned.
-DEVICE int align_blocks(Packed& packed, const int (&shifts)[BLOCKS_H]) {
+DEVICE int align_blocks(PackedBlock (&packed)[BLOCKS_H], const int (&shifts)[BLOCKS_H]) {
     // Not the largest of negative shifts: ptxas of CUDA 13.0 loses a sign there.
     int common = LARGEST_SHIFT;
 #pragma unroll
@@ -466,8 +515,6 @@ DEVICE int align_blocks(Packed& packed, const int (&shifts)[BLOCKS_H]) {
     return common;
 }
 
-#if !CORRELATE
-
 // The factors of the two values of a slot.
 struct Factors {
     Complex first, second;
@@ -479,14 +526,17 @@ DEVICE Complex load(const Complex* p) {
 }
 
 // Load the factors of a slot. Beyond the spectrum, where coefficients are zero, any will do.
-DEVICE Factors load_factors(const Slot& slot, const Complex* weight, int group, float sign,
+template <bool ZERO>
+DEVICE Factors load_factors(const Slot& slot, const Complex* weight, float sign,
                             const Shape& shape) {
-    const int u = smaller(slot.u, shape.height / 2), v = smaller(slot.v, shape.width / 2);
-    const int mirror = slot.u0 ? shape.height / 2 : shape.height - larger(u, 1);
+    // Large halves are rounded up by less than the rows of the spectrum.
+    const int u = HALF_H < 16 ? smaller(slot.u, shape.height / 2) : slot.u;
+    const int v = smaller(slot.v, shape.width / 2);
+    const int mirror = slot.u0 ? shape.height / 2 : shape.height - (HALF_H < 16 ? larger(u, 1) : u);
     const int channel = smaller(slot.channel, shape.channels - 1);
     const int at = place(u, v, channel, shape), at_mirror = place(mirror, v, channel, shape);
     Factors k = {load(weight + at), load(weight + at_mirror)};
-    if (holds_zero_column(group) && slot.v0) {
+    if (slot.v0) {
         const int nyquist = shape.width / 2 * shape.channels;
         k.first = hermitian(k.first, k.second, slot.u0);
         k.second = hermitian(load(weight + at + nyquist), load(weight + at_mirror + nyquist), slot.u0);
@@ -508,35 +558,85 @@ DEVICE void multiply(float& cc, float& cs, float& sc, float& ss, const Slot& slo
                 slot.u0, slot.v0, cc, cs, sc, ss);
 }
 
+// The factors of a block of coefficients.
+typedef Factors BlockFactors[PARTS_H][4];
+
+template <bool ZERO>
+DEVICE void load_factors(BlockFactors& factors, const Complex* weight, float sign, int group,
+                         int block, const Shape& shape) {
+#pragma unroll
+    for (int eight = 0; eight < PARTS_H; ++eight) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            const Slot slot = slot_of<ZERO>(group, block, eight, r, shape);
+            factors[eight][r] = load_factors<ZERO>(slot, weight, sign, shape);
+        }
+    }
+}
+
+template <bool ZERO>
+DEVICE void multiply_block(Coefficients& x, const BlockFactors& factors, int group, int block,
+                           const Shape& shape) {
+#pragma unroll
+    for (int eight = 0; eight < PARTS_H; ++eight) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            const int k = PARTS_H == 1 ? 1 : eight;
+            const Slot slot = slot_of<ZERO>(group, block, eight, r, shape);
+            multiply(x[0][0][eight][r], x[0][PARTS_H - 1][k][r], x[1][0][eight][r],
+                     x[1][PARTS_H - 1][k][r], slot, factors[eight][r]);
+        }
+    }
+}
+
+// Restore a block of rows of a group from `packed(k, w, part, rows, 0 or 1)`, in place.
+template <class Packed>
+DEVICE void restore_block(u16* tile, const uint4* basis_h, int group, int part, int block,
+                          const Packed& packed) {
+    float sum[2][2][4] = {};
+#pragma unroll
+    for (int k = 0; k < BLOCKS_H; ++k) {
+        const uint4 f = fragment<PARTS_H, BLOCKS_H>(basis_h, RESTORE, part, block, k);
+#pragma unroll
+        for (int w = 0; w < 2; ++w) {
+            const uint4 x = packed(k, w, part);
+            multiply_add(sum[w][0], f, x.x, x.y);
+            multiply_add(sum[w][1], f, x.z, x.w);
+        }
+    }
+    const int row = part * HALF_H + block * 16 + lane() / 4;
+    u16* to = tile + row * STRIDE + group * 16 + lane() % 4 * 2;
+#pragma unroll
+    for (int w = 0; w < 2; ++w) {
+#pragma unroll
+        for (int rows = 0; rows < 2; ++rows) {
+            u16* at = to + w * TILE_W * CHANNELS + rows * 8;
+            pair_at(at) = pack(sum[w][rows][0], sum[w][rows][1]);
+            pair_at(at + 8 * STRIDE) = pack(sum[w][rows][2], sum[w][rows][3]);
+        }
+    }
+}
+
+DEVICE uint4 four_of(const PackedBlock& packed, int w, int part) {
+    return {packed[w][part][0][0], packed[w][part][0][1], packed[w][part][1][0],
+            packed[w][part][1][1]};
+}
+
 // Filter a group of 16 slots and channels, in place; returns its shift.
+template <bool ZERO>
 DEVICE int filter_group(u16* tile, const uint4* basis_h, const Complex* weight, float sign,
                         int group, const Shape& shape) {
-    Packed packed;
+    PackedBlock packed[BLOCKS_H];
     int shifts[BLOCKS_H];
 #pragma unroll
     for (int block = 0; block < BLOCKS_H; ++block) {
-        Factors factors[PARTS_H][4];
-#pragma unroll
-        for (int eight = 0; eight < PARTS_H; ++eight) {
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
-                const Slot slot = slot_of(group, block, eight, r, shape);
-                factors[eight][r] = load_factors(slot, weight, group, sign, shape);
-            }
-        }
+        BlockFactors factors;
+        load_factors<ZERO>(factors, weight, sign, group, block, shape);
         Coefficients x;
         transform_columns(x, tile, basis_h, group, block);
-#pragma unroll
-        for (int eight = 0; eight < PARTS_H; ++eight) {
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
-                const int k = PARTS_H == 1 ? 1 : eight;
-                const Slot slot = slot_of(group, block, eight, r, shape);
-                multiply(x[0][0][eight][r], x[0][PARTS_H - 1][k][r], x[1][0][eight][r],
-                         x[1][PARTS_H - 1][k][r], slot, factors[eight][r]);
-            }
-        }
-        shifts[block] = pack_block(packed[block], x);
+        multiply_block<ZERO>(x, factors, group, block, shape);
+        shifts[block] = shift_of(largest_of_coefficients(x));
+        pack_block(packed[block], x, shifts[block]);
     }
     const int common = align_blocks(packed, shifts);
     __syncwarp();
@@ -544,41 +644,21 @@ DEVICE int filter_group(u16* tile, const uint4* basis_h, const Complex* weight, 
     for (int part = 0; part < PARTS_H; ++part) {
 #pragma unroll 2
         for (int block = 0; block < BLOCKS_H; ++block) {
-            float sum[2][2][4] = {};
-#pragma unroll
-            for (int k = 0; k < BLOCKS_H; ++k) {
-                const uint4 f = fragment<PARTS_H, BLOCKS_H>(basis_h, 1, part, block, k);
-#pragma unroll
-                for (int w = 0; w < 2; ++w) {
-#pragma unroll
-                    for (int rows = 0; rows < 2; ++rows) {
-                        multiply_add(sum[w][rows], f, packed[k][w][part][0][rows],
-                                     packed[k][w][part][1][rows]);
-                    }
-                }
-            }
-            u16* to = tile + (part * HALF_H + block * 16 + lane() / 4) * STRIDE + group * 16 +
-                      lane() % 4 * 2;
-#pragma unroll
-            for (int w = 0; w < 2; ++w) {
-#pragma unroll
-                for (int rows = 0; rows < 2; ++rows) {
-                    u16* at = to + w * HALF_W * CHANNELS + rows * 8;
-                    pair_at(at) = pack(sum[w][rows][0], sum[w][rows][1]);
-                    pair_at(at + 8 * STRIDE) = pack(sum[w][rows][2], sum[w][rows][3]);
-                }
-            }
+            restore_block(tile, basis_h, group, part, block,
+                          [&](int k, int w, int part) { return four_of(packed[k], w, part); });
         }
     }
     return common;
 }
 
-// Restore all rows along W and store the map times `scale`.
-DEVICE void restore_rows(u16* tile, const uint4* basis_w, const int* shifts, int shift, float scale,
-                         u16* y, const Shape& shape) {
+// Restore all rows along W, in place, and store the map.
+DEVICE void restore_rows(u16* tile, const uint4* basis_w, const int* shifts, int shift, u16* y,
+                         const Shape& shape) {
     int common = LARGEST_SHIFT;
     for (int i = 0; i < GROUPS; ++i) common = smaller(common, shifts[i]);
     shift += common + HEADROOM;
+    // Every value of the spectrum stands for its conjugate, too.
+    float scale = 2 / (static_cast<float>(shape.height) * shape.width);
     scale *= power_of_two(-(shift / 2));
     scale = fminf(scale * power_of_two(shift / 2 - shift), 3e38f);
     u32 scales[BLOCKS_W][2];  // of slots 2 * (lane % 4) and + 1, and 8 further
@@ -594,15 +674,14 @@ DEVICE void restore_rows(u16* tile, const uint4* basis_w, const int* shifts, int
         }
     }
     constexpr int OCTETS = BLOCKS_W <= 4 ? 2 : 1;  // of the top half at once
-    constexpr int ALL = HALF_H * CHANNELS / 8;
-    const int row_size = shape.width * shape.channels;
+    constexpr int ALL = TILE_H * CHANNELS / 8;
     for (int first = warp() * OCTETS; first < ALL; first += WARPS * OCTETS) {
         Octet at[OCTETS];
         uint4 x[PARTS_W][BLOCKS_W][OCTETS];
 #pragma unroll
         for (int n = 0; n < OCTETS; ++n) {
             at[n] = octet(first + n);
-            const Octet below = {at[n].row + HALF_H, at[n].channel};
+            const Octet below = {at[n].row + TILE_H, at[n].channel};
 #pragma unroll
             for (int part = 0; part < PARTS_W; ++part) {
 #pragma unroll
@@ -611,6 +690,7 @@ DEVICE void restore_rows(u16* tile, const uint4* basis_w, const int* shifts, int
                 }
             }
         }
+        __syncwarp();
 #pragma unroll 2
         for (int block = 0; block < BLOCKS_W; ++block) {
             float sum[PARTS_W][OCTETS][2][4] = {};  // the last but one: even and odd along H
@@ -618,7 +698,7 @@ DEVICE void restore_rows(u16* tile, const uint4* basis_w, const int* shifts, int
             for (int part = 0; part < PARTS_W; ++part) {
 #pragma unroll
                 for (int k = 0; k < BLOCKS_W; ++k) {
-                    uint4 f = fragment<PARTS_W, BLOCKS_W>(basis_w, 1, part, block, k);
+                    uint4 f = fragment<PARTS_W, BLOCKS_W>(basis_w, RESTORE, part, block, k);
                     f.x = multiply_pair(f.x, scales[k][0]), f.y = multiply_pair(f.y, scales[k][0]);
                     f.z = multiply_pair(f.z, scales[k][1]), f.w = multiply_pair(f.w, scales[k][1]);
 #pragma unroll
@@ -630,8 +710,6 @@ DEVICE void restore_rows(u16* tile, const uint4* basis_w, const int* shifts, int
             }
 #pragma unroll
             for (int eight = 0; eight < PARTS_W; ++eight) {
-                const int w = block * 16 + eight * 8 + lane() / 4;
-                const int column[2] = {w * shape.channels, (shape.width - 1 - w) * shape.channels};
 #pragma unroll
                 for (int n = 0; n < OCTETS; ++n) {
                     float cells[4][2];
@@ -648,147 +726,95 @@ DEVICE void restore_rows(u16* tile, const uint4* basis_w, const int* shifts, int
                         cells[2][i] = (even_bottom + odd_bottom) * scale;
                         cells[3][i] = (even_bottom - odd_bottom) * scale;
                     }
-                    const int value = lane() % 4 * 2;  // of the octet, the first of a pair
-                    const int channel = blockIdx.x * CHANNELS + at[n].channel + value % CHANNELS;
-                    const int h = at[n].row + (CHANNELS >= 8 ? 0 : value / CHANNELS);
-                    const int row[2] = {h * row_size, (shape.height - 1 - h) * row_size};
+                    u16* to = pair_of_lane(tile, at[n], block * 16 + eight * 8);
 #pragma unroll
                     for (int quarter = 0; quarter < 4; ++quarter) {
-                        const int bottom = quarter / 2, right = quarter % 2;
-                        if (2 * h + bottom >= shape.height || 2 * w + right >= shape.width ||
-                            channel >= shape.channels) {
-                            continue;
-                        }
-                        u16* to = y + (row[bottom] + column[right] + channel);
-                        const u32 pair = narrow(cells[quarter][0], cells[quarter][1]);
-                        if constexpr (VECTOR > 1) {
-                            pair_at(to) = pair;
-                        } else {
-                            to[0] = static_cast<u16>(pair);
-                            if (channel + 1 < shape.channels) to[1] = static_cast<u16>(pair >> 16);
-                        }
+                        pair_at(to + quarter / 2 * BOTTOM + quarter % 2 * RIGHT) =
+                            narrow(cells[quarter][0], cells[quarter][1]);
                     }
                 }
             }
         }
     }
-}
-
-// Filter maps; `sign` -1 takes the conjugate spectrum. The grid is (blocks of channels, images).
-KERNEL filter_maps(const u16* x, const Complex* weight, u16* y, const uint4* basis_h,
-                   const uint4* basis_w, int height, int width, int channels, float sign) {
-    SHARED_MEMORY();
-    u16* tile = reinterpret_cast<u16*>(shared);
-    int* shifts = reinterpret_cast<int*>(tile + TILE);
-    const Shape shape = {height, width, channels};
-    const long long image = static_cast<long long>(blockIdx.y) * height * width * channels;
-    const int shift = load_parts(tile, x + image, shape, reinterpret_cast<u32*>(shifts));
-    transform_rows(tile, basis_w);
-    for (int group = warp(); group < GROUPS; group += WARPS) {
-        const int own = filter_group(tile, basis_h, weight, sign, group, shape);
-        if (lane() == 0) shifts[group] = own;
-    }
     __syncthreads();
-    // Every value of the spectrum stands for its conjugate, too.
-    const float norm = 2 / (static_cast<float>(height) * width);
-    restore_rows(tile, basis_w, shifts, shift, norm, y + image, shape);
+    for_each_chunk_of_map(tile, shape, [&](u16* at, int offset, bool inside) {
+        if (inside) store_vector(y + offset, load_vector(at));
+    });
 }
 
-#else
+// The gradients of the two factors of each slot of a block, of a lane.
+typedef Complex Gradients[PARTS_H][4][2];
 
-// Store the gradients of the two factors of a slot.
-DEVICE void store_gradients(Complex* grad, const Slot& slot, int group, const Complex& first,
-                            const Complex& second, const Shape& shape) {
-    const int mirror = slot.u0 ? shape.height / 2 : shape.height - slot.u;
-    const bool has_mirror = !slot.u0 || shape.height % 2 == 0;
-    Complex* at = grad + place(slot.u, slot.v, slot.channel, shape);
-    Complex* at_mirror = grad + place(mirror, slot.v, slot.channel, shape);
-    if (holds_zero_column(group) && slot.v0) {
-        // The transpose of `hermitian`.
-        const auto store = [&](int column, const Complex& value) {
-            const float re = 0.5f * value.re, im = 0.5f * value.im;
-            at[column] = slot.u0 ? Complex{value.re, 0} : Complex{re, im};
-            if (has_mirror) at_mirror[column] = slot.u0 ? Complex{value.im, 0} : Complex{re, -im};
-        };
-        store(0, first);
-        if (shape.width % 2 == 0) store(shape.width / 2 * shape.channels, second);
-    } else {
-        *at = first;
-        if (has_mirror) *at_mirror = second;
-    }
-}
-
-// Make the gradient of the spectrum, `(images, H, W / 2 + 1, C)`, of each image. The grid is (blocks
-// of channels, images). Both maps use the tile, one after the other; meanwhile registers keep the
-// coefficients of the first.
-KERNEL correlate_maps(const u16* g, const u16* x, Complex* grad, const uint4* basis_h,
-                      const uint4* basis_w, int height, int width, int channels) {
-    SHARED_MEMORY();
-    u16* tile = reinterpret_cast<u16*>(shared);
-    u32* scratch = reinterpret_cast<u32*>(tile + TILE);
-    const Shape shape = {height, width, channels};
-    const long long image = static_cast<long long>(blockIdx.y) * height * channels;
-    grad += image * (width / 2 + 1);
-    constexpr int OWN = (GROUPS + WARPS - 1) / WARPS;  // groups of a warp
-    Packed packed[OWN];
-    int shifts[OWN];
-    const int of_x = load_parts(tile, x + image * width, shape, scratch);
-    transform_rows(tile, basis_w);
-#pragma unroll
-    for (int i = 0; i < OWN; ++i) {
-        const int group = i * WARPS + warp();
-        if (GROUPS % WARPS && group >= GROUPS) break;
-        int of_blocks[BLOCKS_H];
-#pragma unroll
-        for (int block = 0; block < BLOCKS_H; ++block) {
-            Coefficients coefficients;
-            transform_columns(coefficients, tile, basis_h, group, block);
-            of_blocks[block] = pack_block(packed[i][block], coefficients);
-        }
-        shifts[i] = of_x + align_blocks(packed[i], of_blocks);
-    }
-    __syncthreads();
-    const int of_g = load_parts(tile, g + image * width, shape, scratch);
-    transform_rows(tile, basis_w);
+// Add the gradients that a block of coefficients of x and g makes. `shift` is the sum of theirs.
+template <bool ZERO>
+DEVICE void correlate_block(Gradients& sum, const Coefficients& x, const Coefficients& g, int shift,
+                            int group, int block, const Shape& shape) {
     // Every value of the spectrum stands for its conjugate, too.
-    const float norm = 2 / (static_cast<float>(height) * width);
+    const float norm = 2 / (static_cast<float>(shape.height) * shape.width);
+    const float scale_1 = power_of_two(-(shift / 2));
+    const float scale_2 = power_of_two(shift / 2 - shift) * norm;
 #pragma unroll
-    for (int i = 0; i < OWN; ++i) {
-        const int group = i * WARPS + warp();
-        if (GROUPS % WARPS && group >= GROUPS) break;
-        const int shift = shifts[i] + of_g;
-        const float scale_1 = power_of_two(-(shift / 2));
-        const float scale_2 = power_of_two(shift / 2 - shift) * norm;
+    for (int eight = 0; eight < PARTS_H; ++eight) {
 #pragma unroll
-        for (int block = 0; block < BLOCKS_H; ++block) {
-            Coefficients y;
-            transform_columns(y, tile, basis_h, group, block);
+        for (int r = 0; r < 4; ++r) {
+            const Slot slot = slot_of<ZERO>(group, block, eight, r, shape);
+            const auto values = [&](const Coefficients& of, Complex& first, Complex& second) {
+                constexpr int SINE = PARTS_H - 1;
+                const int k = PARTS_H == 1 ? 1 : eight;
+                to_values(of[0][0][eight][r], of[0][SINE][k][r], of[1][0][eight][r],
+                          of[1][SINE][k][r], slot.u0, slot.v0, first, second);
+            };
+            Complex of_x[2], of_g[2];
+            values(x, of_x[0], of_x[1]);
+            values(g, of_g[0], of_g[1]);
 #pragma unroll
-            for (int eight = 0; eight < PARTS_H; ++eight) {
-#pragma unroll
-                for (int r = 0; r < 4; ++r) {
-                    const Slot slot = slot_of(group, block, eight, r, shape);
-                    if (!slot.inside) continue;
-                    constexpr int SINE = PARTS_H - 1;
-                    const int k = PARTS_H == 1 ? 1 : eight;
-                    const auto value = [&](int w, int part, int k) {
-                        const u32 pair = packed[i][block][w][part][k][r / 2];
-                        return from_float16(static_cast<u16>(r % 2 ? pair >> 16 : pair)) * scale_1;
-                    };
-                    Complex of_x[2], of_g[2];
-                    to_values(value(0, 0, eight), value(0, SINE, k), value(1, 0, eight),
-                              value(1, SINE, k), slot.u0, slot.v0, of_x[0], of_x[1]);
-                    const float scale = slot.corner ? 0.5f * scale_2 : scale_2;
-                    to_values(y[0][0][eight][r] * scale, y[0][SINE][k][r] * scale,
-                              y[1][0][eight][r] * scale, y[1][SINE][k][r] * scale, slot.u0,
-                              slot.v0, of_g[0], of_g[1]);
-                    store_gradients(grad, slot, group,
-                                    conjugate_product(of_x[0], of_g[0], slot.corner),
-                                    conjugate_product(of_x[1], of_g[1], slot.corner), shape);
-                }
+            for (int i = 0; i < 2; ++i) {
+                const Complex product = conjugate_product(of_x[i], of_g[i], slot.corner);
+                const float scale = slot.corner ? 0.5f * scale_2 : scale_2;
+                sum[eight][r][i].re += product.re * scale_1 * scale;
+                sum[eight][r][i].im += product.im * scale_1 * scale;
             }
         }
     }
 }
 
-#endif
+template <bool ZERO>
+DEVICE void store_gradients(Complex* grad, const Gradients& sum, int group, int block,
+                            const Shape& shape) {
+#pragma unroll
+    for (int eight = 0; eight < PARTS_H; ++eight) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            const Slot slot = slot_of<ZERO>(group, block, eight, r, shape);
+            if (!slot.inside) continue;
+            const Complex &first = sum[eight][r][0], &second = sum[eight][r][1];
+            const int mirror = slot.u0 ? shape.height / 2 : shape.height - slot.u;
+            const bool has_mirror = !slot.u0 || shape.height % 2 == 0;
+            Complex* at = grad + place(slot.u, slot.v, slot.channel, shape);
+            Complex* at_mirror = grad + place(mirror, slot.v, slot.channel, shape);
+            if (slot.v0) {
+                // The transpose of `hermitian`.
+                const auto store = [&](int column, const Complex& value) {
+                    const float re = 0.5f * value.re, im = 0.5f * value.im;
+                    at[column] = slot.u0 ? Complex{value.re, 0} : Complex{re, im};
+                    if (has_mirror) {
+                        at_mirror[column] = slot.u0 ? Complex{value.im, 0} : Complex{re, -im};
+                    }
+                };
+                store(0, first);
+                if (shape.width % 2 == 0) store(shape.width / 2 * shape.channels, second);
+            } else {
+                *at = first;
+                if (has_mirror) *at_mirror = second;
+            }
+        }
+    }
+}
+
+template <bool ZERO>
+DEVICE void store_correlation(Complex* grad, const Coefficients& x, const Coefficients& g,
+                              int shift, int group, int block, const Shape& shape) {
+    Gradients gradients = {};
+    correlate_block<ZERO>(gradients, x, g, shift, group, block, shape);
+    store_gradients<ZERO>(grad, gradients, group, block, shape);
+}
