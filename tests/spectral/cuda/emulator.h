@@ -1,5 +1,6 @@
 // CUDA on a CPU, as much of it as the kernels need: each thread of a block is a fibre.
 #define EMULATED
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -36,11 +37,20 @@ struct Meeting {
 };
 
 std::vector<ucontext_t> fibres;
-ucontext_t main_context;
 std::vector<Meeting> warps;
 int running, block_arrived, block_count;
 
-void yield() { swapcontext(&fibres[running], &main_context); }
+// Where each fibre goes on, and the one that runs them. Unlike swapcontext, this needs no system calls.
+struct Place {
+    jmp_buf at;
+};
+
+std::vector<Place> places;
+Place main_place;
+
+void yield() {
+    if (!_setjmp(places[running].at)) _longjmp(main_place.at, 1);
+}
 
 const uint64_t* exchange(uint64_t value) {
     Meeting& warp = warps[running / 32];
@@ -204,7 +214,14 @@ int random_below(int bound) {
 void start() {
     entry(arguments);
     done[running] = 1;
-    swapcontext(&fibres[running], &main_context);
+    _longjmp(main_place.at, 1);
+}
+
+// Run a fibre until it yields or ends.
+void resume(bool has_begun) {
+    if (_setjmp(main_place.at)) return;
+    if (has_begun) _longjmp(places[running].at, 1);
+    setcontext(&fibres[running]);
 }
 
 // Run a kernel with a grid of x * y blocks; shared memory is full of NaN before.
@@ -214,8 +231,9 @@ void launch(int x, int y, int threads, size_t bytes, Kernel kernel) {
     std::vector<unsigned char> storage(bytes + 16);
     memory = storage.data() + 16 - reinterpret_cast<uintptr_t>(storage.data()) % 16;
     char* stacks = new char[threads * STACK];
-    fibres.resize(threads), done.resize(threads), warps.assign(threads / 32, {});
+    fibres.resize(threads), places.resize(threads), done.resize(threads), warps.assign(threads / 32, {});
     std::vector<int> order(threads);
+    std::vector<char> begun(threads);
     for (int i = 0; i < threads; ++i) order[i] = i;
     gridDim = {x, y};
     entry = [](void* p) { (*static_cast<Kernel*>(p))(); };
@@ -225,7 +243,7 @@ void launch(int x, int y, int threads, size_t bytes, Kernel kernel) {
         memset(memory, 0xff, bytes);
         block_arrived = 0;
         for (int i = 0; i < threads; ++i) {
-            done[i] = 0;
+            done[i] = begun[i] = 0;
             getcontext(&fibres[i]);
             fibres[i].uc_stack.ss_sp = &stacks[i * STACK];
             fibres[i].uc_stack.ss_size = STACK;
@@ -240,8 +258,8 @@ void launch(int x, int y, int threads, size_t bytes, Kernel kernel) {
                 running = order[next];
                 if (done[running] || (is_shuffled && random_below(3) == 0)) continue;
                 threadIdx = {running, 0};
-                swapcontext(&main_context, &fibres[running]);
-                left -= done[running];
+                resume(begun[running]);
+                begun[running] = 1, left -= done[running];
             }
         }
     }

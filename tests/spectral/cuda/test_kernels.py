@@ -81,7 +81,7 @@ def in_strips(monkeypatch) -> None:
     monkeypatch.setattr(cuda, 'whole_channels', lambda *_: 0)
 
 
-# Halves of 8 and more, one strip and several, one share of the images and several.
+# Halves of 8 to 176, one strip and several, one share of the images and several.
 @pytest.mark.parametrize(
     ('size', 'dtype', 'channels'),
     [
@@ -90,6 +90,8 @@ def in_strips(monkeypatch) -> None:
         ((4, 40), HALF, 24),
         ((37, 5), BFLOAT, 8),
         ((20, 21), HALF, 40),
+        ((200, 18), HALF, 8),
+        ((18, 334), BFLOAT, 8),
     ],
     ids=str,
 )
