@@ -86,6 +86,7 @@ def emulation() -> Iterator[None]:
     operators = torch.library.Library(cuda.NAMESPACE, 'IMPL')
     operators.impl('filter', cuda._filter, 'CPU')
     operators.impl('correlate', cuda._correlate, 'CPU')
+    operators.impl('adjoint', cuda._adjoint, 'CPU')
     caches = blocks._kernel, blocks._compiled_kernel, cells._kernel
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, 'Kernel', EmulatedKernel)

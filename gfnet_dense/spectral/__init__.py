@@ -62,8 +62,8 @@ def global_filter(x: Tensor, weight: Tensor, backend: str = 'auto') -> Tensor:
             - `'fft'`: `torch.fft`.
             - `'dense'`: products with real Fourier matrices; for small maps, and for compilers
               and exporters, which have no complex dtype.
-            - `'fused'`: CUDA C++ for 16-bit maps on NVIDIA GPUs, compiled on first use; for maps
-              that fit on the chip, on an H200 up to 512 cells a side and about 50,000 in all.
+            - `'fused'`: CUDA C++ for 16-bit maps of up to 512 cells a side on NVIDIA GPUs,
+              compiled on first use.
             - `'auto'`: `'native'` on a CPU with a C++ compiler and `'fused'` on a GPU where they
               support the map, compiled graphs included; else `'dense'` in graphs that are
               compiled, exported or traced, and on a CPU for maps with small sides or sides with a

@@ -54,19 +54,22 @@ def divide(kernel: str, height: int, width: int, limit: int) -> Blocks:
         resident = max(1, min(16 // warps, limit // (tile + 2048)))
         return Blocks(channels, half_h, half_w, warps, resident, tile + 4 * max(warps, groups))
     if kernel in ('transform_strips', 'restore_strips'):
-        rows, warps = _strip(width), 4
-        shared = _tile(rows, half_w, STRIP_CHANNELS) + 4 * max(warps, half_w)
+        rows, slots, warps = _strip(width), half_w, 4
+        shared = _tile(rows, slots, STRIP_CHANNELS) + 4 * max(warps, slots)
         resident = 4 if kernel == 'transform_strips' else 3 if half_w <= 96 else 2
-        return Blocks(STRIP_CHANNELS, rows, half_w, warps, resident, shared)
-    blocks = max(1, half_h // 16)  # of rows, each for a warp
-    slots = max(1, (8 if kernel == 'filter_strips' else 4) // blocks)
-    warps = slots * blocks
-    tile, scales = _tile(half_h, slots, STRIP_CHANNELS), 4 * half_h // _strip(width)
-    if kernel == 'filter_strips':  # warps exchange coefficients, and the largest of them
-        shared, resident = tile + (2048 + 4) * warps + scales, 3 if half_h <= 64 else 2
-    else:  # two maps
-        shared, resident = 2 * (tile + scales), max(2, 12 // warps)
-    return Blocks(STRIP_CHANNELS, half_h, slots, warps, resident, shared)
+    else:
+        blocks = max(1, half_h // 16)  # of rows, each for a warp
+        slots = max(1, (8 if kernel == 'filter_strips' else 4) // blocks)
+        rows, warps = half_h, slots * blocks
+        tile, scales = _tile(rows, slots, STRIP_CHANNELS), 4 * half_h // _strip(width)
+        if kernel == 'filter_strips':  # warps exchange coefficients, and the largest of them
+            shared, resident = tile + (2048 + 4) * warps + scales, 3 if half_h <= 64 else 2
+        else:  # two maps
+            shared, resident = 2 * (tile + scales), max(2, 12 // warps)
+        if warps > 8:
+            resident = 1
+    resident = max(1, min(resident, limit // (shared + 1024)))
+    return Blocks(STRIP_CHANNELS, rows, slots, warps, resident, shared)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -155,21 +158,17 @@ def definitions(
 _FRAGMENTS: dict[tuple[int, torch.device], int] = {}
 
 
-def bases(x: Tensor) -> list[int | Tensor]:
-    """Return the bases of H and W as the operands of matrix instructions: addresses, or themselves.
-
-    They stay for good, since CUDA graphs hold their addresses: 1.5 KB for an axis of up to 16
-    cells, 48 KB for one of 128.
-    """
-    return [_fragments(size, x.device) for size in x.shape[1:3]]
-
-
 def address(fragments: int | Tensor) -> int:
     """Return the address of a basis, which is valid as long as the basis is kept."""
     return fragments if isinstance(fragments, int) else fragments.data_ptr()
 
 
-def _fragments(size: int, device: torch.device) -> int | Tensor:
+def basis_of(size: int, device: torch.device) -> int | Tensor:
+    """Return the basis of an axis as operands of matrix instructions: its address, or itself.
+
+    It stays for good, since CUDA graphs hold its address: 1.5 KB for an axis of up to 16 cells,
+    48 KB for one of 128.
+    """
     key = size, device
     if key not in _FRAGMENTS:
         with torch.autocast(device.type, enabled=False):  # which takes no float64 on a CPU

@@ -1,4 +1,4 @@
-"""The folded Fourier transform of `filter.cu` in plain torch: a model to read and to test against.
+"""The folded Fourier transform of `tiles.h` in plain torch: a model to read and to test against.
 
 An axis of n cells is folded about its centre. Mirrored cells become their sum, the even part, and
 their difference, the odd part, of ceil(n / 2) values each. An even axis is on the left, an odd one,

@@ -64,19 +64,12 @@ DEVICE u32 multiply_pair(u32 x, u32 y) {  // of float16
     return r;
 }
 
-// Copy to shared memory without waiting, or fill with zeros.
-template <int BYTES>
+// Copy 16 bytes to shared memory without waiting, or fill with zeros.
 DEVICE void copy_async(void* to, const void* from, bool exists) {
-    const int size = exists ? BYTES : 0;
-    if constexpr (BYTES == 16) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from),
-                     "r"(size)
-                     : "memory");
-    } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address(to)), "l"(from),
-                     "n"(BYTES), "r"(size)
-                     : "memory");
-    }
+    const int size = exists ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from),
+                 "r"(size)
+                 : "memory");
 }
 
 DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }

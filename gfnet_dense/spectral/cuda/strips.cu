@@ -66,7 +66,7 @@ DEVICE uint4& eight_at(u16* p) { return *reinterpret_cast<uint4*>(p); }
 
 DEVICE void load_coefficients(u16* tile, const u16* from, const Shape& shape) {
     for_each_eight(tile, shape, [&](u16* at, int offset, bool inside) {
-        copy_async<16>(at, from + (inside ? offset : 0), inside);
+        copy_async(at, from + (inside ? offset : 0), inside);
     });
 }
 
@@ -86,19 +86,14 @@ DEVICE int common_shift(const int* shifts, const Shape& shape) {
     return LARGEST_SHIFT - static_cast<int>(largest_of_warp(less));
 }
 
-// Load all rows of some slots, and in `scales` pairs of factors that bring the strips to one shift,
-// which is returned.
-DEVICE int load_columns(u16* tile, const u16* from, const int* shifts, u32* scales,
-                        const Shape& shape) {
+// Find pairs of factors that bring the strips to one shift, which is returned.
+DEVICE int find_scales(u32* scales, const int* shifts, const Shape& shape) {
     static_assert(STRIP % 2 == 0 && 8 % STRIP == 0, "");
-    load_coefficients(tile, from, shape);
     const int common = common_shift(shifts, shape);
     for (int i = threadIdx.x; i < HALF_H / STRIP; i += THREADS) {
         scales[i] = i < strips_of(shape) ? power_pair(common - __ldg(shifts + i) + HEADROOM) : 0;
     }
-    wait_for_copies();
-    __syncthreads();
-    return common + HEADROOM;
+    return common;
 }
 
 #ifdef TRANSFORM_STRIPS
@@ -132,8 +127,11 @@ DEVICE int filter_block(u16* tile, const u16* coefficients, const int* strip_shi
 
     BlockFactors factors;
     load_factors<ZERO>(factors, weight, sign, group, block, shape);
+    load_coefficients(tile, coefficients, shape);
     u32* scales = largest + WARPS;
-    load_columns(tile, coefficients, strip_shifts, scales, shape);
+    find_scales(scales, strip_shifts, shape);
+    wait_for_copies();
+    __syncthreads();
     Coefficients x;
     transform_columns(x, tile, basis_h, group, block, scales);
     multiply_block<ZERO>(x, factors, group, block, shape);
@@ -188,7 +186,7 @@ KERNEL filter_strips(u16* coefficients, const int* strip_shifts, int* slot_shift
 #endif
 
 #ifdef RESTORE_STRIPS
-KERNEL restore_strips(u16* coefficients, const int* strip_shifts, const int* slot_shifts, u16* y,
+KERNEL restore_strips(const u16* coefficients, const int* strip_shifts, const int* slot_shifts, u16* y,
                       const uint4* basis_w, int height, int width, int channels) {
     SHARED_MEMORY();
     u16* tile = reinterpret_cast<u16*>(shared);
@@ -200,7 +198,7 @@ KERNEL restore_strips(u16* coefficients, const int* strip_shifts, const int* slo
         const int* from = slot_shifts + sixteen * half_of(width) + i;
         shifts[i] = i < half_of(width) ? *from : LARGEST_SHIFT;
     }
-    const int shift = common_shift(strip_shifts + sixteen * strips_of(shape), shape) + HEADROOM;
+    const int shift = common_shift(strip_shifts + sixteen * strips_of(shape), shape);
     wait_for_copies();
     __syncthreads();
     y += static_cast<long long>(blockIdx.y) * height * width * channels;
@@ -228,8 +226,12 @@ DEVICE void correlate_images(u16* tiles, const Batch& g, const Batch& x, Complex
         u32* scales_x = reinterpret_cast<u32*>(tiles + 2 * TILE);
         u32* scales_g = scales_x + HALF_H / STRIP;
         u16 *tile_x = tiles, *tile_g = tiles + TILE;
-        int shift = load_columns(tile_x, x.coefficients + start, x.shifts + strips, scales_x, shape);
-        shift += load_columns(tile_g, g.coefficients + start, g.shifts + strips, scales_g, shape);
+        load_coefficients(tile_x, x.coefficients + start, shape);
+        load_coefficients(tile_g, g.coefficients + start, shape);
+        const int shift = find_scales(scales_x, x.shifts + strips, shape) +
+                          find_scales(scales_g, g.shifts + strips, shape);
+        wait_for_copies();
+        __syncthreads();
         Coefficients of_x, of_g;
         transform_columns(of_x, tile_x, basis_h, group, block, scales_x);
         transform_columns(of_g, tile_g, basis_h, group, block, scales_g);

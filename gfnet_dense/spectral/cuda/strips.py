@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 from . import driver
-from .blocks import STRIP_CHANNELS, address, bases, divide, kernel_for
+from .blocks import STRIP_CHANNELS, address, basis_of, divide, kernel_for
 
 _WARPS = 12  # for each multiprocessor; more work for each is better than more warps
 
 
 class Coefficients(NamedTuple):
-    """Coefficients along W of maps, as `strips.cu` describes them."""
+    """Coefficients along W of maps, as `strips.cu` describes them.
+
+    They take as much memory as the maps with their channels rounded up to a multiple of 16.
+    """
 
     x: Tensor  # the maps
     memory: Tensor  # that holds the others, of which these are addresses
@@ -35,8 +38,8 @@ def transform(x: Tensor) -> Coefficients:
     parts_of_memory = accumulate((parts * size for size in sizes[:-1]), initial=memory.data_ptr())
     coefficients = Coefficients(x, memory, *parts_of_memory)
     kernel, blocks = kernel_for('transform_strips', x)
-    _, basis_w = bases(x)
-    pointers = x.data_ptr(), coefficients.values, coefficients.strip_shifts, address(basis_w)
+    basis = basis_of(width, x.device)
+    pointers = x.data_ptr(), coefficients.values, coefficients.strip_shifts, address(basis)
     kernel.launch((blocks, batch), *pointers, height, width, channels)
     return coefficients
 
@@ -45,7 +48,7 @@ def filter(c: Coefficients, weight: Tensor, conjugate: bool) -> Tensor:
     """Return the filtered maps. Their coefficients are filtered in place, which happens once."""
     x, weight = c.x, driver.readable(weight)
     y = torch.empty_like(x)
-    basis_h, basis_w = bases(x)
+    basis_h, basis_w = (basis_of(size, x.device) for size in x.shape[1:3])
     pointers = c.values, c.strip_shifts, c.slot_shifts
     kernel, blocks = kernel_for('filter_strips', x)
     others = weight.data_ptr(), address(basis_h), *x.shape[1:], -1 if conjugate else 1
@@ -62,9 +65,9 @@ def correlate(g: Coefficients, x: Coefficients) -> Tensor:
     shares = min(batch, _shares(blocks, height, width, x.x.device.index))
     shape = shares, height, width // 2 + 1, channels, 2
     gradients = x.x.new_empty(shape, dtype=torch.float32)
-    basis_h, _ = bases(x.x)
+    basis = basis_of(height, x.x.device)
     pointers = g.values, g.strip_shifts, x.values, x.strip_shifts, gradients.data_ptr()
-    kernel.launch((blocks, shares), *pointers, address(basis_h), height, width, channels, batch)
+    kernel.launch((blocks, shares), *pointers, address(basis), height, width, channels, batch)
     return gradients.sum(0) if shares > 1 else gradients[0]
 
 

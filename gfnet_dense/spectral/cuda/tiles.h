@@ -42,6 +42,7 @@ constexpr int TARGET = 6, LARGEST_SHIFT = 126;
 // So where one channel is loud and others are quiet, scales can be as small as 2^-28 without loss.
 constexpr int HEADROOM = 14;
 
+static_assert(VECTOR == 1 || VECTOR == 8, "");
 static_assert(TILE_W * CHANNELS % 16 == 0 && (CHANNELS == 8 || CHANNELS == 16), "");
 
 // The size of a map, and where the tile begins in it: at a channel, a row of the upper half and a
@@ -152,15 +153,15 @@ DEVICE void for_each_chunk(const Function& function) {
 // Values of the tile from one quarter to the next.
 constexpr int RIGHT = TILE_W * CHANNELS, BOTTOM = TILE_H * STRIDE;
 
-// Call function(chunk in the tile, in the map, whether it exists) for every VECTOR channels.
+// Call function(chunk in the tile, offset in the map, whether it exists) for every VECTOR channels.
 template <class Function>
 DEVICE void for_each_chunk_of_map(u16* tile, const Shape& shape, const Function& function) {
-    const int row_size = shape.width * shape.channels;
+    const u32 channels = shape.channels, row_size = shape.width * channels;
     for_each_chunk([&](int r, int i) {
         const int c = shape.first_channel + i * VECTOR % CHANNELS, w = i * VECTOR / CHANNELS;
         const int h = shape.first_row + r;
-        const int row[2] = {h * row_size, (shape.height - 1 - h) * row_size};
-        const int column[2] = {w * shape.channels + c, (shape.width - 1 - w) * shape.channels + c};
+        const u32 row[2] = {h * row_size, (shape.height - 1 - h) * row_size};
+        const u32 column[2] = {w * channels + c, (shape.width - 1 - w) * channels + c};
 #pragma unroll
         for (int quarter = 0; quarter < 4; ++quarter) {
             const int bottom = quarter / 2, right = quarter % 2;
@@ -176,10 +177,10 @@ DEVICE void for_each_chunk_of_map(u16* tile, const Shape& shape, const Function&
 // Load a part of an image and fold both axes. Each thread folds the cells that it has read, in
 // place. Returns the shift.
 DEVICE int load_parts(u16* tile, const u16* x, const Shape& shape, u32* scratch) {
-    for_each_chunk_of_map(tile, shape, [&](u16* at, int offset, bool inside) {
+    for_each_chunk_of_map(tile, shape, [&](u16* at, u32 offset, bool inside) {
         const u16* from = x + (inside ? offset : 0);
         if constexpr (VECTOR > 1) {
-            copy_async<2 * VECTOR>(at, from, inside);
+            copy_async(at, from, inside);
         } else {
             *at = inside ? *from : 0;
         }
@@ -333,7 +334,7 @@ DEVICE void transform_rows(u16* tile, const uint4* basis_w) {
 // lie where the first 8 slots would and the sines where the others would.
 typedef float Coefficients[2][PARTS_H][2][4];
 
-// `scales` are pairs of factors of strips of rows, or null if the rows have one shift.
+// `scales` are pairs of factors of strips of rows, times 2^HEADROOM, or null if the rows have one shift.
 DEVICE void transform_columns(Coefficients& sum, u16* tile, const uint4* basis_h, int group,
                               int block, const u32* scales = nullptr) {
 #pragma unroll
@@ -368,6 +369,11 @@ DEVICE void transform_columns(Coefficients& sum, u16* tile, const uint4* basis_h
                 multiply_add(sum[w][part][1], x, f.z, f.w);
             }
         }
+    }
+    if (scales) {
+        float* values = &sum[0][0][0][0];
+#pragma unroll
+        for (int i = 0; i < 16 * PARTS_H; ++i) values[i] *= power_of_two(-HEADROOM);
     }
 }
 
@@ -737,7 +743,7 @@ DEVICE void restore_rows(u16* tile, const uint4* basis_w, const int* shifts, int
         }
     }
     __syncthreads();
-    for_each_chunk_of_map(tile, shape, [&](u16* at, int offset, bool inside) {
+    for_each_chunk_of_map(tile, shape, [&](u16* at, u32 offset, bool inside) {
         if (inside) store_vector(y + offset, load_vector(at));
     });
 }

@@ -143,14 +143,13 @@ inline unsigned larger_pair(unsigned x, unsigned y) {
     return (high & 0xffff0000) | (low & 0xffff);
 }
 
-template <int BYTES>
 inline void copy_async(void* to, const void* from, bool exists) {
     // Fails, as a GPU would, where an address is not a multiple of the size.
-    if (reinterpret_cast<uintptr_t>(to) % BYTES || reinterpret_cast<uintptr_t>(from) % BYTES) abort();
+    if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) abort();
     if (exists) {
-        memcpy(to, from, BYTES);
+        memcpy(to, from, 16);
     } else {
-        memset(to, 0, BYTES);
+        memset(to, 0, 16);
     }
 }
 
@@ -250,13 +249,15 @@ void launch(int x, int y, int threads, size_t bytes, Kernel kernel) {
             fibres[i].uc_link = nullptr;
             makecontext(&fibres[i], start, 0);
         }
+        const int slow = random_below(threads / 32);  // a warp that others overtake
         for (int left = threads; left > 0;) {
             for (int i = threads - 1; is_shuffled && i > 0; --i) {
                 std::swap(order[i], order[random_below(i + 1)]);
             }
             for (int next = 0; next < threads; ++next) {
                 running = order[next];
-                if (done[running] || (is_shuffled && random_below(3) == 0)) continue;
+                if (done[running]) continue;
+                if (is_shuffled && random_below(running / 32 == slow ? 30 : 3)) continue;
                 threadIdx = {running, 0};
                 resume(begun[running]);
                 begun[running] = 1, left -= done[running];
