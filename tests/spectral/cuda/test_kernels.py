@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, distributed, nn
 
 from gfnet_dense.models import GlobalFilter
 from gfnet_dense.spectral import cuda, global_filter
-from gfnet_dense.spectral.cuda import blocks, driver, maps
+from gfnet_dense.spectral.cuda import blocks, driver, maps, strips
 from gfnet_dense.spectral.reference import reference_filter
 
 ON_GPU = torch.cuda.is_available()
@@ -369,10 +370,13 @@ def test_operators_are_what_torch_asks_for():
     torch.library.opcheck(operators.adjoint.default, arguments, test_utils=checks)
 
 
-@pytest.mark.skipif(
+compiles = pytest.mark.skipif(
     not hasattr(torch.compiler, 'is_exporting'),
     reason='needs torch 2.7, before which all graphs count as exported',
 )
+
+
+@compiles
 @pytest.mark.parametrize('dynamic', [False, True])
 def test_compiles_to_one_graph_with_its_gradients(dynamic):
     torch.compiler.reset()
@@ -381,6 +385,24 @@ def test_compiles_to_one_graph_with_its_gradients(dynamic):
     actual = result_and_gradients(run, *inputs)
     expected = result_and_gradients(by_kernels, *inputs)
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+@compiles
+def test_a_backward_pass_in_strips_transforms_the_gradient_once(monkeypatch):
+    """In compiled graphs, too."""
+    in_strips(monkeypatch)
+    names, kernel_for = [], strips.kernel_for
+    monkeypatch.setattr(
+        strips, 'kernel_for', lambda name, x: names.append(name) or kernel_for(name, x)
+    )
+    torch.compiler.reset()
+    compiled = torch.compile(by_kernels, backend='aot_eager', fullgraph=True)
+    for function in (by_kernels, compiled):
+        names.clear()
+        result_and_gradients(function, *case((4, 6), BFLOAT))
+        assert Counter(names) == dict(
+            transform_strips=3, filter_strips=2, restore_strips=2, correlate_strips=1
+        )
 
 
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')  # sizes become constants, as meant
