@@ -67,7 +67,7 @@ def training_step(
     model: nn.Module, x: torch.Tensor, amp: torch.dtype | None = None
 ) -> Callable[[], object]:
     model.train()
-    # Trainings take fused kernels on a GPU, too; the others take 16 ms of the processor for a step.
+    # As in trainings, where the runner chooses so.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=x.is_cuda)
 
     def run() -> None:

@@ -10,7 +10,9 @@ from torch import Tensor
 from . import driver
 from .blocks import STRIP_CHANNELS, address, basis_of, divide, kernel_for
 
-_WARPS = 12  # for each multiprocessor; more work for each is better than more warps
+# Of the kernel that correlates, for each multiprocessor. With these, more images for each warp are
+# faster than more warps.
+_WARPS = 12
 
 
 class Coefficients(NamedTuple):
