@@ -473,7 +473,7 @@ def products(at: Setting) -> Iterator[Row]:
         ('GFNet-H-S, no data checks', bfloat, dict(durable=dict(data_checks=False))),
         ('GFNet-H-S', ['--amp=float16'], {}),
         ('GFNet-H-S', [*bfloat, '--compile'], {}),
-    )[: -3 if at.rehearse else None]:  # no new code, and what needs a GPU
+    )[: -3 if at.rehearse else None]:  # not what repeats code or needs a GPU
         run = functools.partial(train, at, arguments, **options)
         yield Row(PRODUCT, ' '.join([name, *arguments]), ('training',), run)
 

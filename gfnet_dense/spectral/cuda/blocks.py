@@ -41,8 +41,8 @@ class Blocks(NamedTuple):
 def divide(kernel: str, height: int, width: int, limit: int) -> Blocks:
     """Choose blocks for maps of H x W cells, where a block has `limit` bytes of shared memory.
 
-    Of what was tried on an H200 this was the fastest or nearly so, for the stages of GFNet-H-S at
-    512 and maps of COCO.
+    For the stages of GFNet-H-S at 512 and maps of COCO, these were the fastest settings of each
+    kernel tried on an H200, or nearly so.
     """
     half_h, half_w = _half(height), _half(width)
     if kernel in ('filter_maps', 'correlate_maps'):
@@ -66,7 +66,7 @@ def divide(kernel: str, height: int, width: int, limit: int) -> Blocks:
             shared, resident = tile + (2048 + 4) * warps + scales, 3 if half_h <= 64 else 2
         else:  # two maps
             shared, resident = 2 * (tile + scales), max(2, 12 // warps)
-        if warps > 8:
+        if warps > 8:  # not tried; with more, the compiler keeps few values in registers
             resident = 1
     resident = max(1, min(resident, limit // (shared + 1024)))
     return Blocks(STRIP_CHANNELS, rows, slots, warps, resident, shared)

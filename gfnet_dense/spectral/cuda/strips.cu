@@ -30,11 +30,14 @@ DEVICE Shape some_slots(int height, int width, int channels) {
 
 // Return the number of the tile's first 16 channels among those of all images.
 DEVICE long long sixteen_of(int image, const Shape& shape) {
-    return static_cast<long long>(image) * ((shape.channels + 15) / 16) + shape.first_channel / 16;
+    return static_cast<long long>(image) * blocks_of_channels(shape.channels) +
+           shape.first_channel / CHANNELS;
 }
 
 // Return how many coefficients 16 channels of an image have.
-DEVICE int size_of(const Shape& shape) { return 64 * half_of(shape.height) * half_of(shape.width); }
+DEVICE int size_of(const Shape& shape) {
+    return 4 * half_of(shape.height) * half_of(shape.width) * CHANNELS;
+}
 
 // Call function(in tile, offset from the coefficients of its first 16 channels, whether they exist)
 // for every 8 values of the tile. A thread keeps to a column as far as it can.
@@ -186,8 +189,8 @@ KERNEL filter_strips(u16* coefficients, const int* strip_shifts, int* slot_shift
 #endif
 
 #ifdef RESTORE_STRIPS
-KERNEL restore_strips(const u16* coefficients, const int* strip_shifts, const int* slot_shifts, u16* y,
-                      const uint4* basis_w, int height, int width, int channels) {
+KERNEL restore_strips(const u16* coefficients, const int* strip_shifts, const int* slot_shifts,
+                      u16* y, const uint4* basis_w, int height, int width, int channels) {
     SHARED_MEMORY();
     u16* tile = reinterpret_cast<u16*>(shared);
     int* shifts = reinterpret_cast<int*>(tile + TILE);

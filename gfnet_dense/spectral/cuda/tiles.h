@@ -34,7 +34,7 @@ constexpr int BLOCKS_H = 2 * HALF_H / PARTS_H / 16, BLOCKS_W = 2 * HALF_W / PART
 constexpr int STRIDE = COLUMNS * CHANNELS + 8;
 constexpr int TILE = ROWS * STRIDE;
 // A group is 16 neighbours in the rows of cosines along W, slots and channels, with their 16
-// counterparts among the sines. A warp filters one at a time.
+// counterparts among the sines.
 constexpr int GROUPS = TILE_W * CHANNELS / 16;
 constexpr int THREADS = 32 * WARPS;
 constexpr int TARGET = 6, LARGEST_SHIFT = 126;
