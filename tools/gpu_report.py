@@ -423,7 +423,8 @@ def time_backbones(
 
     def maker(name: str, compiled: bool = False) -> Callable[[], Run]:
         def make() -> Run:
-            model = made[name]().to(at.device)
+            with torch.device(at.device):
+                model = made[name]()
             model = torch.compile(model, backend=at.compiler) if compiled else model
             return PASSES[what](model, x, torch.bfloat16)
 
@@ -440,7 +441,9 @@ def profile(at: Setting, side: int, batch: int) -> dict[str, Cell]:
     """Return the shares of a training step of the baseline that its kinds of operators take."""
     x = torch.randn(batch, 3, side, side, device=at.device)
     make, *_ = networks(at, side).values()
-    run = training_step(make().to(at.device), x, torch.bfloat16)
+    with torch.device(at.device):
+        model = make()
+    run = training_step(model, x, torch.bfloat16)
     run()
     with torch.profiler.profile(acc_events=True) as profiler:
         run()

@@ -49,7 +49,7 @@ def _kernel(weight: Tensor, x: Tensor, conjugate: bool) -> Tensor:
     _, height, width, _ = x.shape
     if is_capturing():  # exported graphs cannot differentiate what is written into complex tensors
         weight = hermitian_part(weight, width)
-    kernel = torch.view_as_complex(weight.contiguous()).permute(2, 0, 1)
+    kernel = torch.complex(*weight.permute(3, 2, 0, 1).unbind())
     kernel = (kernel / (height * width)).contiguous()
     if not is_capturing():  # the Hermitian part in place, in fewer operators
         own = _own_mirrors(kernel, width)

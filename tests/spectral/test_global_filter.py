@@ -177,6 +177,17 @@ def test_strides_do_not_matter_and_inputs_are_left_alone():
     torch.testing.assert_close(global_filter(one, weight)[2], expected[0], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_a_spectrum_may_begin_anywhere_in_memory(backend):
+    """As a part of one long vector of parameters, after an odd number of others."""
+    x, weight = random_map_and_spectrum((6, 8))
+    vector = torch.cat([torch.zeros(3), weight.flatten()])
+    part = vector[3:].view(weight.shape)
+    assert part.storage_offset() % 2 == 1
+    expected = global_filter(x, weight, backend)
+    torch.testing.assert_close(global_filter(x, part, backend), expected, rtol=0, atol=1e-12)
+
+
 @needs_gpu
 @pytest.mark.parametrize('size', SIZES, ids=str)
 def test_every_device_computes_the_same(relative_error, size):
