@@ -13,17 +13,10 @@ import torch
 
 import gfnet_dense  # noqa: F401  registers gfnet_h_s
 from gfnet_dense.benchmark import machine
-from gfnet_dense.inference.export import (
-    PRECISIONS,
-    Bound,
-    Deployed,
-    photographs,
-    prove,
-    quantized,
-    resized,
-    runs_of,
-    to_onnx,
-)
+from gfnet_dense.inference.export import PRECISIONS
+from gfnet_dense.inference.export.formats import quantized, runs_of, to_onnx
+from gfnet_dense.inference.export.networks import Deployed
+from gfnet_dense.inference.export.proof import Bound, photographs, prove, resized
 
 MODELS = ['gfnet_h_s', 'convnext_tiny', 'swin_tiny_patch4_window7_224']
 

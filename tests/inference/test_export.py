@@ -20,8 +20,8 @@ from processes import ROOT, run, run_tool
 from gfnet_dense.cli import main
 from gfnet_dense.demo import CLASSES, PALETTE, write_digit_scans, write_digits
 from gfnet_dense.inference import ExportError, export_model, load_model
-from gfnet_dense.inference import export as exporting
-from gfnet_dense.inference.export import BOUNDS, Comparison, deploy
+from gfnet_dense.inference.export import formats, proof
+from gfnet_dense.inference.export.networks import deploy
 
 SEGMENTOR, DETECTOR, CLASSIFIER = (
     f'{head}gfnet_nano_digits' for head in ('upernet_', 'retinanet_', '')
@@ -120,7 +120,7 @@ def test_segmentor_in_onnx_runtime(trained, tmp_path):
         torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
 
     # Its convolutions and linear layers in int8
-    content = exporting.quantized(out.read_bytes(), [np.stack(images)])
+    content = formats.quantized(out.read_bytes(), [np.stack(images)])
     quantized = onnx.load_from_string(content)
     assert onnx.TensorProto.INT8 in {tensor.data_type for tensor in quantized.graph.initializer}
     assert quantized.metadata_props == model.metadata_props
@@ -129,11 +129,11 @@ def test_segmentor_in_onnx_runtime(trained, tmp_path):
     products = [node for node in quantized.graph.node if node.op_type == 'MatMul']
     matrices = [sizes[node.input[0]] for node in products if node.input[0] in sizes]
     assert [len(size) for size in matrices] == 16 * [2]
-    runs, failures = exporting.runs_of(content, '.onnx')
+    runs, failures = formats.runs_of(content, '.onnx')
     assert not failures  # of OpenVINO, where it is installed
     (rounded,) = runs['ONNX Runtime'](np.stack(images))
     error = np.abs(rounded - logits).max() / np.abs(logits).max()
-    assert 1e-4 < error < BOUNDS['int8'].difference
+    assert 1e-4 < error < proof.BOUNDS['int8'].difference
 
 
 @pytest.mark.slow
@@ -215,7 +215,8 @@ def test_other_outputs(trained):
     half = logits.fixed((40, 72), half=True)
     assert {p.dtype for p in half.network.parameters()} == {torch.float16}
     (expected,), (rounded,) = logits(images), half(images)
-    assert 0 < (rounded - expected).abs().max() < BOUNDS['float16'].difference * expected.max()
+    bound = proof.BOUNDS['float16'].difference
+    assert 0 < (rounded - expected).abs().max() < bound * expected.max()
 
 
 @pytest.mark.slow
@@ -244,14 +245,14 @@ def test_refused(trained, tmp_path):
 
 def without_exporter(patch, factor: float) -> None:
     """Let files hold nothing, and runtimes compute PyTorch's outputs times a factor."""
-    patch.setattr(exporting, 'to_pt2', lambda deployed, *_: running.append(deployed) or b'file')
+    patch.setattr(formats, 'to_pt2', lambda deployed, *_: running.append(deployed) or b'file')
     running = []
 
     def run(images):
         outputs = running[-1](torch.from_numpy(images))
         return [y.detach().numpy() * np.float32(factor) for y in outputs]
 
-    patch.setattr(exporting, 'runs_of', lambda content, suffix: ({'runtime': run}, {}))
+    patch.setattr(formats, 'runs_of', lambda content, suffix: ({'runtime': run}, {}))
 
 
 @pytest.mark.parametrize('factor', [1.001, float('nan')])
@@ -290,10 +291,10 @@ def test_killed_before_the_proof_it_leaves_no_file(trained, tmp_path):
     out = tmp_path / 'model.pt2'
     code = (
         'import os, signal\n'
-        'from gfnet_dense.inference import export as exporting\n'
-        'exporting.to_pt2 = lambda *_: b"file"\n'
-        'exporting.runs_of = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n'
-        f'exporting.export_model({str(config)!r}, {str(weights)!r}, {str(out)!r}, [(64, 64)])\n'
+        'from gfnet_dense.inference.export import export_model, formats\n'
+        'formats.to_pt2 = lambda *_: b"file"\n'
+        'formats.runs_of = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n'
+        f'export_model({str(config)!r}, {str(weights)!r}, {str(out)!r}, [(64, 64)])\n'
     )
     run(sys.executable, '-c', code, status=-signal.SIGKILL)
     assert not out.exists() and len([*tmp_path.iterdir()]) == 1  # what the next run overwrites
@@ -301,7 +302,7 @@ def test_killed_before_the_proof_it_leaves_no_file(trained, tmp_path):
 
 def test_a_job_that_is_ended_leaves_no_file(trained, tmp_path, monkeypatch):
     without_exporter(monkeypatch, 1.0)
-    monkeypatch.setattr(exporting, 'runs_of', lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(formats, 'runs_of', lambda *_: signal.raise_signal(signal.SIGTERM))
     config, weights = trained(CLASSIFIER)
     out = tmp_path / 'model.pt2'
     arguments = ['gfnet', 'export', config, weights, out, '--shape', 64, 64]
@@ -323,10 +324,10 @@ def test_accuracy_is_that_of_mmseg():
     truth = generator.integers(0, 4, (2, 20, 30)).astype(np.uint8)
     labels = np.where(generator.random(truth.shape) < 0.3, 2, truth)
     truth[:, :3] = 255
-    comparison = Comparison('runtime')
+    comparison = proof.Comparison('runtime')
     areas = []
     for a, b in zip(truth, labels, strict=True):
-        comparison.confusion = comparison.confusion + exporting._confusion(a, b, 6, 255)
+        comparison.confusion = comparison.confusion + proof._confusion(a, b, 6, 255)
         areas.append(
             IoUMetric.intersect_and_union(torch.from_numpy(b), torch.from_numpy(a), 6, 255)
         )
@@ -338,8 +339,8 @@ def test_accuracy_is_that_of_mmseg():
 @pytest.mark.parametrize('batch', [1, 2, 5, None])
 def test_images_that_fill_a_batch_do_not_count(batch):
     image = Image.new('RGB', (8, 8))
-    samples = [exporting.Sample(image, np.array(i)) for i in range(3)]
-    batches = [*exporting._batches(samples, batch)]
+    samples = [proof.Sample(image, np.array(i)) for i in range(3)]
+    batches = [*proof.batches_of(samples, batch)]
     assert all(len(part) == batch for part in batches) or batch is None
     truths = [int(s.truth) for part in batches for s in part if s.truth is not None]
     assert truths == [0, 1, 2]
