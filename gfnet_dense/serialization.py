@@ -37,7 +37,7 @@ def load_file(path: str | Path, *, mmap: bool = False) -> Any:
         mmap: Leave the numbers of tensors in a file of `torch.save` until they are used.
 
     Raises:
-        OSError: If it cannot be opened.
+        OSError: If it cannot be opened or read.
         CheckpointError: If it is no such file or holds anything else, which is not executed.
     """
     types: list[Any] = [(value, name) for name, value in PLAIN_TYPES.items()]
@@ -50,6 +50,8 @@ def load_file(path: str | Path, *, mmap: bool = False) -> Any:
             source = str(path) if mmap else file
             return torch.load(source, map_location='cpu', weights_only=True, mmap=mmap)
         except Exception as e:  # bytes that mean nothing end in errors of almost every kind
+            if isinstance(e, OSError) and e.errno != errno.EINVAL:
+                raise  # the disk or the network failed; EINVAL is a jump to nowhere in the file
             # Torch's own text, which begins with how to read the file unsafely, is not passed on.
             text = str(e).rpartition('WeightsUnpickler error:')[2].strip() or type(e).__name__
             foreign = re.search(r'GLOBAL (\S+)', text)

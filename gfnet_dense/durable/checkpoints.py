@@ -5,8 +5,10 @@ import logging
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import numpy as np
+import torch
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
@@ -15,6 +17,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from gfnet_dense.serialization import CheckpointError, load_file
+
+from .optimizers import makes_step
 
 INTERRUPTED = 'interrupted.pth'
 LAST = 'last_checkpoint'  # the file in which mmengine notes the path of the last checkpoint
@@ -51,6 +55,21 @@ def _iterations(path: Path) -> int | None:
         return None
 
 
+def local_file(name: str) -> str:
+    """Return the path of a checkpoint; one of the web is downloaded once, as torch.hub does.
+
+    Raises:
+        OSError: If it cannot be downloaded.
+    """
+    if not name.startswith(('http://', 'https://')):
+        return name
+    path = Path(torch.hub.get_dir(), 'checkpoints', Path(urlparse(name).path).name)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(name, str(path))
+    return str(path)
+
+
 class _DeferredRemovals(LocalBackend):
     """Local files whose removal waits until `remove_noted`."""
 
@@ -73,7 +92,7 @@ class DurableCheckpointHook(CheckpointHook):
     :class:`~gfnet_dense.durable.DurableRunner` replaces by this one.
     """
 
-    file_backend: Any
+    file_backend: Any = None  # none in an evaluation
     _due = False
 
     def before_train(self, runner: Runner) -> None:
@@ -88,7 +107,7 @@ class DurableCheckpointHook(CheckpointHook):
     def every_n_train_iters(self, runner: Runner, n: int, start: int = 0) -> bool:
         """Return whether to save; accumulated gradients postpone this to the next step."""
         self._due = self._due or super().every_n_train_iters(runner, n, start)
-        due = self._due and bool(runner.optim_wrapper.should_update())
+        due = self._due and makes_step(runner.optim_wrapper)
         self._due = self._due and not due
         return due
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
 from .checkpoints import latest_checkpoint
+from .optimizers import makes_step, parameter_groups, wrappers_of
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -46,9 +47,9 @@ class NonFiniteLossHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Check gradients before each step of the optimizer."""
-        optimizer = runner.optim_wrapper.optimizer
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_step_post_hook(self._after_step)
+        for wrapper in wrappers_of(runner.optim_wrapper):
+            wrapper.optimizer.register_step_pre_hook(self._before_step)
+            wrapper.optimizer.register_step_post_hook(self._after_step)
         self._statistics: list[Tensor] = [
             statistic
             for module in runner.model.modules()
@@ -68,10 +69,11 @@ class NonFiniteLossHook(Hook):
         params = [p for group in optimizer.param_groups for p in group['params']]
         norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         # All processes have the same gradients, so they skip the same steps.
-        self._found = ~norm.isfinite()
+        found = ~norm.isfinite()
+        self._found = found if self._found is None else self._found | found
         if _skips_by_flag(optimizer):
-            optimizer.found_inf = self._found.float()  # type: ignore[attr-defined]
-        elif self._found:
+            optimizer.found_inf = found.float()  # type: ignore[attr-defined]
+        elif found:
             for p in params:
                 p.grad = None  # optimizers skip parameters without a gradient
 
@@ -89,7 +91,7 @@ class NonFiniteLossHook(Hook):
         """Restore the running statistics and count, if the iteration is not finite."""
         loss = float(torch.as_tensor((outputs or {}).get('loss', 0.0)).detach())
         if math.isfinite(loss) and (self._found is None or not self._found):
-            if runner.optim_wrapper.should_update():  # a step was made
+            if makes_step(runner.optim_wrapper):
                 self._in_a_row = 0
             return
         self._in_a_row += 1
@@ -98,7 +100,7 @@ class NonFiniteLossHook(Hook):
             for statistic, values in zip(self._statistics, copies, strict=True):
                 statistic.copy_(values.view_as(statistic))
         files = _files(data_batch)
-        rate = max(group['lr'] for group in runner.optim_wrapper.optimizer.param_groups)
+        rate = max(group['lr'] for group in parameter_groups(runner.optim_wrapper))
         what = f'loss {loss} at iteration {runner.iter + 1}, learning rate {rate:g}'
         if self._in_a_row < self.patience:
             runner.logger.warning(f'{what}: step skipped; files: {files}')

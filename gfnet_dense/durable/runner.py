@@ -29,18 +29,19 @@ from gfnet_dense.serialization import (
     write_whole,
 )
 
-from .checkpoints import latest_checkpoint
+from .checkpoints import latest_checkpoint, local_file
 from .data_checks import CheckDataHook, checked, explain_error
 from .interrupts import InterruptHook, init_worker
 from .non_finite import NonFiniteLossHook, use_fused_adam
+from .optimizers import accumulated_batches
 from .ranks import AverageBuffersHook, on_main_process
 from .resumable import ExactResumeHook, ValidationOnResumeHook, resumable
-from .summary import RunSummaryHook, accumulated_batches, show_on_console, unwrapped
+from .summary import RunSummaryHook, show_on_console, unwrapped
 from .switches import Switches
 from .work_dir import lock_work_dir, make_work_dir
 
 
-@RUNNERS.register_module(name=['DurableRunner', 'GFNetRunner'])
+@RUNNERS.register_module()
 class DurableRunner(Runner):
     """mmengine's runner with fault tolerance.
 
@@ -74,6 +75,7 @@ class DurableRunner(Runner):
         self.switches = Switches.from_config((kwargs.get('cfg') or {}).get('durable'))
         if self.switches.work_dir_lock:
             make_work_dir(work_dir)
+        load_from = local_file(load_from) if load_from else load_from
         randomness = dict(randomness or dict(seed=None))
         if resume and self.switches.exact_resume:
             load_from = load_from or str(latest_checkpoint(work_dir) or '') or None
@@ -123,6 +125,11 @@ class DurableRunner(Runner):
         self._strict = True
         return super().test()
 
+    def val(self) -> dict[str, float]:
+        """Validate the model with weights that all fit."""
+        self._strict = True
+        return super().val()
+
     def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
         """Resume from a checkpoint whose weights all fit."""
         self._strict = True
@@ -135,10 +142,10 @@ class DurableRunner(Runner):
         strict: bool = False,
         revise_keys: Sequence[tuple[str, str]] = ((r'^module\.', ''),),
     ) -> dict[str, Any]:
-        """Load a local checkpoint.
+        """Load a checkpoint; one of the web is downloaded first.
 
         Raises:
-            OSError: If there is no such file.
+            OSError: If there is no such file, or it cannot be downloaded.
             CheckpointError: If it is not safe to read or does not hold the backbone.
             RuntimeError: If weights are missing or left over, in a test or a resumed run.
         """
@@ -146,6 +153,7 @@ class DurableRunner(Runner):
             return super().load_checkpoint(filename, map_location, strict, [*revise_keys])
         # mmengine's own loading turns its safety off for a file that fails it. The file is read
         # once: a second reader could take the same bytes for something else.
+        filename = local_file(filename)
         checkpoint = load_file(filename)
         strict = strict or self._strict
         if 'state_dict' not in checkpoint:  # weights alone, or an official file
@@ -166,16 +174,20 @@ class DurableRunner(Runner):
         return checkpoint
 
     def _check_backbone(self, content: Mapping[str, Any], filename: str) -> None:
-        """Check that a checkpoint holds the backbone, whatever its heads are."""
+        """Check that a checkpoint holds the backbone, whatever its heads are.
+
+        Of a model without a backbone it has to hold something.
+        """
         found = plain_keys(content['state_dict'])
         own = unwrapped(self.model).state_dict()
-        own = {key: own[key] for key in own if key.startswith('backbone.')} or own
+        backbone = {key: own[key] for key in own if key.startswith('backbone.')}
+        own = backbone or own
         lacking = [
             key
             for key, value in own.items()
             if key not in found or getattr(found[key], 'shape', None) != value.shape
         ]
-        if lacking:
+        if lacking and (backbone or len(lacking) == len(own)):
             raise CheckpointError(
                 f'{filename} lacks {len(lacking)} of {len(own)} weights of this model or has them '
                 f'in other shapes: {join_first(lacking)}. Name the weights of a backbone alone, '
@@ -300,6 +312,3 @@ class DurableRunner(Runner):
         ):
             if is_on:
                 self.register_hook(hook())
-
-
-GFNetRunner = DurableRunner  # the name in earlier configs and scripts

@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
-from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
+
+from .optimizers import accumulated_batches, parameter_groups, wrappers_of
 
 
 @HOOKS.register_module()
@@ -55,11 +57,6 @@ def _is_short(record: logging.LogRecord) -> bool:
     return record.levelno > logging.INFO or record.getMessage().count('\n') < 10
 
 
-def accumulated_batches(optim_wrapper: OptimWrapper) -> int:
-    """Return how many batches make one step of the optimizer."""
-    return int(optim_wrapper._accumulative_counts)  # it has no public name
-
-
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside the wrapper for several processes."""
     inner: nn.Module = model.module if is_model_wrapper(model) else model  # type: ignore[assignment]
@@ -79,7 +76,7 @@ def _batch(runner: Runner) -> str:
 
 def _learning_rate(runner: Runner) -> str:
     # The rates that schedulers start from: after --auto-scale-lr, before warm-up.
-    groups = runner.optim_wrapper.optimizer.param_groups
+    groups = parameter_groups(runner.optim_wrapper)
     rates = [group.get('initial_lr', group['lr']) for group in groups]
     lowest, highest = min(rates), max(rates)
     text = f'{highest:g}' if lowest == highest else f'{highest:g}, by layer down to {lowest:.3g}'
@@ -134,6 +131,7 @@ def _device(runner: Runner) -> str:
 
 
 def _precision(runner: Runner) -> str:
-    if isinstance(runner.optim_wrapper, AmpOptimWrapper):
-        return f'mixed, {runner.optim_wrapper.cast_dtype or torch.float16}'
+    wrapper, *_ = wrappers_of(runner.optim_wrapper)
+    if isinstance(wrapper, AmpOptimWrapper):
+        return f'mixed, {wrapper.cast_dtype or torch.float16}'
     return str(next(runner.model.parameters()).dtype)

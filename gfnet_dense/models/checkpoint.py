@@ -129,7 +129,7 @@ def adapt_state_dict(
     missing = [key for key in own if key not in adapted and not _is_output(key)]
     if missing or unknown:
         faults = [f'lacks {", ".join(missing)}'] if missing else []
-        faults += [f'holds {", ".join(unknown)}, which the model has not'] if unknown else []
+        faults += [f'has unexpected weights {", ".join(unknown)}'] if unknown else []
         raise CheckpointError('; '.join(faults))
 
     notes = _resize(adapted, model) + _adapt_channels(adapted, own)

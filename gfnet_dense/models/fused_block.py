@@ -13,13 +13,11 @@ import functools
 import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import timm.layers
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
-from torch import Tensor, nn
+from timm.layers import LayerNorm
+from torch import Tensor
 from torch.autograd import Function
-from torch.nn.modules import module as nn_module
 
 from gfnet_dense.spectral import select_backend
 from gfnet_dense.spectral.autograd import Backend, differentiable_filter
@@ -28,7 +26,7 @@ from gfnet_dense.spectral.tracing import is_capturing, is_in_forward_mode, is_pl
 
 from . import cuda
 from .global_filter import GlobalFilter
-from .mlp import Mlp
+from .mlp import CELL_LAYERS, change_of, layers_of
 
 if TYPE_CHECKING:
     from .gfnet import Block
@@ -59,28 +57,7 @@ class _Settings(NamedTuple):
     factors: Tensor | None  # of images, from drop path
 
 
-# The layers of a block and of its MLP, which has no dropout.
-_LAYERS: dict[str, type[nn.Module]] = dict(
-    norm1=timm.layers.LayerNorm,
-    filter=GlobalFilter,
-    norm2=timm.layers.LayerNorm,
-    mlp=Mlp,
-    drop_path=DropPath,
-    fc1=nn.Linear,
-    act=nn.GELU,
-    drop1=nn.Dropout,
-    norm=nn.Identity,
-    fc2=nn.Linear,
-    drop2=nn.Dropout,
-)
-
-# Hooks on all modules, which no public function of torch tells.
-_GLOBAL_HOOKS = (
-    nn_module._global_forward_hooks,
-    nn_module._global_forward_pre_hooks,
-    nn_module._global_backward_hooks,
-    nn_module._global_backward_pre_hooks,
-)
+_LAYERS = dict(norm1=LayerNorm, filter=GlobalFilter, **CELL_LAYERS)  # of a block and of its MLP
 
 
 def run(block: 'Block', x: Tensor) -> Tensor | None:
@@ -168,24 +145,10 @@ def _fits(i: _Inputs) -> bool:
 
 
 def _own_layers(block: 'Block') -> dict[str, Any] | str:
-    """Return the layers of a block by name, or how somebody has changed or watches them."""
-    if any(_GLOBAL_HOOKS):
-        return 'there are hooks on all modules'
-    mlp = block._modules.get('mlp')
-    layers: dict[str, Any] = block._modules | (mlp._modules if mlp else {})
-    layer: Any
-    for name, kind in _LAYERS.items():
-        layer = layers.get(name)
-        if type(layer) is not kind:
-            return f'{name} is a {type(layer).__name__}'
-        if 'forward' in layer.__dict__ or layer._compiled_call_impl:
-            return f'{name} has a forward function of its own'
-        if layer._forward_hooks or layer._forward_pre_hooks:
-            return f'{name} has hooks'
-        if layer._backward_hooks or layer._backward_pre_hooks:
-            return f'{name} has hooks'
-    if layers['drop1'].p or layers['drop2'].p:
-        return 'the MLP has dropout'
+    """Return the layers of a block by name, or why a function cannot stand for them."""
+    layers = layers_of(block)
+    if reason := change_of(layers, _LAYERS):
+        return reason
     if layers['norm1']._fast_norm or layers['norm2']._fast_norm:
         return "timm's fast norm is on"
     if layers['filter'].backend not in ('auto', 'fused'):

@@ -6,8 +6,9 @@ doi 10.1109/TPAMI.2023.3263824). State dicts have the keys and shapes of the off
 implementation, github.com/raoyongming/GFNet (MIT); none of its code is used here.
 
 The networks have the interface of timm's own models, take images of any size, and run under
-torch.compile, torch.export, torch.fx and torch.jit.trace. They do not run under torch.jit.script:
-TorchScript supports neither autograd functions nor the cache of resized parameters.
+torch.compile, torch.export (for one height and width), torch.jit.trace and the feature extraction
+of timm by torch.fx. They do not run under torch.jit.script: TorchScript supports neither autograd
+functions nor the cache of resized parameters.
 
 Inside a network a map has the shape `(B, H, W, C)`.
 """
@@ -42,6 +43,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gfnet_dense.serialization import CheckpointError
 from gfnet_dense.spectral import Grid, resize_position_embedding
+from gfnet_dense.spectral.tracing import is_transformed
 
 from . import fused_block
 from .checkpoint import adapt_state_dict, find_weights, prefix_errors, read_state_dict
@@ -126,6 +128,18 @@ class Size(NamedTuple):
         return f'{"a hierarchical" if self.hierarchical else "an isotropic"} network of {values}'
 
 
+def image_size(img_size: int | Sequence[int]) -> Grid:
+    """Return an image size in pixels, int or (H, W), as (H, W).
+
+    Raises:
+        ValueError: If it is neither, or not positive.
+    """
+    size = to_2tuple(img_size)
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f'img_size must be a positive int or (H, W), but got {img_size}')
+    return size[0], size[1]
+
+
 def downsampled_grid(grid: Grid, stride: int) -> Grid:
     """Return the grid `(h, w)` after a patch embedding with this stride, rounded up."""
     return -(-grid[0] // stride), -(-grid[1] // stride)
@@ -152,11 +166,14 @@ class PatchEmbed(nn.Module):
         """Project a map `(B, H, W, C)`."""
         height, width = x.shape[1:3]
         x = x.permute(0, 3, 1, 2)
-        pad = (0, -width % self.patch_size, 0, -height % self.patch_size)
+        patch = self.patch_size
+        # Not -width % patch: torch.compile cannot negate a size that varies.
+        pad = (0, (patch - width % patch) % patch, 0, (patch - height % patch) % patch)
         if any(pad):
             x = F.pad(x, pad)
-        # In this memory format the result, seen as (B, H', W', C'), is contiguous.
-        x = x.contiguous(memory_format=torch.channels_last)
+        # In this memory format the result, seen as (B, H', W', C'), is contiguous. vmap has none.
+        if not is_transformed():
+            x = x.contiguous(memory_format=torch.channels_last)
         return self.proj(x).permute(0, 2, 3, 1)
 
 
@@ -236,7 +253,7 @@ class GFNetBase(nn.Module):
     Args:
         arch: A name of the subclass's table, or a dict of the fields of :class:`Architecture`.
         img_size: Image size in pixels, int or (H, W), whose grid the position embedding and the
-            filters live on. Other images are taken too: both are resized in forward.
+            filters live on. Images may have any size: forward resizes both.
         in_chans: Channels of the images.
         num_classes: Classes of the head; 0 for pooled features.
         global_pool: A pooling of timm; `'avg'` as in the official networks, `''` for none.
@@ -279,15 +296,13 @@ class GFNetBase(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.arch = spec = self._architecture(arch)
+        self.arch = spec = self.architecture_of(arch)
         if in_chans < 1 or num_classes < 0:
             raise ValueError(
                 'in_chans must be positive and num_classes not negative, '
                 f'but got {in_chans} and {num_classes}'
             )
-        size = to_2tuple(img_size)
-        if len(size) != 2 or min(size) < 1:
-            raise ValueError(f'img_size must be a positive int or (H, W), but got {img_size}')
+        size = image_size(img_size)
         drop_path_rate = spec.drop_path_rate if drop_path_rate is None else drop_path_rate
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must be within [0, 1), but got {drop_path_rate}')
@@ -314,8 +329,10 @@ class GFNetBase(nn.Module):
         self.apply(init_linear)
         self.to(device=device, dtype=dtype)
 
-    def _architecture(self, arch: str | Mapping[str, Any]) -> Architecture:
-        network, table = type(self).__name__, self.architectures
+    @classmethod
+    def architecture_of(cls, arch: str | Mapping[str, Any]) -> Architecture:
+        """Return the architecture that the argument `arch` of a network means."""
+        network, table = cls.__name__, cls.architectures
         if isinstance(arch, str):
             if arch not in table:
                 raise ValueError(
@@ -329,7 +346,7 @@ class GFNetBase(nn.Module):
                 f'arch of {network} must be a name or a dict with embed_dims and depths and '
                 f'perhaps {", ".join(fields[2:])}, but got {arch!r}'
             )
-        return Architecture(**{'patch_size': self.default_patch_size, **arch})
+        return Architecture(**{'patch_size': cls.default_patch_size, **arch})
 
     @abstractmethod
     def _build(self, spec: Architecture, make_block: MakeBlock) -> None:
@@ -539,8 +556,11 @@ class GFNetBase(nn.Module):
         """Store position embedding and filters for an image size in pixels, int or (H, W).
 
         The outputs for images of that size stay the same: forward resizes in the same way.
+
+        Raises:
+            ValueError: If the size is not positive.
         """
-        grid = downsampled_grid(to_2tuple(img_size), self.arch.patch_size)
+        grid = downsampled_grid(image_size(img_size), self.arch.patch_size)
         embedding = resize_position_embedding(self.pos_embed, self.grid, grid)
         self.pos_embed = nn.Parameter(embedding, self.pos_embed.requires_grad)
         self.add_position.clear_cache()
@@ -568,7 +588,7 @@ class GFNetBase(nn.Module):
 
         Loading is strict: only the classifier, the norms of the outputs and the channels of the
         images may differ from the file. The log says what was loaded, which parameters were
-        resized, and which keep their initial values.
+        resized, and which keep their initial values; of a classifier it warns.
 
         Args:
             checkpoint_path: A file, or a name of official weights such as `'gfnet-h-s'`, which are
@@ -590,7 +610,8 @@ class GFNetBase(nn.Module):
         for note in notes:
             _logger.info(note)
         if missing:
-            _logger.info('not in the file, newly initialised: %s', ', '.join(missing))
+            level = logging.WARNING if 'head.weight' in missing else logging.INFO
+            _logger.log(level, 'not in %s, newly initialised: %s', path, ', '.join(missing))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Also take the weights of a classifier that holds the network as `backbone`."""
@@ -731,7 +752,7 @@ def _create(
     pretrained: bool,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: str | Path | None = None,
-    out_indices: int | Sequence[int] = 4,  # the last four: all stages of a hierarchical network
+    out_indices: int | Sequence[int] | None = None,
     output_stride: int | None = None,
     **kwargs: Any,
 ) -> nn.Module:
@@ -742,6 +763,9 @@ def _create(
             f'{name} has an output stride of {stride} and no dilated form, but got output_stride='
             f'{output_stride}: take a decoder over a pyramid, such as Unet, FPN or UPerNet'
         )
+    if out_indices is None:  # the last four: all stages of a hierarchical network of these sizes
+        depths = network.architecture_of(kwargs.get('arch', size)).depths
+        out_indices = min(4, len(depths) if network.hierarchical else sum(depths))
     # load_pretrained reads files as strictly as everywhere in this package.
     overlay = {'custom_load': True, **(pretrained_cfg_overlay or {})}
     if 'url' in overlay or 'hf_hub_id' in overlay:

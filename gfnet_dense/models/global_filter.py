@@ -57,8 +57,8 @@ class GlobalFilter(ResizeCache):
     def forward(self, x: Tensor) -> Tensor:
         """Filter a map of shape `(B, H, W, C)`; shape and dtype stay the same.
 
-        But under autocast on a GPU, and of the backend 'fused', it takes and returns maps in
-        autocast's dtype, as matrix products do: normalisation in front of it returns float32.
+        Under autocast on a GPU, or with the backend 'fused', the result has autocast's dtype, as
+        that of a matrix product; the map, float32 after a norm, is cast to it.
         """
         device = x.device.type
         takes_16_bits = device == 'cuda' or self.backend == 'fused'

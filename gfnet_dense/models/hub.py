@@ -93,7 +93,7 @@ def _download(name: str, path: Path, check: Callable[[Path], None]) -> None:
                 file.flush()
                 check(Path(file.name))
         except (_AddressError, CheckpointError) as e:
-            failures.append(f'{url}: {str(e).replace(file.name, "what came")}')
+            failures.append(f'{url}: {str(e).replace(file.name, "the download")}')
             _logger.warning(failures[-1])
         else:
             _logger.info('downloaded %s', path)
@@ -111,7 +111,7 @@ def _read(url: str, name: str) -> Iterator[bytes]:
     try:
         with urlopen(request, timeout=TIMEOUT) as response:
             if response.headers.get_content_type() == 'text/html':
-                raise _AddressError(f'a web page came{_title(response.read1(_CHUNK))}')
+                raise _AddressError(f'the server sent a web page{_title(response.read1(_CHUNK))}')
             size, received, start = response.length, 0, time.monotonic()
             with tqdm(
                 desc=name, total=size, unit='B', unit_scale=True, unit_divisor=1024, disable=None

@@ -9,14 +9,16 @@ linear layers run as 1x1 convolutions, which torch leaves to oneDNN.
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import timm.layers
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 
 from gfnet_dense.spectral.tracing import is_capturing
 
@@ -31,13 +33,60 @@ class Mlp(timm.layers.Mlp):
 
     def forward(self, x: Tensor) -> Tensor:
         """Process a map `(..., C)`; the shape stays the same."""
-        if not _runs_on_onednn(x):
-            return super().forward(x)
-        # Adapters and quantisation replace layers by others, which have to run as they are.
-        if not (type(self.fc1) is type(self.fc2) is nn.Linear) or _has_hooks(self):
+        if not _runs_on_onednn(x) or change_of(self._modules, _MLP_LAYERS):
             return super().forward(x)
         x = self.act(_convolve(x, self.fc1.weight, self.fc1.bias))
         return _convolve(x, self.fc2.weight, self.fc2.bias)
+
+
+_MLP_LAYERS: dict[str, type[nn.Module]] = dict(
+    fc1=nn.Linear,
+    act=nn.GELU,
+    drop1=nn.Dropout,
+    norm=nn.Identity,
+    fc2=nn.Linear,
+    drop2=nn.Dropout,
+)
+# The layers of a block that treat each cell alone, and those of its MLP.
+CELL_LAYERS = dict(
+    norm2=timm.layers.LayerNorm, mlp=Mlp, drop_path=timm.layers.DropPath, **_MLP_LAYERS
+)
+
+# Hooks on all modules, which no public function of torch tells.
+_GLOBAL_HOOKS = (
+    nn_module._global_forward_hooks,
+    nn_module._global_forward_pre_hooks,
+    nn_module._global_backward_hooks,
+    nn_module._global_backward_pre_hooks,
+)
+
+
+def change_of(layers: Mapping[str, Any], kinds: Mapping[str, type[nn.Module]]) -> str | None:
+    """Say how somebody has changed or watches layers of these kinds; None if nobody does.
+
+    Adapters, quantisation and hooks need layers to run as modules, and dropout has no other form.
+    """
+    if any(_GLOBAL_HOOKS):
+        return 'there are hooks on all modules'
+    for name, kind in kinds.items():
+        layer = layers.get(name)
+        if type(layer) is not kind:
+            return f'{name} is a {type(layer).__name__}'
+        if 'forward' in layer.__dict__ or layer._compiled_call_impl:
+            return f'{name} has a forward function of its own'
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            return f'{name} has hooks'
+        if layer._backward_hooks or layer._backward_pre_hooks:
+            return f'{name} has hooks'
+        if isinstance(layer, nn.Dropout) and layer.p:
+            return 'the MLP has dropout'
+    return None
+
+
+def layers_of(block: nn.Module) -> dict[str, Any]:
+    """Return the layers of a block and of its MLP by name."""
+    mlp = block._modules.get('mlp')
+    return block._modules | (mlp._modules if mlp else {})
 
 
 def apply_to_cells(
@@ -46,8 +95,8 @@ def apply_to_cells(
     """Apply a function that treats each cell alone, slice by slice where that is faster.
 
     The function takes as many tensors `(..., C)` as there are maps `(B, H, W, C)` and returns one.
-    The largest map that it makes is `expansion` times as large. In training, with gradients or with
-    hooks on parts of `block`, which owns the function, it gets whole maps.
+    The largest map that it makes is `expansion` times as large. In training, with gradients and if
+    somebody has changed or watches layers of `block`, which owns the function, it gets whole maps.
     """
     x = maps[0]
     if (
@@ -56,19 +105,16 @@ def apply_to_cells(
         or not x.is_cpu
         or block.training
         or torch.is_grad_enabled()
-        or _has_hooks(block)
     ):
         return function(*maps)
     rows = x.shape[:3].numel()
     slices = rows // _SLICE_ROWS
     if slices < 2 or expansion * x.nbytes < _LARGE_HIDDEN_BYTES:
         return function(*maps)
+    if change_of(layers_of(block), CELL_LAYERS):
+        return function(*maps)
     parts = zip(*(m.flatten(0, 2).chunk(slices) for m in maps), strict=True)
     return torch.cat([function(*part) for part in parts]).unflatten(0, x.shape[:3])
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
 
 
 def _runs_on_onednn(x: Tensor) -> bool:
@@ -78,6 +124,7 @@ def _runs_on_onednn(x: Tensor) -> bool:
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled('cpu')
         and not is_capturing()
+        and x.numel()
         and torch.backends.mkldnn.enabled
         and is_onednn_wider()
     )

@@ -87,4 +87,4 @@ class ResizeCache(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_cache': (None, {})}
+        return {**super().__getstate__(), '_cache': (None, {})}

@@ -24,6 +24,8 @@ class LoadCodedAnnotations:
     ) -> None:
         self.values, self.ignore_index = [*values], ignore_index
         self.are_colours = np.ndim(self.values[0]) == 1
+        if not 0 <= ignore_index <= 255:  # labels are uint8
+            raise ValueError(f'ignore_index must be within 0..255, but got {ignore_index}')
         codes = self._codes(np.array(self.values))
         if len(np.unique(codes)) != len(codes) or len(codes) > ignore_index:
             raise ValueError(

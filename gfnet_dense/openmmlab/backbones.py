@@ -82,6 +82,10 @@ class BackboneMixin(GFNetBase, BaseModule):
         init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
+        if 'in_chans' in kwargs:  # the name of the plain networks
+            raise ValueError(f'in_chans is called in_channels here, as in OpenMMLab: {kwargs}')
+        if isinstance(out_indices, int):
+            raise ValueError(f'out_indices must be a list or tuple, but got {out_indices}')
         if in_channels < 1:
             raise ValueError(f'in_channels must be positive, but got {in_channels}')
         kwargs['drop_path_rate'] = drop_path_rate

@@ -116,8 +116,8 @@ class ImageClassifier(BaseModel):
         network = MODELS.build(backbone)
         if not getattr(network, 'num_classes', 0):
             raise ValueError(f"a classifier's backbone needs num_classes, got {dict(backbone)}")
-        told = dict(num_classes=network.num_classes, label_smoothing=label_smoothing)
-        super().__init__(MODELS.build(data_preprocessor, default_args=told), init_cfg)
+        defaults = dict(num_classes=network.num_classes, label_smoothing=label_smoothing)
+        super().__init__(MODELS.build(data_preprocessor, default_args=defaults), init_cfg)
         self.backbone = network
         self.label_smoothing = label_smoothing
 

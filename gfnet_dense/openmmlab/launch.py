@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from gfnet_dense.durable.checkpoints import latest_checkpoint
+from gfnet_dense.durable.checkpoints import latest_checkpoint, local_file
 from gfnet_dense.durable.runner import DurableRunner
 from gfnet_dense.durable.summary import unwrapped
 from gfnet_dense.serialization import CheckpointError, load_file
@@ -89,6 +89,7 @@ def _resume(cfg: Config, checkpoint: str) -> None:
                 f'nothing to resume in {cfg.work_dir}: omit --resume to start anew'
             )
         checkpoint = str(found)
+    checkpoint = local_file(checkpoint)
     content = load_file(checkpoint, mmap=True)
     if not isinstance(content, Mapping) or not {'meta', 'optimizer'} <= set(content):
         raise CheckpointError(

@@ -55,14 +55,14 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         layers = layer_ids(module, self.paramwise_cfg['num_layers'])
         top = max(layers.values())
         no_weight_decay: Any = getattr(module.backbone, 'no_weight_decay', set)
-        spared = {f'backbone.{name}' for name in no_weight_decay()}
+        undecayed = {f'backbone.{name}' for name in no_weight_decay()}
         groups: dict[tuple[float, bool], dict[str, Any]] = {}
         for name, param in module.named_parameters():
             if not param.requires_grad:
                 continue
             lr = self.base_lr * self.paramwise_cfg['decay_rate'] ** (top - layers[name])
             # Norms, biases and LayerScale have one axis.
-            decays = param.ndim > 1 and name not in spared
+            decays = param.ndim > 1 and name not in undecayed
             weight_decay = self.base_wd if decays else 0.0
             new = {'params': [], 'lr': lr, 'weight_decay': weight_decay}
             groups.setdefault((lr, decays), new)['params'].append(param)

@@ -195,10 +195,10 @@ class _Builder:
     ) -> None:
         self.path, self.found, self.head, self.arch = path, found, head, arch
         self.notes = found.notes
-        most = {'classifier': 224}.get(head, 800 if head in DETECTORS else 512)
+        largest = {'classifier': 224}.get(head, 800 if head in DETECTORS else 512)
         if arch == 'nano':
-            most = min(most, 128)
-        self.crop = crop or min(most, max(32, found.side // 32 * 32))
+            largest = min(largest, 128)
+        self.crop = crop or min(largest, max(32, found.side // 32 * 32))
         where = 'shorter side of the images' if head in DETECTORS else 'side of the crops'
         self.notes.append(f'{where}: {self.crop} pixels (--crop)')
         if head in SEGMENTORS:
@@ -231,9 +231,9 @@ class _Builder:
 
     def choose_length(self, batch: int | None, iterations: int | None) -> None:
         count = max(1, len(self.found.train) or len(self._coco('train')['images']))
-        most = min(count, _MOST_BATCH.get(self.head, 16))
+        largest = min(count, _MOST_BATCH.get(self.head, 16))
         if batch is None:
-            batch, text = self._batch_for_memory(most)
+            batch, text = self._batch_for_memory(largest)
             self.notes.append(f'batch {batch}, since {text} (--batch)')
         if self.head == 'classifier':  # mixup pairs images, and incomplete batches are dropped
             batch = max(2, min(batch, count) // 2 * 2)
@@ -248,7 +248,7 @@ class _Builder:
             f'{count} training images (--iterations)'
         )
 
-    def _batch_for_memory(self, most: int) -> tuple[int, str]:
+    def _batch_for_memory(self, largest: int) -> tuple[int, str]:
         """Return a power of two, by what the network keeps of an image for its backward pass."""
         if torch.cuda.is_available():
             memory, where = torch.cuda.mem_get_info()[0], 'the GPU has'
@@ -257,7 +257,7 @@ class _Builder:
             memory, where = pages, 'this machine has'
         fixed, each = self._training_memory()
         fitting = (0.7 * memory - fixed) / each
-        batch = 2 ** int(math.log2(min(most, max(1, fitting))))
+        batch = 2 ** int(math.log2(min(largest, max(1, fitting))))
         text = f'{where} {memory / 2**30:.0f} GiB free and an image takes about '
         return batch, f'{text}{each / 2**30:.2g} GiB in training'
 

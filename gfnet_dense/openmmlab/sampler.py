@@ -1,5 +1,6 @@
 """Samplers of training data."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import timm.data.distributed_sampler
@@ -25,8 +26,11 @@ class RepeatAugSampler(timm.data.distributed_sampler.RepeatAugSampler):
         rank, world_size = get_dist_info()
         super().__init__(dataset, num_replicas=world_size, rank=rank, **kwargs)
         self.seed = sync_random_seed() if seed is None else seed
-        self.set_epoch(0)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, which gives each its own order."""
-        super().set_epoch(self.seed + epoch)  # timm seeds the order with it
+    def __iter__(self) -> Iterator[int]:
+        """Return the indices of an epoch, which has its own order."""
+        epoch, self.epoch = self.epoch, self.seed + self.epoch  # timm seeds the order with it
+        try:
+            return super().__iter__()
+        finally:
+            self.epoch = epoch

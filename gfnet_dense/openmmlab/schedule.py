@@ -1,9 +1,10 @@
 """Learning rate schedules that mmengine does not have."""
 
 import math
-from typing import Any
+from typing import Any, Self
 
 from mmengine.optim import BaseOptimWrapper, _ParamScheduler
+from mmengine.optim.scheduler.param_scheduler import INF
 from mmengine.registry import PARAM_SCHEDULERS
 from torch.optim import Optimizer
 
@@ -48,6 +49,31 @@ class WarmupCosineLR(_ParamScheduler):
         self.warmup_t = warmup_t
         self.warmup_lr_init = warmup_lr_init
         super().__init__(optimizer, 'lr', **kwargs)
+
+    @classmethod
+    def build_iter_from_epoch(
+        cls,
+        optimizer: Optimizer | BaseOptimWrapper,
+        t_initial: int,
+        *,
+        epoch_length: int,
+        warmup_t: int = 0,
+        begin: int = 0,
+        end: int = INF,
+        **kwargs: Any,
+    ) -> Self:
+        """Build a schedule of iterations from lengths in epochs, for `convert_to_iter_based=True`.
+
+        `epoch_length` is the number of iterations of an epoch.
+        """
+        return cls(
+            optimizer,
+            t_initial * epoch_length,
+            warmup_t=warmup_t * epoch_length,
+            begin=begin * epoch_length,
+            end=end if end == INF else end * epoch_length,
+            **{**kwargs, 'by_epoch': False},
+        )
 
     def _get_value(self) -> list[float]:
         t = self.last_step

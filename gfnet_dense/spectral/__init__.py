@@ -69,8 +69,8 @@ def global_filter(x: Tensor, weight: Tensor, backend: str = 'auto') -> Tensor:
               compiled, exported or traced, and on a CPU for maps with small sides or sides with a
               large prime factor; `'fft'` for all others.
 
-            Where a backend does not support a map, `'auto'` filters it, and the logger of this
-            package says why, once, at debug level.
+            Where a backend does not support a map, `'auto'` filters it, and the log warns of it
+            once.
 
     Returns:
         The filtered map, in the shape, dtype and device of `x`.
@@ -103,7 +103,7 @@ def select_backend(x: Tensor, backend: str = 'auto') -> Backend:
     """Return the backend of a name; for maps that it does not support the one of 'auto'."""
     if reason := unsupported_reason(x, backend):
         if not is_capturing():  # a graph cannot hold logging
-            _log_once(logging.DEBUG, f"'auto' replaces {backend!r}: {reason}")
+            _log_once(logging.WARNING, f"'auto' replaces {backend!r}: {reason}")
         backend = 'auto'
     return _BACKENDS[_fastest(x) if backend == 'auto' else backend]
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import pickle
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from toy import toy_config
 
@@ -198,3 +200,59 @@ def test_checkpoints_may_go_to_another_folder(tmp_path):
     cfg.default_hooks.checkpoint.out_dir = str(tmp_path / 'elsewhere')
     train(cfg)
     assert latest_checkpoint(tmp_path / 'run') == tmp_path / 'elsewhere/run/iter_12.pth'
+
+
+def test_a_validation_by_itself_returns_its_metrics(tmp_path):
+    train(toy_config(tmp_path / 'run'))
+    cfg = toy_config(tmp_path / 'val')
+    cfg.runner_type, cfg.load_from = 'DurableRunner', str(tmp_path / 'run' / 'iter_12.pth')
+    assert RUNNERS.build(cfg).val()['number'] == 22
+    state = load_file(cfg.load_from)
+    del state['state_dict']['layers.2.bias']
+    torch.save(state, cfg.load_from)
+    with pytest.raises(RuntimeError, match=r'layers\.2\.bias'):
+        RUNNERS.build(cfg).val()
+
+
+def test_another_head_of_a_model_without_a_backbone(tmp_path, caplog):
+    train(toy_config(tmp_path / 'run'))
+    file = tmp_path / 'run' / 'iter_12.pth'
+    state = load_file(file)
+    state['state_dict']['layers.2.bias'] = torch.zeros(7)
+    torch.save(state, file)
+    cfg = toy_config(tmp_path / 'finetuned')
+    cfg.load_from = str(file)
+    train(cfg)
+    torch.save({'model': {'foo': torch.zeros(1)}}, file)
+    cfg.work_dir = str(tmp_path / 'again')
+    with pytest.raises(CheckpointError, match='lacks 4 of 4 weights'):
+        train(cfg)
+
+
+def test_weights_of_the_web_are_downloaded_once(tmp_path, monkeypatch):
+    train(toy_config(tmp_path / 'run'))
+    asked = []
+
+    def download(url, path, **kwargs):
+        asked.append(url)
+        Path(path).write_bytes((tmp_path / 'run' / 'iter_12.pth').read_bytes())
+
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+    for name in ('a', 'b'):
+        cfg = toy_config(tmp_path / name)
+        cfg.load_from = 'https://example.org/models/x.pth?version=1'
+        train(cfg)
+    assert asked == [cfg.load_from]
+    assert [path.name for path in (tmp_path / 'hub' / 'checkpoints').iterdir()] == ['x.pth']
+
+
+def test_a_disk_that_fails_does_not_make_a_bad_file(tmp_path, monkeypatch):
+    path = write(tmp_path / 'iter_9.pth', 9)
+
+    def fail(*args, **kwargs):
+        raise OSError(errno.EIO, 'Input/output error')
+
+    monkeypatch.setattr(torch, 'load', fail)
+    with pytest.raises(OSError, match='Input/output error'):
+        load_file(path)

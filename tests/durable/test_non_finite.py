@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mmengine.optim import OptimWrapper
-from mmengine.registry import OPTIM_WRAPPERS
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy import losses, toy_config
+from toy import ToyModel, losses, toy_config
 
 from gfnet_dense.durable import NonFiniteLossError, NonFiniteLossHook, latest_checkpoint
 from gfnet_dense.durable.non_finite import use_fused_adam
@@ -188,3 +188,47 @@ def test_good_batches_between_bad_ones_are_no_steps(tmp_path):
     cfg.optim_wrapper.accumulative_counts = 2
     with pytest.raises(NonFiniteLossError, match='at iteration 10'):
         train(cfg)
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class OnePerLayer:
+    """An optimizer for each of the two layers."""
+
+    def __init__(self, optim_wrapper_cfg, paramwise_cfg=None):
+        self.options = optim_wrapper_cfg['optimizer']
+
+    def __call__(self, model):
+        layers = dict(first=model.layers[0], second=model.layers[2])
+        return OptimWrapperDict(
+            **{
+                name: OptimWrapper(torch.optim.SGD(layer.parameters(), lr=self.options['lr']))
+                for name, layer in layers.items()
+            }
+        )
+
+
+@MODELS.register_module()
+class ToyModelOfTwoOptimizers(ToyModel):
+    """Makes a step of both."""
+
+    def train_step(self, data, optim_wrapper):
+        losses = self(**self.data_preprocessor(data, True), mode='loss')
+        losses['loss'].backward()
+        for wrapper in optim_wrapper.values():
+            wrapper.step()
+            wrapper.zero_grad()
+        return losses
+
+
+def test_several_optimizers(tmp_path):
+    cfg = toy_config(tmp_path, broken=(3,))
+    cfg.model.type = 'ToyModelOfTwoOptimizers'
+    cfg.optim_wrapper = dict(constructor='OnePerLayer', optimizer=dict(lr=0.01))
+    cfg.custom_hooks = [h for h in cfg.get('custom_hooks', []) if h['type'] != 'LossesHook']
+    cfg.default_hooks.checkpoint.update(interval=1, max_keep_ckpts=-1)
+    cfg.train_cfg.max_iters = 4
+    train(cfg)
+    weights = [state(tmp_path, i)['state_dict'] for i in (2, 3, 4)]
+    for key, value in weights[0].items():
+        assert torch.equal(value, weights[1][key]) and not torch.equal(value, weights[2][key])
+    assert {*state(tmp_path, 4)['optimizer']} == {'first', 'second'}

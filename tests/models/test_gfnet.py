@@ -200,6 +200,12 @@ def test_features_only(name):
     assert not any('head' in key or key.startswith('model.norm.') for key in model.state_dict())
 
 
+def test_features_of_a_network_with_two_stages():
+    arch = dict(embed_dims=(4, 8), depths=(1, 1))
+    model = timm.create_model('gfnet_h_ti', features_only=True, arch=arch)
+    assert model.feature_info.channels() == [4, 8]
+
+
 @one_of_each
 @pytest.mark.parametrize(
     ('feature_cls', 'out_indices'),
@@ -358,6 +364,33 @@ def test_compiles_forward_and_backward_to_one_graph(name):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+@one_of_each
+def test_a_compiled_network_takes_further_sizes(name):
+    torch.compiler.reset()
+    model = shallow(name).eval()
+    compiled = torch.compile(model, backend='aot_eager')
+    with torch.no_grad():
+        for size in ((64, 64), (50, 61), (37, 45)):  # sizes vary from the second on
+            x = torch.randn(2, 3, *size)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+@one_of_each
+def test_gradients_of_each_image(name):
+    model, x = shallow(name).double().eval(), torch.randn(3, 3, 40, 37).double()
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, image):
+        return torch.func.functional_call(model, parameters, image[None]).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for i, image in enumerate(x):
+        expected = torch.autograd.grad(loss(parameters, image), parameters.values())
+        for gradients, e in zip(found.values(), expected, strict=True):
+            torch.testing.assert_close(gradients[i], e, rtol=1e-7, atol=1e-12)
+
+
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')  # sizes become constants, as meant
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
 @pytest.mark.slow
@@ -390,6 +423,8 @@ def test_parameters_stored_for_another_size_compute_the_same(name):
     changed = {key for key, value in model.state_dict().items() if value.shape != shapes[key]}
     assert changed >= {key for key in shapes if key.endswith('complex_weight')} | {'pos_embed'}
     assert all(p.requires_grad for n, p in model.named_parameters() if n != 'pos_embed')
+    with pytest.raises(ValueError, match='must be a positive int'):
+        model.set_input_size(0)
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')

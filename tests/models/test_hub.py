@@ -235,15 +235,18 @@ def without(state: dict, *keys: str) -> dict:
 FAULTS = {
     'page': (
         lambda c: page('text/html; charset=utf-8'),
-        'a web page came in place of the file: Quota & more',
+        'the server sent a web page in place of the file: Quota & more',
     ),
-    'page_as_a_file': (lambda c: page('application/octet-stream'), 'what came is not a checkpoint'),
+    'page_as_a_file': (
+        lambda c: page('application/octet-stream'),
+        'the download is not a checkpoint',
+    ),
     'not_found': (lambda c: status(404), 'HTTP Error 404: Not Found'),
     'server_error': (lambda c: status(500), 'HTTP Error 500'),
     'cut': (cut, r'cut after \d+ of \d+ bytes'),
-    'cut_unsized': (lambda c: unsized(c[: len(c) // 2]), 'what came is not a checkpoint'),
+    'cut_unsized': (lambda c: unsized(c[: len(c) // 2]), 'the download is not a checkpoint'),
     'cut_in_pieces': (lambda c: in_pieces(c, end=b''), 'IncompleteRead'),
-    'empty': (lambda c: whole(b''), 'what came is not a checkpoint'),
+    'empty': (lambda c: whole(b''), 'the download is not a checkpoint'),
     'stalled': (stalled, 'timed out'),
     'silent': (lambda c: silent, 'timed out'),
     'trickling': (trickling, 'slower than 10000 bytes per second'),
@@ -251,27 +254,27 @@ FAULTS = {
     'round_and_round': (lambda c: elsewhere('first'), 'HTTP Error 302'),
     'of_another_size': (
         lambda c: whole(content_of(GFNet('ti', img_size=16, num_classes=1000).state_dict())),
-        r'what came: holds ti \(.*model is nano \(',
+        r'the download: holds ti \(.*model is nano \(',
     ),
     'of_another_grid': (
         lambda c: whole(content_of(nano(img_size=384).state_dict())),
-        r'what came: resized from grid \(24, 24\)',
+        r'the download: resized from grid \(24, 24\)',
     ),
     'of_other_classes': (
         lambda c: whole(content_of(nano(num_classes=10).state_dict())),
-        r'what came: not used by this network: head.*lacks head\.bias, head\.weight',
+        r'the download: not used by this network: head.*lacks head\.bias, head\.weight',
     ),
     'incomplete': (
         lambda c: whole(content_of(without(nano().state_dict(), 'blocks.0.norm1.bias'))),
-        r'what came: lacks blocks\.0\.norm1\.bias',
+        r'the download: lacks blocks\.0\.norm1\.bias',
     ),
     'without_norm': (
         lambda c: whole(content_of(without(nano().state_dict(), 'norm.weight'))),
-        r'what came: lacks norm\.weight',
+        r'the download: lacks norm\.weight',
     ),
     'malicious': (
         lambda c: whole(content_of({'model': nano().state_dict(), 'args': Malicious()})),
-        'what came is not safe to read: it asks for posix.mkdir',
+        'the download is not safe to read: it asks for posix.mkdir',
     ),
 }
 WAITED_FOR = ('stalled', 'silent', 'trickling')

@@ -30,24 +30,26 @@ def whole(block: Block, x: torch.Tensor) -> torch.Tensor:
     )
 
 
-def rows_seen(block: Block) -> list[int]:
+@pytest.fixture
+def seen(monkeypatch) -> list[int]:
     """Record how many cells each call of the activation gets, without a hook."""
     seen: list[int] = []
+    forward = nn.GELU.forward
 
-    class Recorder(nn.GELU):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            seen.append(x.shape[:-1].numel())
-            return super().forward(x)
+    def record(self: nn.GELU, x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.shape[:-1].numel())
+        return forward(self, x)
 
-    block.mlp.act = Recorder()
+    monkeypatch.setattr(nn.GELU, 'forward', record)
     return seen
 
 
 # 70 x 80 cells make 3 slices of different sizes; 70 x 20 are too few.
 @pytest.mark.parametrize(('width', 'slices'), [(80, 3), (20, 1)])
-def test_evaluation_computes_large_maps_in_slices(block: Block, width: int, slices: int) -> None:
+def test_evaluation_computes_large_maps_in_slices(
+    block: Block, seen: list[int], width: int, slices: int
+) -> None:
     x = torch.randn(1, 70, width, 96)
-    seen = rows_seen(block)
     with torch.no_grad():
         y = block(x)
         assert len(seen) == slices
@@ -64,11 +66,21 @@ def test_slices_take_maps_of_any_strides_and_16_bits(block: Block) -> None:
         torch.testing.assert_close(y, block(x), rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize('reason', ['gradients', 'training', 'hook', 'pre-hook'])
-def test_whole_maps_where_slices_would_show(block: Block, reason: str) -> None:
+@pytest.mark.parametrize(
+    'reason', ['gradients', 'training', 'hook', 'pre-hook', 'hook on all', 'forward', 'neighbours']
+)
+def test_whole_maps_where_slices_would_show(
+    block: Block, seen: list[int], reason: str, monkeypatch
+) -> None:
     x = torch.randn(1, 70, 80, 96)
-    seen = rows_seen(block)
     block.train(reason == 'training')
+    if reason == 'hook on all':
+        hooks = nn.modules.module._global_forward_hooks
+        monkeypatch.setitem(hooks, 0, lambda module, args, y: None)
+    if reason == 'forward':
+        block.mlp.fc2.forward = block.mlp.fc2.forward
+    if reason == 'neighbours':  # it also mixes cells
+        block.mlp = timm.layers.GlobalResponseNormMlp(96, 4 * 96)
     if reason == 'hook':
         block.mlp.fc1.register_forward_hook(lambda module, args, y: None)
     if reason == 'pre-hook':
@@ -118,6 +130,27 @@ def test_only_plain_float32_layers_on_a_cpu_run_as_convolutions(monkeypatch) -> 
     layer.fc1 = Adapter(8, 32)
     layer(x)
     assert not called
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda layer: layer.fc1.register_forward_hook(lambda module, args, y: torch.ones_like(y)),
+        lambda layer: setattr(layer.fc2, 'forward', lambda x: x[..., :8] + 1),
+        lambda layer: setattr(layer, 'norm', nn.LayerNorm(32)),
+        lambda layer: setattr(layer.drop1, 'p', 1.0),
+    ],
+    ids=['hook', 'forward', 'norm', 'dropout'],
+)
+def test_convolutions_leave_nothing_out(change, monkeypatch) -> None:
+    monkeypatch.setattr(mlp, 'is_onednn_wider', lambda: True)
+    layer, x = mlp.Mlp(8, 32).train(), torch.randn(2, 3, 3, 8)
+    plain = layer(x)
+    change(layer)
+    y = layer(x)
+    torch.testing.assert_close(y, timm.layers.Mlp.forward(layer, x))
+    assert not torch.allclose(y, plain)
+    assert layer(x[:0]).shape == (0, 3, 3, 8)
 
 
 @pytest.mark.skipif(

@@ -388,6 +388,18 @@ def test_out_indices_of_patches(out_indices, levels):
         assert torch.equal(y, expected[i])
 
 
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (dict(in_chans=4), 'in_chans is called in_channels here'),
+        (dict(out_indices=3), 'out_indices must be a list or tuple, but got 3'),
+    ],
+)
+def test_arguments_of_the_plain_networks_are_explained(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        GFNetPyramid(PYRAMID, img_size=32, **arguments)
+
+
 def test_each_map_passes_its_own_norm():
     model = GFNetPyramid(PYRAMID, img_size=32)
     x = torch.randn(1, 3, 32, 32)

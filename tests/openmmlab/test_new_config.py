@@ -173,6 +173,8 @@ def test_values_of_masks_become_labels(tmp_path):
         LoadCodedAnnotations([0, 1])({'seg_map_path': str(tmp_path / 'colours.png')})
     with pytest.raises(ValueError, match='different numbers'):
         LoadCodedAnnotations([1, 1])
+    with pytest.raises(ValueError, match='ignore_index must be within'):
+        LoadCodedAnnotations([10, 20], ignore_index=256)
 
 
 @pytest.mark.slow

@@ -40,5 +40,15 @@ def test_repetitions_go_to_different_processes(monkeypatch, world_size):
     assert set(Counter(shares[0]).values()) == {1}
 
 
+def test_the_epoch_is_the_one_that_was_set():
+    """Who resumes a run reads it and sets it again."""
+    cfg = dict(type='RepeatAugSampler', dataset=range(300), seed=5)
+    sampler = DATA_SAMPLERS.build(cfg)
+    sampler.set_epoch(2)
+    first = list(sampler)
+    sampler.set_epoch(sampler.epoch)
+    assert sampler.epoch == 2 and list(sampler) == first
+
+
 def test_without_a_seed_there_is_one():
     assert len(order(seed=None)) == 256

@@ -60,3 +60,17 @@ def test_state_is_plain():
 def test_a_warm_up_that_does_not_fit_is_refused(warmup):
     with pytest.raises(ValueError, match=rf'within 0..11, .* but got {warmup}'):
         schedule(optimizer(1e-3), warmup_t=warmup)
+
+
+def test_lengths_in_epochs_become_iterations():
+    ours, theirs = optimizer(1e-3, 5e-6), optimizer(1e-3, 5e-6)
+    ended = dict(begin=0, end=11)
+    converted = schedule(ours, convert_to_iter_based=True, **ended)
+    lengths = {key: 7 * value for key, value in dict(t_initial=12, warmup_t=3, end=11).items()}
+    expected = schedule(theirs, **{**lengths, 'by_epoch': False})
+    for _ in range(7 * 13):
+        assert rates(ours) == rates(theirs)
+        for group in (ours, theirs):
+            group.step()
+        converted.step()
+        expected.step()

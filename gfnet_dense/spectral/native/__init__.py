@@ -1,9 +1,9 @@
 """The global filter on CPUs, as C++ that is compiled on first use; without derivatives.
 
-Three operators of namespace `gfnet_dense_native`, which compilers take as they are. What they have
-in common: maps of shape `(B, H, W, C)`, of which float16 and bfloat16 ones are computed in float32;
-spectra of shape `(H, W // 2 + 1, C, 2)` in float32, or float64 for maps of float64. Of a spectrum
-only its Hermitian part acts. Results are identical for any number of threads.
+Three operators of namespace `gfnet_dense_native`, which compilers take as they are. All take maps
+of shape `(B, H, W, C)` and compute those of float16 and bfloat16 in float32. Spectra have the shape
+`(H, W // 2 + 1, C, 2)` and are float32, or float64 for maps of float64. Of a spectrum only its
+Hermitian part acts. Results are identical for any number of threads.
 """
 
 import ctypes
