@@ -461,11 +461,12 @@ def profile(at: Setting, side: int, batch: int) -> dict[str, Cell]:
 
 def products(at: Setting) -> Iterator[Row]:
     """Train UperNet under torchrun: every run is what a user types, with few iterations."""
-    small = dict(depths=(1, 1, 1, 1)) if at.rehearse else {}
-    convnext = dict(model_name='convnext_tiny', **small)
+    convnext = dict(model_name='convnext_tiny')
     # Its 'getter' returns maps with channels first.
-    swin = dict(model_name='swin_tiny_patch4_window7_224', feature_cls='getter', **small)
-    swin['img_size'] = 64 if at.rehearse else 512
+    swin = dict(model_name='swin_tiny_patch4_window7_224', feature_cls='getter', img_size=512)
+    if at.rehearse:
+        convnext.update(depths=(1, 1, 1, 1), dims=_widths(at))
+        swin.update(depths=(1, 1, 1, 1), embed_dim=_widths(at)[0], img_size=64)
     bfloat = ['--amp=bfloat16']
     for name, arguments, options in (
         ('GFNet-H-S', bfloat, {}),
@@ -479,6 +480,11 @@ def products(at: Setting) -> Iterator[Row]:
     )[: -3 if at.rehearse else None]:  # not what repeats code or needs a GPU
         run = functools.partial(train, at, arguments, **options)
         yield Row(PRODUCT, ' '.join([name, *arguments]), ('training',), run)
+
+
+def _widths(at: Setting) -> list[int]:
+    """Return the channels of the stages of Swin and ConvNeXt."""
+    return [(24 if at.rehearse else 96) * 2**stage for stage in range(4)]
 
 
 def train(
@@ -595,8 +601,8 @@ def make_config(
         config.model.backbone = dict(
             type='TIMMBackbone', pretrained=False, drop_path_rate=0.3, **backbone
         )
-        config.model.decode_head.in_channels = [96, 192, 384, 768]
-        config.model.auxiliary_head.in_channels = 384
+        config.model.decode_head.in_channels = _widths(at)
+        config.model.auxiliary_head.in_channels = _widths(at)[2]
     return config
 
 
