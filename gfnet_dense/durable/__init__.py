@@ -11,7 +11,7 @@ from gfnet_dense import serialization
 from .checkpoints import DurableCheckpointHook, latest_checkpoint
 from .interrupts import InterruptHook
 from .non_finite import NonFiniteLossError, NonFiniteLossHook
-from .runner import DurableRunner
+from .runner import DurableRunner, GFNetRunner
 from .summary import RunSummaryHook
 from .switches import Switches
 from .work_dir import WorkDirError, lock_work_dir
@@ -22,6 +22,7 @@ serialization.PLAIN_TYPES[serialization.HISTORY] = HistoryBuffer
 __all__ = [
     'DurableCheckpointHook',
     'DurableRunner',
+    'GFNetRunner',
     'InterruptHook',
     'NonFiniteLossError',
     'NonFiniteLossHook',

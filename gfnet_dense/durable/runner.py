@@ -41,7 +41,7 @@ from .switches import Switches
 from .work_dir import lock_work_dir, make_work_dir
 
 
-@RUNNERS.register_module()
+@RUNNERS.register_module(name=['DurableRunner', 'GFNetRunner'])
 class DurableRunner(Runner):
     """mmengine's runner with fault tolerance.
 
@@ -312,3 +312,6 @@ class DurableRunner(Runner):
         ):
             if is_on:
                 self.register_hook(hook())
+
+
+GFNetRunner = DurableRunner  # the name in earlier configs and scripts

@@ -13,6 +13,8 @@ from toy import LossesHook, ToyData, losses, toy_config
 
 from gfnet_dense.data import DataError
 from gfnet_dense.durable import (
+    DurableRunner,
+    GFNetRunner,
     Switches,
     data_checks,
     latest_checkpoint,
@@ -31,6 +33,12 @@ def config(tmp_path):
         return cfg
 
     return make
+
+
+def test_both_names_build_the_same_runner(config):
+    assert GFNetRunner is DurableRunner
+    for name in ('DurableRunner', 'GFNetRunner'):
+        assert type(RUNNERS.build(dict(config(), runner_type=name))) is DurableRunner
 
 
 def test_unknown_switches_and_values_are_errors(config):
