@@ -28,7 +28,7 @@ def classifier(name: str) -> Deployed:
         if key.endswith('gamma'):  # LayerScales, so small that blocks would compute nothing
             value.data.fill_(0.5)
     mean, std = ([255 * value for value in model.pretrained_cfg[key]] for key in ('mean', 'std'))
-    return Deployed(model, lambda model, x: (model(x),), ('logits',), mean, std).eval()
+    return Deployed(model, lambda model, x, shape: (model(x),), ('logits',), mean, std).eval()
 
 
 def parse_args() -> argparse.Namespace:

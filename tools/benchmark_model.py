@@ -205,10 +205,13 @@ def parse_args() -> argparse.Namespace:
     what.add_argument('--scaling', action='store_true', help='time a pixel as images grow')
     what.add_argument('--resizing', action='store_true', help='time filters of another grid')
     what.add_argument('--profile', action='store_true', help='list the operators that take time')
-    parser.add_argument('--config', help='profile this segmentor or one-stage detector')
+    parser.add_argument('--config', help='with --profile, of this segmentor or one-stage detector')
     parser.add_argument('--repeats', type=int, default=7, help='turns of each contender, 2 or more')
     parser.add_argument('--seconds', type=float, default=0.2, help='the least length of a turn')
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.config and not args.profile:
+        parser.error('--config needs --profile')
+    return args
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import BatchSampler, DataLoader
 
 from .contents import keep_random_state
-from .errors import DataError, Fault, Findings, raise_first
+from .errors import DataError, Fault, Findings
 from .files import LIBRARIES, is_empty
 
 _PROBED = 4  # samples that are brought through the pipeline into one batch
@@ -72,15 +72,6 @@ def metainfo_of(dataset: Any) -> Mapping[str, Any]:
     """Return the metainfo of a data set; of mmdet's `ConcatDataset`, that of its first one."""
     metainfo = getattr(dataset, 'metainfo', None) or {}
     return metainfo[0] if isinstance(metainfo, list) else metainfo
-
-
-def check_heads(model: nn.Module, dataset: Any) -> None:
-    """Check that the heads of a segmentor or detector fit the classes of a data set.
-
-    Raises:
-        DataError: With the first fault that :func:`find_heads` finds.
-    """
-    raise_first(find_heads(model, dataset))
 
 
 def find_heads(model: nn.Module, dataset: Any) -> Findings:

@@ -15,7 +15,7 @@ import numpy as np
 from mmengine import fileio
 from PIL import Image
 
-from .contents import Contents, keep_random_state, loaders, parts
+from .contents import Contents, keep_random_state, loaders
 from .errors import Fault, Findings, Note, join_first, not_permitted, raise_first
 from .files import absent_infos, can_load, listed_infos
 
@@ -41,21 +41,6 @@ def is_coco(part: Any) -> bool:
         and str(getattr(part, 'ann_file', '')).endswith('.json')
         and not any(name.startswith('LVIS') for name in names)
     )
-
-
-def check_coco(dataset: Any, use: str = 'train') -> None:
-    """Check annotations and images of a data set in COCO's layout; others pass.
-
-    Args:
-        dataset: A data set like mmdet's `CocoDataset`, perhaps inside mmengine's wrappers.
-        use: `'train'`, `'val'` or `'test'`.
-
-    Raises:
-        DataError: With the first fault.
-    """
-    for part in parts(dataset):
-        if is_coco(part):
-            raise_first(check_part(part, use))
 
 
 def check_coco_file(dataset: Mapping[str, Any]) -> str:

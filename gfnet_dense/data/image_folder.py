@@ -112,7 +112,7 @@ def is_image_folder(part: Any) -> bool:
 
 
 def check_classes(part: Any, contents: Contents, use: str, **_: Any) -> Findings:
-    """Find a single class, and classes with far fewer images than others."""
+    """Find a single class."""
     classes = part.metainfo['classes']
     if len(classes) == 1:
         kind = Fault if use == 'train' else Note

@@ -29,13 +29,15 @@ def plot_reports(reports: Sequence[Report], path: Path) -> Path:
 
     Args:
         reports: The reports.
-        path: The PNG to write. Missing folders above it are created.
+        path: The picture to write, of the format of its suffix. Missing folders above it are
+            created.
 
     Returns:
         `path`.
 
     Raises:
         OSError: If `path` cannot be written.
+        ValueError: If matplotlib does not know the suffix.
     """
     # Imported here, because matplotlib is slow to import and training does not need it. A Figure
     # without pyplot needs no display and does not change the caller's figures.
@@ -47,7 +49,7 @@ def plot_reports(reports: Sequence[Report], path: Path) -> Path:
     for panel, report in zip(panels, reports, strict=True):
         _draw_report(panel, report)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format='png')
+    figure.savefig(path, format=path.suffix[1:] or 'png')
     return path
 
 

@@ -264,11 +264,16 @@ def check_data(config: Config) -> list[Report]:
 
     Returns:
         A report for training, validation and test data, where the config has them and they differ.
+
+    Raises:
+        DataError: If it has none.
     """
     cfg = copy.deepcopy(config)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model = MODELS.build(cfg.model) if cfg.get('model') else None
     reports, seen, training = [], [], None
+    if not any(cfg.get(f'{use}_dataloader') for use in USES):
+        raise DataError(f'{cfg.filename or "the config"} has no dataloader of {", ".join(USES)}')
     for use in USES:
         loader_cfg, evaluator_cfg = cfg.get(f'{use}_dataloader'), cfg.get(f'{use}_evaluator')
         if loader_cfg is None or (loader_cfg, evaluator_cfg) in seen:

@@ -96,8 +96,11 @@ class Prediction:
 
         Raises:
             OSError: If it cannot be written.
+            ValueError: If the name ends in something else.
         """
-        path = Path(path)
+        path, suffix = Path(path), '.png' if self.task == 'segmentation' else '.json'
+        if path.suffix.lower() != suffix:
+            raise ValueError(f'{path} must end in {suffix}: so a {self.task} is written')
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_whole(path) as file:
             if self.task == 'segmentation':

@@ -29,12 +29,14 @@ def convert_checkpoint(source: str | Path, target: str | Path, overwrite: bool =
         overwrite: Replace a target that exists.
 
     Raises:
-        FileExistsError: If the target exists and is not to be replaced.
+        FileExistsError: If the target exists and is not to be replaced, or is the source.
         OSError: If the source cannot be opened or the target cannot be written.
         CheckpointError: If the source cannot be read safely, does not hold the whole of a GFNet,
             or computes values that are not finite.
     """
     source, target = find_weights(source, official_network), Path(target)
+    if target.exists() and target.samefile(source):  # whose heads and optimizer would be lost
+        raise FileExistsError(f'{target} is the source: choose another name')
     if target.exists() and not overwrite:
         raise FileExistsError(f'{target} exists: choose another name or overwrite it (--force)')
     state = backbone_weights(read_state_dict(source))
@@ -45,6 +47,7 @@ def convert_checkpoint(source: str | Path, target: str | Path, overwrite: bool =
         rest = {key: value for key, value in state.items() if key.partition('.')[0] not in names}
         model.load_state_dict(match_state_dict(rest, model))
         _check_forward(model, norms)
+    target.parent.mkdir(parents=True, exist_ok=True)
     save_weights(state, target)
     height, width = model.grid
     levels = *norms, len(model.blocks) - 1

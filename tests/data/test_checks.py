@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from gfnet_dense.data.build import build_dataset
-from gfnet_dense.data.checks import check_folders, check_heads, find_batches, find_heads
+from gfnet_dense.data.checks import check_folders, find_batches, find_heads
 from gfnet_dense.data.contents import Contents
 from gfnet_dense.data.errors import DataError, raise_first
 from gfnet_dense.data.evaluation import find_evaluation, number_names, wanted_numbers
@@ -130,6 +130,10 @@ def test_images_of_another_suffix(digits):
     message = rf'no images are left for mmseg.BaseSegDataset in {digits}: .*img_suffix'
     with pytest.raises(DataError, match=message):
         CheckedDataset(cfg.dataset)
+
+
+def check_heads(model, dataset) -> None:
+    raise_first(find_heads(model, dataset))
 
 
 @pytest.mark.parametrize('head', ['decode_head', 'auxiliary_head', 'bbox_head', 'mask_head'])

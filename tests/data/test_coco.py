@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 
 from gfnet_dense.data import check_data
 from gfnet_dense.data.build import build_dataset
-from gfnet_dense.data.coco import check_coco, check_file, check_objects, check_part, is_coco
-from gfnet_dense.data.contents import read_contents
-from gfnet_dense.data.errors import DataError, Fault, Note
+from gfnet_dense.data.coco import check_file, check_objects, check_part, is_coco
+from gfnet_dense.data.contents import parts, read_contents
+from gfnet_dense.data.errors import DataError, Fault, Note, raise_first
 from gfnet_dense.data.report import inspect
 from gfnet_dense.demo import write_digits
 from gfnet_dense.durable.data_checks import CheckedDataset
@@ -71,6 +71,12 @@ def build(tmp_path, content):
         )
 
     return build
+
+
+def check_coco(dataset, use: str = 'train') -> None:
+    for part in parts(dataset):
+        if is_coco(part):
+            raise_first(check_part(part, use))
 
 
 def notes(dataset) -> list[str]:

@@ -40,6 +40,8 @@ def test_objects_are_those_of_mmdet(detector, images, tmp_path):
         assert (prediction.masks != expected.masks.numpy()).mean() < 1e-3
 
     prediction.save(tmp_path / 'found.json')
+    with pytest.raises(ValueError, match=r'found\.png must end in \.json'):
+        prediction.save(tmp_path / 'found.png')
     found = json.loads((tmp_path / 'found.json').read_text())
     assert len(found) == len(prediction.boxes)
     left, top, width, height = found[0]['bbox']

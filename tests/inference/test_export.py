@@ -12,14 +12,16 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from mmengine.config import Config
+from mmdet.structures import DetDataSample
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS
+from mmseg.structures import SegDataSample
 from PIL import Image
 from processes import ROOT, run, run_tool
 
 from gfnet_dense.cli import main
 from gfnet_dense.demo import CLASSES, PALETTE, write_digit_scans, write_digits
-from gfnet_dense.inference import ExportError, export_model, load_model
+from gfnet_dense.inference import ExportError, export, export_model, load_model
 from gfnet_dense.inference.export import formats, proof
 from gfnet_dense.inference.export.networks import deploy
 
@@ -197,6 +199,44 @@ def test_detector_as_a_program_that_needs_torch_alone(trained, tmp_path):
         torch.testing.assert_close(actual[order], value, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize('padding', [dict(size_divisor=32), dict(size=(96, 80))], ids=str)
+def test_a_segmentor_whose_tests_pad(trained, padding):
+    network, _ = load_model(*trained(SEGMENTOR))
+    network.data_preprocessor.test_cfg, network.data_preprocessor.pad_value = padding, 0.5
+    network.data_preprocessor.pad_val = 0.5
+    image = picture((50, 70))
+    sample = SegDataSample(metainfo=dict(img_shape=(50, 70), ori_shape=(50, 70)))
+    (result,) = network.test_step(dict(inputs=[pixels(image)], data_samples=[sample]))
+    deployed = deploy(network, 'segmentation').fixed((50, 70))
+    (logits,) = deployed(torch.from_numpy(image)[None])
+    torch.testing.assert_close(logits[0], result.seg_logits.data, rtol=1e-4, atol=1e-4)
+    (raw,) = deploy(network, 'segmentation', 'raw')(torch.from_numpy(image)[None])
+    assert raw.shape[2:] == ((16, 24) if 'size_divisor' in padding else (24, 20))
+
+
+def test_a_detector_whose_tests_pad(trained):
+    network, _ = load_model(*trained(DETECTOR))
+    network.data_preprocessor.pad_size_divisor = 32
+    image, shape = picture((50, 70)), (50, 70)
+    sample = DetDataSample(metainfo=dict(img_shape=shape, ori_shape=shape, scale_factor=(1, 1)))
+    network.bbox_head.test_cfg = ConfigDict(nms_pre=-1, score_thr=0.0, min_bbox_size=-1)
+    with torch.no_grad():
+        data = network.data_preprocessor(dict(inputs=[pixels(image)], data_samples=[sample]))
+        maps = network.bbox_head(network.extract_feat(data['inputs']))
+        (expected,) = network.bbox_head.predict_by_feat(
+            *maps, batch_img_metas=[data['data_samples'][0].metainfo], with_nms=False
+        )
+        (boxes,), (scores,) = deploy(network, 'detection').fixed(shape)(
+            torch.from_numpy(image)[None]
+        )
+    assert data['inputs'].shape[2:] == (64, 96)
+    best = scores.flatten().topk(50)
+    torch.testing.assert_close(best.values, expected.scores.topk(50).values, rtol=1e-4, atol=1e-5)
+    order = expected.scores.topk(50).indices
+    chosen = boxes[best.indices // scores.shape[1]]
+    torch.testing.assert_close(chosen, expected.bboxes[order], rtol=1e-4, atol=1e-3)
+
+
 def test_other_outputs(trained):
     network, _ = load_model(*trained(SEGMENTOR))
     images = torch.from_numpy(picture((40, 72)))[None]
@@ -223,13 +263,15 @@ def test_other_outputs(trained):
 def test_refused(trained, tmp_path):
     out = tmp_path / 'model.onnx'
     for shapes, arguments, message in (
-        ([(0, 64)], {}, 'one size'),
+        ([], {}, 'one size'),
         ([(64, 64)], dict(batch=0), '1 image or more'),
         ([(64, 64)], dict(precision='int4'), "unknown precision 'int4'"),
         ([(64, 64)], dict(output='masks'), "unknown output 'masks'"),
     ):
         with pytest.raises(ExportError, match=message):
             export_model(*trained(SEGMENTOR), out, shapes, **arguments)
+    with pytest.raises(ExportError, match=r'1 pixel a side or more, but got \(0, 64\)'):
+        export_model(*trained(SEGMENTOR), out, [(64, 64), (0, 64)])
     with pytest.raises(ExportError, match=r'must end in \.onnx or \.pt2'):
         export_model(*trained(SEGMENTOR), tmp_path / 'model.pth', [(64, 64)])
     with pytest.raises(ExportError, match='int8 is for ONNX'):
@@ -285,6 +327,19 @@ def test_several_sizes_and_images_of_the_user(trained, tmp_path, monkeypatch):
     assert comparison.accuracy('segmentation') is None
 
 
+def test_steps_that_are_named_by_their_class(trained):
+    from mmcv.transforms import LoadImageFromFile, Resize
+
+    network, cfg = load_model(*trained(SEGMENTOR))
+    cfg.test_dataloader.dataset.pipeline = [
+        dict(type=LoadImageFromFile),
+        dict(type=Resize, scale=(64, 48)),
+    ]
+    metadata = export._metadata(network, cfg, 'segmentation', ['logits'], (48, 64), 'float32')
+    resized = json.loads(metadata['input'])['resized_by']
+    assert resized == [dict(type='Resize', scale=[64, 48])]
+
+
 @pytest.mark.slow
 def test_killed_before_the_proof_it_leaves_no_file(trained, tmp_path):
     config, weights = trained(CLASSIFIER)
@@ -336,11 +391,13 @@ def test_accuracy_is_that_of_mmseg():
     assert comparison.accuracy('segmentation') == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize('count', [1, 2, 3])
 @pytest.mark.parametrize('batch', [1, 2, 5, None])
-def test_images_that_fill_a_batch_do_not_count(batch):
+def test_images_that_fill_a_batch_do_not_count(batch, count):
     image = Image.new('RGB', (8, 8))
-    samples = [proof.Sample(image, np.array(i)) for i in range(3)]
+    samples = [proof.Sample(image, np.array(i)) for i in range(count)]
     batches = [*proof.batches_of(samples, batch)]
+    assert batch or len({len(part) for part in batches}) == 2
     assert all(len(part) == batch for part in batches) or batch is None
     truths = [int(s.truth) for part in batches for s in part if s.truth is not None]
-    assert truths == [0, 1, 2]
+    assert truths == [*range(count)]

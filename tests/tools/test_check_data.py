@@ -23,6 +23,12 @@ def test_the_report_the_picture_and_the_exit_status(tmp_path, monkeypatch, gfnet
     assert out.endswith('2 faults\n')
 
 
+def test_a_config_without_data(tmp_path, gfnet):
+    (tmp_path / 'empty.py').write_text('model = None\n')
+    status, _, error = gfnet('check-data', str(tmp_path / 'empty.py'))
+    assert status == 1 and 'empty.py has no dataloader of train, val, test' in error
+
+
 def test_the_benchmark_makes_data_without_a_fault(monkeypatch, capsys):
     monkeypatch.setenv('XDG_CACHE_HOME', 'put back after this test')
     for name, text in (('ade20k', '20 images, ADE20KDataset'), ('coco', 'objects    50: ')):

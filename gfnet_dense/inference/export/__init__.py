@@ -94,9 +94,9 @@ def export_model(
         What was written, one for each size.
 
     Raises:
-        FileNotFoundError: If there is no such config, checkpoint or image.
+        FileNotFoundError: If there is no such config or checkpoint.
         CheckpointError: If the weights cannot be read or are not those of the model.
-        InputError: If an image cannot be decoded.
+        InputError: If an image is missing or cannot be decoded.
         ExportError: If the model has no such output, a package is missing, or a runtime differs
             from PyTorch by more than :data:`proof.BOUNDS`.
     """
@@ -170,7 +170,9 @@ def _check_request(
         raise ExportError(f'a batch has 1 image or more, but got {batch}')
     if num_images < 1:
         raise ExportError(f'a file is compared on 1 image or more, but got {num_images}')
-    if not shapes or any(side < 1 for shape in shapes for side in shape):
+    if too_small := [shape for shape in shapes if min(shape) < 1]:
+        raise ExportError(f'an image has 1 pixel a side or more, but got {too_small[0]}')
+    if not shapes:
         raise ExportError(
             f'a file has one size, in pixels, but got {[*shapes]}: its filters are stored for that '
             'size, since resizing filters and computing Fourier matrices for every image would '
@@ -195,7 +197,11 @@ def _metadata(
     precision: str,
 ) -> dict[str, str]:
     dataset = unwrapped_dataset(cfg) or {}
-    steps = [s for s in dataset.get('pipeline', ()) if 'Resize' in s.type]
+    # Python configs name a step by its class.
+    pipeline = [
+        {**s, 'type': getattr(s.type, '__name__', s.type)} for s in dataset.get('pipeline', ())
+    ]
+    steps = [step for step in pipeline if 'Resize' in step['type']]
     steps = steps or [dataset['transform']] if 'transform' in dataset else steps
     values = dict(
         generator=f'gfnet-dense {importlib.metadata.version("gfnet-dense")}',

@@ -3,9 +3,10 @@
 import copy
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gfnet_dense.models.gfnet import GFNetBase
@@ -17,16 +18,40 @@ class ExportError(ValueError):
     """A model cannot be exported, or its file computes something else than PyTorch."""
 
 
+Compute = Callable[[Any, Tensor, tuple[int, int]], Sequence[Tensor]]
+
+
+class Padding(NamedTuple):
+    """How normalised images are padded at right and bottom: to a least size and to multiples."""
+
+    divisor: int = 1
+    least: tuple[int, int] = (0, 0)  # (H, W)
+    value: float = 0.0
+
+    def padded(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Return the size `(H, W)` that images of a size are padded to."""
+        height, width = (
+            -(-max(side, least) // self.divisor) * self.divisor
+            for side, least in zip(shape, self.least, strict=True)
+        )
+        return height, width
+
+
+_NO_PADDING = Padding()
+
+
 class Deployed(nn.Module):
     """A network from RGB images to named outputs.
 
     Args:
         network: The network.
-        compute: Computes the outputs from the network and normalised images `(B, 3, H, W)`.
+        compute: Computes the outputs from the network, normalised and padded images
+            `(B, 3, H', W')`, and the size `(H, W)` before padding.
         names: The names of the outputs.
         mean: Mean of the three channels, in the order that the network takes, 0 to 255.
         std: Their standard deviation.
         rgb: Whether the network takes RGB, and not BGR.
+        padding: How its tests pad images.
     """
 
     mean: Tensor
@@ -35,14 +60,16 @@ class Deployed(nn.Module):
     def __init__(
         self,
         network: nn.Module,
-        compute: Callable[[Any, Tensor], Sequence[Tensor]],
+        compute: Compute,
         names: Sequence[str],
         mean: Sequence[float] | Tensor,
         std: Sequence[float] | Tensor,
         rgb: bool = True,
+        padding: Padding = _NO_PADDING,
     ) -> None:
         super().__init__()
         self.network, self.compute, self.names, self.rgb = network, compute, tuple(names), rgb
+        self.padding = padding
         for name, value in (('mean', mean), ('std', std)):
             self.register_buffer(name, torch.as_tensor(value).float().view(1, -1, 1, 1))
 
@@ -51,7 +78,11 @@ class Deployed(nn.Module):
         x = images.permute(0, 3, 1, 2)
         x = (x if self.rgb else x.flip(1)).float()
         x = ((x - self.mean) / self.std).to(next(self.network.parameters()).dtype)
-        outputs = self.compute(self.network, x)
+        shape = x.shape[2], x.shape[3]
+        height, width = self.padding.padded(shape)
+        if (height, width) != shape:
+            x = F.pad(x, (0, width - shape[1], 0, height - shape[0]), value=self.padding.value)
+        outputs = self.compute(self.network, x, shape)
         return tuple(y.float() if y.is_floating_point() else y for y in outputs)
 
     def fixed(self, shape: tuple[int, int], half: bool = False) -> 'Deployed':
@@ -59,7 +90,8 @@ class Deployed(nn.Module):
         deployed = copy.deepcopy(self)
         for module in deployed.modules():
             if isinstance(module, GFNetBase):
-                module.set_input_size(shape)  # in float32, before the weights are rounded
+                # In float32, before the weights are rounded.
+                module.set_input_size(self.padding.padded(shape))
         if half:
             deployed.network.half()
         return deployed.requires_grad_(False).eval()
@@ -77,10 +109,11 @@ def deploy(model: nn.Module, task: str, output: str = 'logits') -> Deployed:
               segmentor, resized to the image. Of a detector of one stage the `boxes` `(B, N, 4)`
               in pixels (left, top, right, bottom) and `scores` `(B, N, num_classes)` of all
               anchors, from which non-maximum suppression selects.
-            - `'raw'`: what the last layer computes: a segmentor's logits at its own stride.
+            - `'raw'`: what the last layer computes: a segmentor's logits at its own stride, of the
+              image as its tests pad it.
             - `'labels'`: the class of an image `(B,)` or pixel `(B, H, W)`, the index of the
               largest logit; uint8 if 256 classes are enough, else int32.
-            - `'features'`: the maps of the backbone of a segmentor or detector.
+            - `'features'`: the maps of the backbone of a segmentor or detector, likewise.
 
     Raises:
         ExportError: If the model has no such output that a file can hold.
@@ -93,12 +126,19 @@ def deploy(model: nn.Module, task: str, output: str = 'logits') -> Deployed:
     rgb = (task == 'classification') != swaps
     network, compute, names = _computation(model, task, output)
     mean, std = statistics
-    return Deployed(network, compute, names, mean, std, rgb).eval()
+    return Deployed(network, compute, names, mean, std, rgb, _padding(preprocessor)).eval()
 
 
-def _computation(
-    model: Any, task: str, output: str
-) -> tuple[nn.Module, Callable[[Any, Tensor], Sequence[Tensor]], Sequence[str]]:
+def _padding(preprocessor: Any) -> Padding:
+    value = getattr(preprocessor, 'pad_value', 0.0)
+    if not hasattr(preprocessor, 'test_cfg'):  # mmdet's
+        return Padding(getattr(preprocessor, 'pad_size_divisor', 1), value=value)
+    options = preprocessor.test_cfg or {}  # mmseg's
+    least = options.get('size') or (0, 0)
+    return Padding(options.get('size_divisor') or 1, (least[0], least[-1]), value)
+
+
+def _computation(model: Any, task: str, output: str) -> tuple[nn.Module, Compute, Sequence[str]]:
     if output not in OUTPUTS:
         raise ExportError(f'unknown output {output!r}, choose one of {", ".join(OUTPUTS)}')
     detects = task not in ('segmentation', 'classification')
@@ -106,7 +146,7 @@ def _computation(
         if task == 'classification':
             raise ExportError('a classifier has no maps to export: choose logits or labels')
         maps = [f'map{i}' for i in range(len(getattr(model.backbone, 'out_indices', [0])))]
-        return model.backbone, lambda backbone, x: backbone(x), maps
+        return model.backbone, lambda backbone, x, shape: backbone(x), maps
     if detects and not _is_retinanet(model):
         raise ExportError(
             f'{type(model).__name__} cannot be exported, only RetinaNet of all detectors: an '
@@ -123,21 +163,21 @@ def _computation(
     if detects:
         count = len(model.bbox_head.prior_generator.strides)
         levels = [f'{kind}{i}' for kind in ('scores', 'deltas') for i in range(count)]
-        return model, lambda model, x: [*itertools.chain(*model(x, mode='tensor'))], levels
+        return model, lambda model, x, _: [*itertools.chain(*model(x, mode='tensor'))], levels
     logits = _raw_logits if task == 'classification' or output == 'raw' else _logits
     if output == 'labels':
-        return model, lambda model, x: (labels_from(logits(model, x), model),), ('labels',)
-    return model, lambda model, x: (logits(model, x),), ('logits',)
+        return model, lambda model, *x: (labels_from(logits(model, *x), model),), ('labels',)
+    return model, lambda model, *x: (logits(model, *x),), ('logits',)
 
 
-def _raw_logits(model: Any, x: Tensor) -> Tensor:
+def _raw_logits(model: Any, x: Tensor, shape: tuple[int, int]) -> Tensor:
     logits: Tensor = model(x, mode='tensor')
     return logits
 
 
-def _logits(model: Any, x: Tensor) -> Tensor:
+def _logits(model: Any, x: Tensor, shape: tuple[int, int]) -> Tensor:
     logits: Tensor = model.encode_decode(x, [dict(img_shape=(x.shape[2], x.shape[3]))])
-    return logits
+    return logits[..., : shape[0], : shape[1]]
 
 
 def labels_from(logits: Tensor, model: Any) -> Tensor:
@@ -153,7 +193,7 @@ def _is_retinanet(model: Any) -> bool:
     return isinstance(getattr(model, 'bbox_head', None), RetinaHead)
 
 
-def _boxes(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def _boxes(model: Any, x: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     head = model.bbox_head
     logits, deltas = model(x, mode='tensor')
     anchors = head.prior_generator.grid_priors([y.shape[-2:] for y in logits], device=x.device)
@@ -161,5 +201,5 @@ def _boxes(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     deltas = [y.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, 4)) for y in deltas]
     deltas = torch.cat(deltas, 1).float()
     anchors = torch.cat(anchors).repeat(len(deltas), 1)
-    boxes = head.bbox_coder.decode(anchors, deltas.flatten(0, 1), max_shape=x.shape[-2:])
+    boxes = head.bbox_coder.decode(anchors, deltas.flatten(0, 1), max_shape=shape)
     return boxes.view(deltas.shape), torch.cat(scores, 1).sigmoid()

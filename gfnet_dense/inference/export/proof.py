@@ -173,7 +173,7 @@ def prove(
 def batches_of(samples: Sequence[Sample], batch: int | None) -> Iterator[list[Sample]]:
     """Divide samples into batches; for None, which is any number, into some of different sizes."""
     if batch is None:
-        batch = max(1, len(samples) - 1)
+        batch = max(2, len(samples) - 1)
         yield [samples[0]._replace(truth=None)]
     count = -(-len(samples) // batch) * batch
     # The images that fill the last batch have no labels, so that each image counts once.
