@@ -4,6 +4,7 @@ from .export import ExportError, export_model
 from .files import Report, predict_files
 from .images import InputError, read_image
 from .loading import TASKS, find_task, load_model
+from .outputs import OutputError
 from .prediction import Prediction
 from .predictor import Predictor, load
 
@@ -11,6 +12,7 @@ __all__ = [
     'TASKS',
     'ExportError',
     'InputError',
+    'OutputError',
     'Prediction',
     'Predictor',
     'Report',

@@ -78,6 +78,7 @@ def predict_files(
 
     Raises:
         ValueError: If there are no inputs, or an option does not fit the model.
+        OutputError: See :class:`Outputs`.
         OSError: If the disk is full, read-only or broken.
     """
     if not 0 <= opacity <= 1:

@@ -26,7 +26,12 @@ _logger = logging.getLogger(__name__)
 _TOP = 5  # classes of an image in a table
 _RECORDS = '.records.jsonl'
 _ORIGIN = '.made_by.json'  # what made the results; older ones beside it are of something else
+_TABLES = ('predictions.csv', 'predictions.json', 'images.json')
 _JPEG_SIDE = 65_500  # the longest that a JPEG can have
+
+
+class OutputError(ValueError):
+    """The results cannot go into the output folder, because it holds something else."""
 
 
 class Outputs:
@@ -49,8 +54,9 @@ class Outputs:
             this, they are replaced.
 
     Raises:
-        ValueError: If the config does not say how its annotations are coded, or another model or
-            other options made the results to keep.
+        ValueError: If the config does not say how its annotations are coded.
+        OutputError: If the folder holds files with the names of results that no prediction wrote,
+            or another model or other options made the results to keep.
         OSError: If the folder cannot be written to.
     """
 
@@ -67,6 +73,7 @@ class Outputs:
         self.task = predictor.task
         self.opacity = opacity
         self._coding = _annotation_coding(predictor) if as_annotations else None
+        self._check_owner()
         folder.mkdir(parents=True, exist_ok=True)
         self._records = folder / _RECORDS
         self._done: set[str] = set()
@@ -94,18 +101,27 @@ class Outputs:
     def _is_kept(self, file: Path) -> bool:
         return file.exists() and file.stat().st_mtime_ns >= self._oldest
 
+    def _check_owner(self) -> None:
+        if (self.folder / _ORIGIN).exists():
+            return
+        for name in ('labels', 'overlays', *_TABLES):
+            if (path := self.folder / name).exists():
+                raise OutputError(
+                    f'{path} is not a result of gfnet predict, which could overwrite it: '
+                    'choose another output folder (--out)'
+                )
+
     def _has_origin(self, origin: dict[str, Any]) -> bool:
         """Return whether the results that are there have an origin, which must be this one."""
         try:
             before = json.loads((self.folder / _ORIGIN).read_text())
-        except (FileNotFoundError, ValueError):
-            if (self.folder / 'overlays').exists():
-                _logger.warning(
-                    '%s does not say what made its results: they are replaced', self.folder
-                )
+        except FileNotFoundError:
+            return False
+        except ValueError:
+            _logger.warning('%s does not say what made its results: they are replaced', self.folder)
             return False
         if differing := [key for key, value in origin.items() if before.get(key) != value]:
-            raise ValueError(
+            raise OutputError(
                 f'{self.folder} holds results of other {join_first(differing)}: choose another '
                 'folder, or replace them without --resume'
             )

@@ -1,6 +1,7 @@
 """What is written for predictions: codes of annotations, tables and pictures."""
 
 import errno
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from random_models import CLASSIFIER, random_checkpoint, random_images
 
 import gfnet_dense
 import gfnet_dense.openmmlab
-from gfnet_dense.inference import predict_files
+from gfnet_dense.inference import OutputError, Report, predict_files
 from gfnet_dense.inference.drawing import draw_instances, draw_labels
 from gfnet_dense.inference.outputs import Outputs, _annotation_coding
 
@@ -73,6 +74,29 @@ def test_a_result_that_cannot_be_written_costs_no_other_one(tmp_path, monkeypatc
     fail_on_the_second(OSError(errno.ENOSPC, 'No space left on device'))
     with pytest.raises(OSError, match='No space left'):
         predict_files(predictor, [str(tmp_path)], tmp_path / 'out')
+
+
+@pytest.fixture
+def predict(tmp_path) -> Callable[..., Report]:
+    """Return a function that classifies images of the test's folder."""
+    for i, array in enumerate(random_images([(64, 64)] * 3)):
+        Image.fromarray(array).save(tmp_path / f'{i}.png')
+    predictor = gfnet_dense.load(CLASSIFIER, random_checkpoint(CLASSIFIER, tmp_path), 'cpu')
+
+    def run(*names: str, out: str = 'out', **options: bool) -> Report:
+        paths = [str(tmp_path / name) for name in names]
+        return predict_files(predictor, paths, tmp_path / out, **options)
+
+    return run
+
+
+@pytest.mark.parametrize('name', ['labels', 'overlays', 'predictions.csv'])
+@pytest.mark.parametrize('resume', [False, True])
+def test_files_of_others_are_never_overwritten(predict, tmp_path, name, resume):
+    (tmp_path / 'data' / name).mkdir(parents=True)
+    with pytest.raises(OutputError, match=f'data/{name} is not a result of gfnet predict'):
+        predict('0.png', out='data', resume=resume)
+    assert [path.name for path in (tmp_path / 'data').iterdir()] == [name]
 
 
 def test_resuming_keeps_nothing_of_another_model(tmp_path, monkeypatch):
