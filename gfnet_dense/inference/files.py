@@ -74,7 +74,7 @@ def predict_files(
         out: The folder, see :class:`Outputs`, as for the other arguments.
         opacity: Of colours over an image, 0 to 1.
         as_annotations: Write labels in the coding of the config's annotations.
-        resume: Leave out inputs whose results are there.
+        resume: Leave out inputs whose results are there, unless the input has changed since.
 
     Raises:
         ValueError: If there are no inputs, or an option does not fit the model.
@@ -144,14 +144,19 @@ class _Run:
                 future = pool.submit(self.outputs.write, source, result)
                 writing.append((source, result.nbytes, future))
             self.bar.update()
-            while len(writing) > 2 * _WRITERS or sum(size for _, size, _ in writing) > _WAITING:
+            # What is written is recorded soon, so that a killed run loses little.
+            while writing and (
+                writing[0][2].done()
+                or len(writing) > 2 * _WRITERS
+                or sum(size for _, size, _ in writing) > _WAITING
+            ):
                 finish_first()
         while writing:
             finish_first()
 
     def _paths(self, inputs: Inputs) -> Iterator[Path]:
         for source in inputs:
-            if self.outputs.has(source):
+            if self.outputs.keep(source):
                 self.kept += 1
             elif source.is_video:
                 self.videos.append(source)

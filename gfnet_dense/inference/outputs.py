@@ -50,8 +50,8 @@ class Outputs:
         opacity: See :meth:`Prediction.draw`.
         as_annotations: Write labels of segmentation in the coding of the config's annotations,
             that is, before `reduce_zero_label` and a change of classes.
-        resume: Keep the results that are there, if the same model and options made them. Without
-            this, they are replaced.
+        resume: Keep the results that are there, if the same model and options made them from the
+            same files. Without this, they are replaced.
 
     Raises:
         ValueError: If the config does not say how its annotations are coded.
@@ -76,30 +76,30 @@ class Outputs:
         self._check_owner()
         folder.mkdir(parents=True, exist_ok=True)
         self._records = folder / _RECORDS
-        self._done: set[str] = set()
+        # The file behind each result: an input's name, and what `_identity` returns.
+        self._sources: dict[str, list[Any]] = {}
         origin = predictor.origin() | dict(opacity=opacity, as_annotations=as_annotations)
         self._resume = resume and self._has_origin(origin)
         if not self._resume:
             self._records.unlink(missing_ok=True)
             self._write_lines(_ORIGIN, iter([json.dumps(origin)]))
-        self._oldest = (folder / _ORIGIN).stat().st_mtime_ns
         detects = self.task in ('detection', 'instance segmentation')
         self._coco = _CocoNumbers(predictor) if detects else None
         self._next_id = max(self._coco.images.values(), default=0) + 1 if self._coco else 1
-        if self.task != 'segmentation':
-            self._open_records()
+        self._open_records()
 
-    def has(self, source: Input) -> bool:
-        """Return whether to leave out an input, because its results are there."""
-        if self.task != 'segmentation' and not source.is_video:
-            return str(source.name) in self._done
+    def keep(self, source: Input) -> bool:
+        """Return whether the results of an input are there. If not, its new ones will count."""
+        name, identity = str(source.name), _identity(source.path)
         files = [self.picture(source)]
-        if not source.is_video:
+        if self.task == 'segmentation' and not source.is_video:
             files.append(self._labels(source.name))
-        return self._resume and all(map(self._is_kept, files))
-
-    def _is_kept(self, file: Path) -> bool:
-        return file.exists() and file.stat().st_mtime_ns >= self._oldest
+        if self._sources.get(name) == identity and all(file.exists() for file in files):
+            return True
+        if name in self._sources:  # the old record must not stand for new files
+            self._append(dict(input=name, source=None))
+        self._sources[name] = identity
+        return False
 
     def _check_owner(self) -> None:
         if (self.folder / _ORIGIN).exists():
@@ -168,24 +168,26 @@ class Outputs:
         height, width = prediction.image.shape[:2]
         found = prediction.objects()
         return dict(
-            name=str(name),
+            input=str(source.name),
+            source=self._sources[str(source.name)],
             file=file,
-            picture=str(self.picture(source)),
+            picture=str(self.picture(source).relative_to(self.folder)),
             width=width,
             height=height,
             found=found if self._coco else found[:_TOP],
         )
 
     def add(self, record: dict[str, Any]) -> None:
-        """Add what is found in an image to the tables. One thread calls this."""
-        if self.task == 'segmentation':
-            return
+        """Record what is found in an image. One thread calls this."""
         number = self._coco and self._coco.images.get(os.path.abspath(record['file']))
         if number is None:
             number = self._next_id
             self._next_id += 1
+        self._append(dict(record, id=number))
+
+    def _append(self, record: dict[str, Any]) -> None:
         with self._records.open('a', encoding='utf-8') as file:
-            file.write(json.dumps(dict(record, id=number)) + '\n')
+            file.write(json.dumps(record) + '\n')
 
     def finish(self) -> list[Path]:
         """Write the tables of all images, and return where the results are."""
@@ -210,26 +212,33 @@ class Outputs:
     def _labels(self, name: Path) -> Path:
         return self.folder / 'labels' / name.with_name(f'{name.name}.png')
 
-    # Records: one line an image, from which the tables are made at the end
+    # Records: one line an image, from which a later run resumes and the tables are made
 
     def _open_records(self) -> None:
         """Keep the records of what is there, and none of a video that is not there whole."""
-        kept = self._read_records() if self._resume else ()
+        if self._resume:
+            self._sources = {line['input']: line['source'] for line in self._read_lines()}
+        kept = {}
         with write_whole(self._records) as file:
-            for record in kept:
+            for record in self._read_records():
                 file.write(f'{json.dumps(record)}\n'.encode())
-                self._done.add(record['name'])
+                kept[record['input']] = record['source']
                 self._next_id = max(self._next_id, record['id'] + 1)
+        self._sources = kept
 
     def _read_records(self) -> Iterator[dict[str, Any]]:
         """Yield the records whose picture is there. A video that failed has none."""
+        for record in self._read_lines():
+            is_last = record['source'] and record['source'] == self._sources.get(record['input'])
+            if is_last and (self.folder / record['picture']).exists():
+                yield record
+
+    def _read_lines(self) -> Iterator[dict[str, Any]]:
         if self._records.exists():
             with self._records.open(encoding='utf-8') as file:
                 for line in file:
-                    if line.endswith('\n'):
-                        record = json.loads(line)
-                        if self._is_kept(Path(record['picture'])):
-                            yield record
+                    if line.endswith('\n'):  # else the run was killed while it wrote the line
+                        yield json.loads(line)
 
     def _csv(self) -> Iterator[str]:
         names = [f'{key}_{i}' if i > 1 else key for i in range(1, _TOP + 1) for key in _COLUMNS]
@@ -304,6 +313,15 @@ def _annotation_coding(predictor: Predictor) -> Array:
     if getattr(dataset, 'reduce_zero_label', False):
         values = (values + 1) % len(values)
     return values.astype(np.min_scalar_type(values.max()))
+
+
+def _identity(path: Path) -> list[Any]:
+    """Return what changes when a path stands for another file, or for one that was changed."""
+    try:
+        stat = path.stat()
+    except OSError:  # reading the file will fail, too
+        return [os.path.abspath(path)]
+    return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
 
 
 def _csv_row(values: list[Any]) -> str:

@@ -1,6 +1,8 @@
 """What is written for predictions: codes of annotations, tables and pictures."""
 
 import errno
+import os
+import shutil
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -99,6 +101,39 @@ def test_files_of_others_are_never_overwritten(predict, tmp_path, name, resume):
     assert [path.name for path in (tmp_path / 'data').iterdir()] == [name]
 
 
+def test_resuming_predicts_other_images_of_the_same_name(predict, tmp_path):
+    def table() -> list[str]:
+        rows = (tmp_path / 'out/predictions.csv').read_text().splitlines()[1:]
+        return sorted(row.partition(',')[0] for row in rows)
+
+    (tmp_path / 'other').mkdir()
+    shutil.copy2(tmp_path / '0.png', tmp_path / 'other')
+    predict('0.png', '1.png')
+    assert predict('other/0.png', resume=True)[:2] == (1, 0)
+    assert table() == [f'{tmp_path}/1.png', f'{tmp_path}/other/0.png']
+    assert predict('0.png', '1.png', resume=True)[:2] == (1, 1)
+    assert table() == [f'{tmp_path}/0.png', f'{tmp_path}/1.png']
+    os.utime(tmp_path / '1.png', (1, 1))
+    assert predict('0.png', '1.png', resume=True)[:2] == (1, 1)
+    assert predict('0.png', '1.png', resume=True)[:2] == (0, 2)
+    assert table() == [f'{tmp_path}/0.png', f'{tmp_path}/1.png']
+
+
+def test_an_interrupted_replacement_is_not_taken_for_the_result(predict, tmp_path, monkeypatch):
+    os.utime(tmp_path / '0.png', (1, 1))
+    predict('0.png')
+    os.utime(tmp_path / '0.png', (2, 2))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Outputs, 'add', interrupt)  # after the files of the image are written
+        predict('0.png', resume=True)
+    os.utime(tmp_path / '0.png', (1, 1))
+    assert predict('0.png', resume=True)[:2] == (1, 0)
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_resuming_keeps_nothing_of_another_model(tmp_path, monkeypatch):
     Image.fromarray(random_images([(64, 64)])[0]).save(tmp_path / '0.png')
     path = random_checkpoint(CLASSIFIER, tmp_path)
@@ -111,9 +146,6 @@ def test_resuming_keeps_nothing_of_another_model(tmp_path, monkeypatch):
         predictor = gfnet_dense.load(CLASSIFIER, checkpoint, 'cpu')
         predict_files(predictor, [str(tmp_path / '0.png')], folder, **options)
         return (folder / 'predictions.csv').read_text()
-
-    def interrupt(self):
-        raise KeyboardInterrupt
 
     first = predict(path, tmp_path / 'out')
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
