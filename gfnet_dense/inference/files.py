@@ -78,7 +78,7 @@ def predict_files(
 
     Raises:
         ValueError: If there are no inputs, or an option does not fit the model.
-        OutputError: See :class:`Outputs`.
+        OutputError: See :meth:`Outputs.open`.
         OSError: If the disk is full, read-only or broken.
     """
     if not 0 <= opacity <= 1:
@@ -95,7 +95,8 @@ def predict_files(
     outputs = Outputs(
         Path(out), predictor, opacity=opacity, as_annotations=as_annotations, resume=resume
     )
-    return _Run(predictor, outputs).over(inputs, total)
+    with outputs.open():
+        return _Run(predictor, outputs).over(inputs, total)
 
 
 class _Run:

@@ -1,11 +1,13 @@
 """Predictions written to files as they come."""
 
 import csv
+import fcntl
 import io
 import json
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ _logger = logging.getLogger(__name__)
 _TOP = 5  # classes of an image in a table
 _RECORDS = '.records.jsonl'
 _ORIGIN = '.made_by.json'  # what made the results; older ones beside it are of something else
+_LOCK = '.in_use'
 _TABLES = ('predictions.csv', 'predictions.json', 'images.json')
 _JPEG_SIDE = 65_500  # the longest that a JPEG can have
 
@@ -45,7 +48,7 @@ class Outputs:
     - All: `overlays/`, pictures.
 
     Args:
-        folder: The folder, created if it is missing.
+        folder: The folder. :meth:`open` creates it if it is missing.
         predictor: The model.
         opacity: See :meth:`Prediction.draw`.
         as_annotations: Write labels of segmentation in the coding of the config's annotations,
@@ -55,9 +58,6 @@ class Outputs:
 
     Raises:
         ValueError: If the config does not say how its annotations are coded.
-        OutputError: If the folder holds files with the names of results that no prediction wrote,
-            or another model or other options made the results to keep.
-        OSError: If the folder cannot be written to.
     """
 
     def __init__(
@@ -73,20 +73,42 @@ class Outputs:
         self.task = predictor.task
         self.opacity = opacity
         self._coding = _annotation_coding(predictor) if as_annotations else None
-        self._check_owner()
-        folder.mkdir(parents=True, exist_ok=True)
+        self._origin = predictor.origin() | dict(opacity=opacity, as_annotations=as_annotations)
+        self._resume = resume
         self._records = folder / _RECORDS
         # The file behind each result: an input's name, and what `_identity` returns.
         self._sources: dict[str, list[Any]] = {}
-        origin = predictor.origin() | dict(opacity=opacity, as_annotations=as_annotations)
-        self._resume = resume and self._has_origin(origin)
-        if not self._resume:
-            self._records.unlink(missing_ok=True)
-            self._write_lines(_ORIGIN, iter([json.dumps(origin)]))
         detects = self.task in ('detection', 'instance segmentation')
         self._coco = _CocoNumbers(predictor) if detects else None
         self._next_id = max(self._coco.images.values(), default=0) + 1 if self._coco else 1
-        self._open_records()
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Prepare the folder, and keep other processes from writing to it within the block.
+
+        Raises:
+            OutputError: If the folder holds files with the names of results that no prediction
+                wrote, another process writes to it, or another model or other options made the
+                results to keep.
+            OSError: If the folder cannot be written to.
+        """
+        self._check_owner()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / _LOCK).open('w') as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputError(
+                    f'another prediction writes to {self.folder}: wait for its end, or choose '
+                    'another output folder (--out)'
+                ) from None
+            except OSError as e:  # some network file systems have no locks
+                _logger.warning('%s cannot be locked: %s', self.folder, e)
+            if not (self._resume and self._has_origin()):
+                self._records.unlink(missing_ok=True)
+                self._write_lines(_ORIGIN, iter([json.dumps(self._origin)]))
+            self._open_records()
+            yield
 
     def keep(self, source: Input) -> bool:
         """Return whether the results of an input are there. If not, its new ones will count."""
@@ -111,7 +133,7 @@ class Outputs:
                     'choose another output folder (--out)'
                 )
 
-    def _has_origin(self, origin: dict[str, Any]) -> bool:
+    def _has_origin(self) -> bool:
         """Return whether the results that are there have an origin, which must be this one."""
         try:
             before = json.loads((self.folder / _ORIGIN).read_text())
@@ -120,7 +142,7 @@ class Outputs:
         except ValueError:
             _logger.warning('%s does not say what made its results: they are replaced', self.folder)
             return False
-        if differing := [key for key, value in origin.items() if before.get(key) != value]:
+        if differing := [key for key, value in self._origin.items() if before.get(key) != value]:
             raise OutputError(
                 f'{self.folder} holds results of other {join_first(differing)}: choose another '
                 'folder, or replace them without --resume'

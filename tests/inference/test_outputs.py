@@ -1,6 +1,7 @@
 """What is written for predictions: codes of annotations, tables and pictures."""
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Callable
@@ -99,6 +100,17 @@ def test_files_of_others_are_never_overwritten(predict, tmp_path, name, resume):
     with pytest.raises(OutputError, match=f'data/{name} is not a result of gfnet predict'):
         predict('0.png', out='data', resume=resume)
     assert [path.name for path in (tmp_path / 'data').iterdir()] == [name]
+
+
+def test_two_runs_do_not_share_a_folder(predict, tmp_path):
+    predict('0.png')
+    records = tmp_path / 'out/.records.jsonl'
+    with (tmp_path / 'out/.in_use').open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match='another prediction writes to'):
+            predict('1.png')
+        assert '0.png' in records.read_text()
+    predict('1.png')
 
 
 def test_resuming_predicts_other_images_of_the_same_name(predict, tmp_path):
