@@ -54,7 +54,8 @@ class Outputs:
         as_annotations: Write labels of segmentation in the coding of the config's annotations,
             that is, before `reduce_zero_label` and a change of classes.
         resume: Keep the results that are there, if the same model and options made them from the
-            same files. Without this, they are replaced.
+            same files. Without this, tables are removed at the start, and labels and overlays of
+            the same names are replaced.
 
     Raises:
         ValueError: If the config does not say how its annotations are coded.
@@ -105,7 +106,8 @@ class Outputs:
             except OSError as e:  # some network file systems have no locks
                 _logger.warning('%s cannot be locked: %s', self.folder, e)
             if not (self._resume and self._has_origin()):
-                self._records.unlink(missing_ok=True)
+                for name in (_RECORDS, *_TABLES):  # another model's must not stay
+                    (self.folder / name).unlink(missing_ok=True)
                 self._write_lines(_ORIGIN, iter([json.dumps(self._origin)]))
             self._open_records()
             yield

@@ -142,6 +142,14 @@ def test_an_interrupted_replacement_is_not_taken_for_the_result(predict, tmp_pat
     assert predict('0.png', resume=True)[:2] == (1, 0)
 
 
+def test_an_interrupted_run_leaves_no_table_of_the_run_before_it(predict, tmp_path, monkeypatch):
+    predict('0.png')
+    monkeypatch.setattr(Outputs, 'add', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        predict('0.png')
+    assert not (tmp_path / 'out/predictions.csv').exists()
+
+
 def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
