@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from gfnet_dense.data.coco import read_file
 from gfnet_dense.data.errors import join_first
 from gfnet_dense.serialization import write_whole
 
@@ -290,7 +291,7 @@ _COLUMNS = ('label', 'class', 'score')
 class _CocoNumbers:
     """Numbers of images, by their paths, and of categories, as the config's annotations have them.
 
-    Without an annotation file, categories are numbered from 1.
+    Without an annotation file in COCO's format, both are numbered from 1.
     """
 
     def __init__(self, predictor: Predictor) -> None:
@@ -299,9 +300,11 @@ class _CocoNumbers:
         self.categories = [i + 1 for i in range(len(self.classes))]
         dataset = find_test_data(predictor.cfg)
         file = Path(getattr(dataset, 'ann_file', '') or '')
-        if not file.is_file():
+        if file.suffix != '.json' or not file.is_file():
             return
-        content = json.loads(file.read_text(encoding='utf-8'))
+        content = read_file(str(file))
+        if not isinstance(content, dict) or 'images' not in content:
+            return
         numbers = {item['name'].strip(): item['id'] for item in content.get('categories', [])}
         if set(self.classes) <= set(numbers):
             self.categories = [numbers[name] for name in self.classes]

@@ -18,7 +18,7 @@ import gfnet_dense
 import gfnet_dense.openmmlab
 from gfnet_dense.inference import OutputError, Report, predict_files
 from gfnet_dense.inference.drawing import draw_instances, draw_labels
-from gfnet_dense.inference.outputs import Outputs, _annotation_coding
+from gfnet_dense.inference.outputs import Outputs, _annotation_coding, _CocoNumbers
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,17 @@ def test_coded_masks_keep_their_codes(codes, no_class, dtype):
     assert values[[0, 1, 255]].tolist() == [*codes, no_class]
     assert values.dtype == dtype
     Image.fromarray(values[None])  # Pillow can write it
+
+
+@pytest.mark.parametrize(
+    ('name', 'content'), [('test.txt', '000001\n'), ('a.json', '[]'), ('a.json', '{"info": 1}')]
+)
+def test_annotations_of_other_formats_number_nothing(tmp_path, monkeypatch, name, content):
+    (tmp_path / name).write_text(content)
+    dataset = SimpleNamespace(ann_file=str(tmp_path / name))
+    monkeypatch.setattr('gfnet_dense.inference.outputs.find_test_data', lambda cfg: dataset)
+    numbers = _CocoNumbers(SimpleNamespace(cfg=None, classes=('cat', 'dog')))
+    assert (numbers.images, numbers.categories) == ({}, [1, 2])
 
 
 def test_long_images_and_boxes_without_a_place_are_drawn():
