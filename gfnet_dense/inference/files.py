@@ -22,7 +22,8 @@ from .video import read_video, write_video
 
 _WRITERS = 4  # threads, and as many files wait for each
 _WAITING = 2**29  # bytes of the results that wait
-_DISK_ERRORS = errno.ENOSPC, errno.EIO, errno.EROFS  # no later result could be written, either
+# No later result could be written, either.
+_DISK_ERRORS = errno.ENOSPC, errno.EIO, errno.EROFS
 
 
 class Report(NamedTuple):
@@ -32,7 +33,8 @@ class Report(NamedTuple):
         images: How many images and frames were predicted.
         kept: How many inputs were left out because their results were there.
         seconds: How long it took.
-        failures: What is wrong with each input that failed, by its path.
+        failures: What is wrong with each input that failed and each folder that cannot be listed,
+            by its path.
         written: Where the results are.
     """
 
@@ -86,7 +88,8 @@ def predict_files(
     inputs = Inputs(arguments, Path(out))
     total = inputs.count()
     if total == 0:
-        raise ValueError(f'no images and no videos in {join_first(arguments)}')
+        reasons = [f'no images and no videos in {join_first(arguments)}', *inputs.failures.values()]
+        raise ValueError('; '.join(reasons))
     if inputs.skipped:
         tqdm.write(
             f'{inputs.skipped} files are left out that are no images by their names: '
@@ -120,6 +123,7 @@ class _Run:
                         raise
                     self._fail(video, e)
         seconds = time.monotonic() - start
+        self.failures |= inputs.failures
         written = self.outputs.finish()
         return Report(self.images, self.kept, seconds, self.failures, written)
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from gfnet_dense.data.errors import not_permitted
+
 IMAGES = {*IMG_EXTENSIONS, '.gif', '.jp2', '.avif'}
 VIDEOS = {'.mp4', '.mov', '.avi', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg'}
 
@@ -46,6 +48,8 @@ class Inputs:
         skipped: How many files of folders are no images and no videos by their names, after an
             iteration; `.txt` for example.
         suffixes: Their suffixes.
+        failures: What is wrong with each folder that cannot be listed, by its path, after an
+            iteration.
     """
 
     def __init__(self, arguments: Sequence[str], out: Path) -> None:
@@ -56,6 +60,7 @@ class Inputs:
         self._root = Path(os.path.commonpath([_folder(argument) for argument in arguments]))
         self.skipped = 0
         self.suffixes: set[str] = set()
+        self.failures: dict[str, str] = {}
         _names.cache_clear()  # the folders may have changed since
 
     def count(self) -> int | None:
@@ -114,7 +119,7 @@ class Inputs:
 
     def _files(self, folder: str) -> Iterator[Path]:
         visited = {self._out}  # links may lead back
-        for place, folders, files in os.walk(folder, followlinks=True):
+        for place, folders, files in os.walk(folder, onerror=self._fail, followlinks=True):
             if (resolved := Path(place).resolve()) in visited and place != folder:
                 folders.clear()
                 continue
@@ -127,6 +132,12 @@ class Inputs:
                 elif name[0] != '.':
                     self.skipped += 1
                     self.suffixes.add(suffix or name)
+
+    def _fail(self, error: OSError) -> None:
+        folder = error.filename
+        reason = f'{folder} cannot be listed: {error.strerror}'
+        is_forbidden = isinstance(error, PermissionError)
+        self.failures[folder] = not_permitted(folder) if is_forbidden else reason
 
 
 def _folder(argument: str) -> str:

@@ -11,7 +11,8 @@ import pytest
 from faults import images, make_config, maps, scans, write_data
 
 from gfnet_dense.data import check_data
-from gfnet_dense.inference import InputError, read_image
+from gfnet_dense.inference import InputError, predict_files, read_image
+from gfnet_dense.inference.inputs import Inputs
 from gfnet_dense.serialization import load_file
 
 pytestmark = pytest.mark.slow
@@ -109,6 +110,19 @@ def test_files_of_a_list_need_not_be_listed_by_their_folder(root):
     with as_nobody():
         (report, *_) = check_data(cfg)
     assert report.faults == [] and report.contents
+
+
+def test_prediction_names_a_folder_that_may_not_be_listed(root):
+    count = len(images(root))
+    folder = images(root)[0].parent / 'city'
+    folder.mkdir(mode=0)
+    inputs = Inputs([str(folder.parent)], root / 'out')
+    with as_nobody():
+        assert inputs.count() == count
+    assert list(inputs.failures) == [str(folder)]
+    assert f'{folder} may not be read by this user' in inputs.failures[str(folder)]
+    with as_nobody(), pytest.raises(ValueError, match=r'city; .* may not be read by this user'):
+        predict_files(None, [str(folder)], root / 'out')
 
 
 def test_prediction_names_an_image_and_a_checkpoint_that_may_not_be_read(root):

@@ -5,6 +5,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -85,9 +86,10 @@ def test_a_result_that_cannot_be_written_costs_no_other_one(tmp_path, monkeypatc
     assert [row.partition(',')[0] for row in rows[1:]] == [
         str(tmp_path / '0.png'), str(tmp_path / '2.png'),
     ]  # fmt: skip
-    fail_on_the_second(OSError(errno.ENOSPC, 'No space left on device'))
-    with pytest.raises(OSError, match='No space left'):
-        predict_files(predictor, [str(tmp_path)], tmp_path / 'out')
+    for number in (errno.ENOSPC,):
+        fail_on_the_second(OSError(number, os.strerror(number)))
+        with pytest.raises(OSError, match=os.strerror(number)):
+            predict_files(predictor, [str(tmp_path)], tmp_path / 'out')
 
 
 @pytest.fixture
@@ -111,6 +113,23 @@ def test_files_of_others_are_never_overwritten(predict, tmp_path, name, resume):
     with pytest.raises(OutputError, match=f'data/{name} is not a result of gfnet predict'):
         predict('0.png', out='data', resume=resume)
     assert [path.name for path in (tmp_path / 'data').iterdir()] == [name]
+
+
+def test_folders_that_cannot_be_listed_are_reported(predict, tmp_path, monkeypatch):
+    folder = tmp_path / 'photos/broken'
+    folder.mkdir(parents=True)
+    shutil.copy(tmp_path / '0.png', tmp_path / 'photos')
+    scandir = os.scandir
+
+    def fail(path):
+        if Path(path) == folder:
+            raise OSError(errno.EIO, 'Input/output error', path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', fail)
+    report = predict('photos')
+    assert report.images == 1
+    assert report.failures == {str(folder): f'{folder} cannot be listed: Input/output error'}
 
 
 def test_two_runs_do_not_share_a_folder(predict, tmp_path):
