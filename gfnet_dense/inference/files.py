@@ -23,7 +23,7 @@ from .video import read_video, write_video
 _WRITERS = 4  # threads, and as many files wait for each
 _WAITING = 2**29  # bytes of the results that wait
 # No later result could be written, either.
-_DISK_ERRORS = errno.ENOSPC, errno.EIO, errno.EROFS
+_DISK_ERRORS = errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS
 
 
 class Report(NamedTuple):

@@ -86,7 +86,7 @@ def test_a_result_that_cannot_be_written_costs_no_other_one(tmp_path, monkeypatc
     assert [row.partition(',')[0] for row in rows[1:]] == [
         str(tmp_path / '0.png'), str(tmp_path / '2.png'),
     ]  # fmt: skip
-    for number in (errno.ENOSPC,):
+    for number in (errno.ENOSPC, errno.EDQUOT):
         fail_on_the_second(OSError(number, os.strerror(number)))
         with pytest.raises(OSError, match=os.strerror(number)):
             predict_files(predictor, [str(tmp_path)], tmp_path / 'out')
