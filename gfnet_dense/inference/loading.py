@@ -119,6 +119,11 @@ def unwrapped_dataset(cfg: Config) -> Any:
     return dataset
 
 
+def type_name(step: Mapping[str, Any]) -> str:
+    """Return the name of a step of a pipeline, whose type is a class or its name in a registry."""
+    return getattr(step['type'], '__name__', str(step['type'])).rpartition('.')[2]
+
+
 def _keys(config: Any) -> Iterator[str]:
     """Yield the keys of nested dicts and lists."""
     if isinstance(config, Mapping):

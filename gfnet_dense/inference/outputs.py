@@ -20,7 +20,7 @@ from gfnet_dense.serialization import write_whole
 
 from .images import Array
 from .inputs import Input
-from .loading import find_test_data, unwrapped_dataset
+from .loading import find_test_data, type_name, unwrapped_dataset
 from .prediction import Prediction, no_class_label
 from .predictor import Predictor
 
@@ -325,7 +325,7 @@ def _annotation_coding(predictor: Predictor) -> Array:
     no_class = no_class_label(len(predictor.classes))
     values = np.arange(no_class + 1)
     for step in unwrapped_dataset(predictor.cfg).pipeline:
-        if step['type'] == 'LoadCodedAnnotations':
+        if type_name(step) == 'LoadCodedAnnotations':
             if any(np.ndim(value) for value in step['values']):
                 raise ValueError('annotations of this data set are colours: take the overlays')
             codes = [*step['values']]

@@ -25,7 +25,7 @@ from gfnet_dense.data.errors import join_first
 
 from .drawing import Colour
 from .images import Array, InputError, read_image
-from .loading import find_task, load_model, unwrapped_dataset
+from .loading import find_task, load_model, type_name, unwrapped_dataset
 from .prediction import Prediction, no_class_label
 
 # The most images that wait for others of their size, in batches and, with results, in bytes.
@@ -512,7 +512,7 @@ def _preprocessing(cfg: Config, task: str, tta: bool) -> tuple[_Loader, _Prepara
         raise ValueError(f'{cfg.filename} has no test pipeline, which prepares the images')
     loader, *steps = copy.deepcopy(list(pipeline))
     if (
-        loader['type'].rpartition('.')[2] in ('LoadImageFromFile', 'LoadImageFromNDArray')
+        type_name(loader) in ('LoadImageFromFile', 'LoadImageFromNDArray')
         and loader.get('color_type', 'color') == 'color'
         and loader.get('imdecode_backend') != 'tifffile'
     ):

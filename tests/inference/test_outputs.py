@@ -20,17 +20,19 @@ import gfnet_dense.openmmlab
 from gfnet_dense.inference import OutputError, Report, predict_files
 from gfnet_dense.inference.drawing import draw_instances, draw_labels
 from gfnet_dense.inference.outputs import Outputs, _annotation_coding, _CocoNumbers
+from gfnet_dense.openmmlab.annotations import LoadCodedAnnotations
 
 
 @pytest.mark.parametrize(
     ('codes', 'no_class', 'dtype'),
     [([0, 255], 1, np.uint8), ([1, 255], 0, np.uint8), ([7, 1000], 255, np.uint16)],
 )
-def test_coded_masks_keep_their_codes(codes, no_class, dtype):
+@pytest.mark.parametrize('kind', ['LoadCodedAnnotations', LoadCodedAnnotations])
+def test_coded_masks_keep_their_codes(codes, no_class, dtype, kind):
     dataset = dict(
         type='BaseSegDataset',
         metainfo=dict(classes=('background', 'cell')),
-        pipeline=[dict(type='LoadCodedAnnotations', values=codes)],
+        pipeline=[dict(type=kind, values=codes)],
     )
     cfg = Config(dict(default_scope='mmseg', test_dataloader=dict(dataset=dataset)))
     predictor = SimpleNamespace(cfg=cfg, task='segmentation', classes=('background', 'cell'))

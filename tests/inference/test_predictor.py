@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from PIL import Image
@@ -308,6 +309,13 @@ def test_a_loader_of_the_config_reads_what_pillow_cannot(checkpoint, images, tmp
         own.predict(tmp_path / 'nothing.tif')
     with pytest.raises(ValueError, match='tiles are for images that Pillow reads'):
         gfnet_dense.load(cfg, checkpoint, 'cpu', tile=64)
+
+
+def test_transforms_may_be_given_as_classes(segmentor, checkpoint, images):
+    cfg = Config.fromfile(find_config(SEGMENTOR))
+    cfg.test_dataloader.dataset.pipeline[0] = dict(type=LoadImageFromFile)
+    found = gfnet_dense.load(cfg, checkpoint, 'cpu').predict(images[0])
+    np.testing.assert_array_equal(found.labels, segmentor.predict(images[0]).labels)
 
 
 def test_classes_of_an_image_are_those_of_the_network(images, tmp_path):
