@@ -9,6 +9,10 @@ from torch import Tensor
 
 Array = np.ndarray[Any, Any]
 
+ACCEPTED = (
+    'give a path, a binary file, an array, a tensor or an image of Pillow, or a list or generator '
+    'of them'
+)
 _SAMPLES = 277  # TIFF's number of bands
 
 
@@ -25,9 +29,9 @@ def read_image(source: Any) -> Array:
     16-bit images.
 
     Args:
-        source: A path; an image of Pillow; or an array of shape `(H, W)`, `(H, W, 1)`,
-            `(H, W, 3)` or `(H, W, 4)` or a tensor of shape `(1, H, W)`, `(3, H, W)` or
-            `(4, H, W)`, grey, RGB or RGBA, with integers of 8 or 16 bits or floats from 0 to 1.
+        source: A path; a binary file; an image of Pillow; or an array of shape `(H, W)`,
+            `(H, W, 1)`, `(H, W, 3)` or `(H, W, 4)` or a tensor of shape `(1, H, W)`, `(3, H, W)`
+            or `(4, H, W)`, grey, RGB or RGBA, with integers of 8 or 16 bits or floats from 0 to 1.
 
     Returns:
         An array of shape `(H, W, 3)`, uint8.
@@ -43,11 +47,9 @@ def read_image(source: Any) -> Array:
         return _from_array(source)
     if isinstance(source, Image.Image):
         return _from_pillow(source)
-    if not isinstance(source, str | Path):
-        raise InputError(
-            f'{type(source).__name__} is no image: give a path, an array, a tensor or an image of '
-            'Pillow, or a list or generator of them'
-        )
+    name = source if isinstance(source, str | Path) else type(source).__name__
+    if not isinstance(source, str | Path) and not hasattr(source, 'read'):
+        raise InputError(f'{name} is no image: {ACCEPTED}')
     try:
         with Image.open(source) as file:
             # Pillow reads the first of two bands of a TIFF as grey.
@@ -55,12 +57,12 @@ def read_image(source: Any) -> Array:
                 raise InputError('more than one band, but no colours and no transparency')
             return _from_pillow(file)
     except InputError as e:
-        raise InputError(f'{source}: {e}') from None
+        raise InputError(f'{name}: {e}') from None
     except Exception as e:  # broken bytes raise errors of many kinds
         reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
         if 'cannot identify' in reason:
             reason = 'it is no image, or its first bytes are damaged'
-        raise InputError(f'{source} cannot be read: {reason or type(e).__name__}') from e
+        raise InputError(f'{name} cannot be read: {reason or type(e).__name__}') from e
 
 
 def _from_pillow(image: Image.Image) -> Array:

@@ -5,7 +5,7 @@ import itertools
 import os
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch.nn import functional
 from gfnet_dense.data.errors import join_first
 
 from .drawing import Colour
-from .images import Array, InputError, read_image
+from .images import ACCEPTED, Array, InputError, read_image
 from .loading import find_task, load_model, type_name, unwrapped_dataset
 from .prediction import Prediction, no_class_label
 
@@ -179,7 +179,7 @@ class Predictor:
         """Predict from one image or several.
 
         Args:
-            images: A path, an array, a tensor or an image of Pillow, as
+            images: A path, a binary file, an array, a tensor or an image of Pillow, as
                 :func:`gfnet_dense.inference.read_image` takes them; or a list, a generator or
                 another iterable of such.
 
@@ -189,10 +189,14 @@ class Predictor:
 
         Raises:
             InputError: If an image cannot be read.
+            TypeError: If `images` are bytes, a dict or a set.
         """
+        if isinstance(images, bytes | bytearray | Mapping | Set):
+            raise TypeError(f'{type(images).__name__} is no image: {ACCEPTED}')
         if isinstance(images, list | tuple):
             return list(self._predictions(images))
         single = isinstance(images, str | Path | np.ndarray | Tensor | Image.Image)
+        single = single or hasattr(images, 'read')  # a file
         if isinstance(images, Iterable) and not single:
             return self._predictions(images)
         return next(self._predictions([images]))

@@ -1,5 +1,7 @@
 """Images of every kind, beside what OpenCV reads."""
 
+import io
+
 import cv2
 import numpy as np
 import pytest
@@ -133,5 +135,7 @@ def test_broken_files_are_named(tmp_path, rgb):
         read_image(path)
     with pytest.raises(InputError, match=rf'{tmp_path} cannot be read: Is a directory'):
         read_image(tmp_path)
+    with pytest.raises(InputError, match='BytesIO cannot be read: it is no image'):
+        read_image(io.BytesIO(b'text'))
     with pytest.raises(InputError, match='cannot be read: No such file'):
         read_image(tmp_path / 'b.jpg')

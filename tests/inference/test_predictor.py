@@ -1,5 +1,6 @@
 """Predictions beside those of OpenMMLab and timm, and what a prediction shows and saves."""
 
+import io
 import itertools
 import os
 import pickle
@@ -64,10 +65,19 @@ def test_one_image_in_any_form(segmentor, images, tmp_path):
     expected = segmentor.predict(images[1]).labels
     Image.fromarray(images[1]).save(tmp_path / 'a.png')
     tensor = torch.from_numpy(images[1].copy()).movedim(-1, 0)
-    for source in (tmp_path / 'a.png', str(tmp_path / 'a.png'), Image.fromarray(images[1]), tensor):
+    file = io.BytesIO((tmp_path / 'a.png').read_bytes())
+    for source in (
+        tmp_path / 'a.png', str(tmp_path / 'a.png'), file, Image.fromarray(images[1]), tensor,
+    ):  # fmt: skip
         prediction = segmentor.predict(source)
         assert isinstance(prediction, Prediction)
         np.testing.assert_array_equal(prediction.labels, expected)
+
+
+@pytest.mark.parametrize('source', [b'png', bytearray(), {}, set()])
+def test_containers_that_are_no_images_are_refused(segmentor, source):
+    with pytest.raises(TypeError, match='is no image: give a path, a binary file, an array'):
+        segmentor.predict(source)
 
 
 def test_iterators_are_read_no_further_than_needed(segmentor, images):
