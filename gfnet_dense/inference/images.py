@@ -58,6 +58,11 @@ def read_image(source: Any) -> Array:
             return _from_pillow(file)
     except InputError as e:
         raise InputError(f'{name}: {e}') from None
+    except Image.DecompressionBombError as e:
+        size = str(e).partition(', could be')[0]  # and the limit
+        raise InputError(
+            f'{name} cannot be read: {size}: resize it, or for segmentation give --tile'
+        ) from None
     except Exception as e:  # broken bytes raise errors of many kinds
         reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
         if 'cannot identify' in reason:

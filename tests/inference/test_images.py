@@ -124,6 +124,14 @@ def test_what_is_no_image_is_named(source, message):
         read_image(source)
 
 
+def test_images_beyond_the_limit_of_pillow(tmp_path, rgb, monkeypatch):
+    Image.fromarray(rgb).save(tmp_path / 'a.png')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
+    expected = r'a\.png cannot .* \(3456 pixels\) exceeds limit of 2000 pixels: resize .* --tile$'
+    with pytest.raises(InputError, match=expected):
+        read_image(tmp_path / 'a.png')
+
+
 def test_broken_files_are_named(tmp_path, rgb):
     path = tmp_path / 'a.jpg'
     Image.fromarray(rgb).save(path)
