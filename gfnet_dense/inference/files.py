@@ -85,6 +85,8 @@ def predict_files(
     """
     if not 0 <= opacity <= 1:
         raise ValueError(f'opacity must be from 0 to 1, but got {opacity}')
+    if not arguments:
+        raise ValueError('no inputs: name files or folders')
     inputs = Inputs(arguments, Path(out))
     total = inputs.count()
     if total == 0:

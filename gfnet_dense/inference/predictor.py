@@ -113,6 +113,7 @@ class Predictor:
     Raises:
         ValueError: If `classes` has unknown names, the config has nothing for `tta`, or the task
             has no tiles.
+        TypeError: If `classes` is a string.
     """
 
     def __init__(
@@ -441,6 +442,8 @@ class Predictor:
     def _indices(self, names: Sequence[str] | None) -> list[int] | None:
         if names is None:
             return None
+        if isinstance(names, str):
+            raise TypeError(f'classes must be a list of names, but got {names!r}: take [{names!r}]')
         if not names:
             raise ValueError('classes is empty: name one class or more')
         if unknown := [name for name in names if name not in self.classes]:

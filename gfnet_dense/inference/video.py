@@ -31,9 +31,11 @@ def read_video(path: Path) -> tuple[Fraction, int, Iterator[Array]]:
     av = _pyav()
     try:
         with av.open(str(path)) as file:
+            if not file.streams.video:
+                raise InputError(f'{path} cannot be read as a video: it has no pictures')
             stream = file.streams.video[0]
             rate, count = stream.average_rate or Fraction(25), stream.frames
-    except (av.error.FFmpegError, IndexError) as e:
+    except av.error.FFmpegError as e:
         raise InputError(f'{path} cannot be read as a video: {e}') from e
 
     def frames() -> Iterator[Array]:

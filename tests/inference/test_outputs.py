@@ -134,6 +134,11 @@ def test_folders_that_cannot_be_listed_are_reported(predict, tmp_path, monkeypat
     assert report.failures == {str(folder): f'{folder} cannot be listed: Input/output error'}
 
 
+def test_no_inputs(predict):
+    with pytest.raises(ValueError, match='no inputs: name files or folders'):
+        predict()
+
+
 def test_two_runs_do_not_share_a_folder(predict, tmp_path):
     predict('0.png')
     records = tmp_path / 'out/.records.jsonl'

@@ -300,6 +300,11 @@ def test_classes_that_are_not_asked_for_are_left_out(segmentor, checkpoint, imag
     np.testing.assert_array_equal(labels, np.where(everything == kept, kept, 255))
 
 
+def test_one_name_is_no_list_of_classes(checkpoint):
+    with pytest.raises(TypeError, match=r"must be a list of names, but got 'one': take \['one'\]"):
+        gfnet_dense.load(SEGMENTOR, checkpoint, 'cpu', classes='one')
+
+
 # Other loaders, other tasks
 
 

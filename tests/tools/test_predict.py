@@ -24,7 +24,8 @@ from random_models import CLASSIFIER, DETECTOR, SEGMENTOR, random_checkpoint
 import gfnet_dense
 from gfnet_dense.cli import VERBS, main
 from gfnet_dense.demo import CLASSES, write_digits
-from gfnet_dense.inference.video import write_video
+from gfnet_dense.inference import InputError
+from gfnet_dense.inference.video import read_video, write_video
 from gfnet_dense.openmmlab import evaluate, find_config
 
 
@@ -333,6 +334,18 @@ def test_videos_with_faults(segmentor, call, tmp_path):
     assert labels(tmp_path / 'out/labels/odd.mkv/000003.png').shape == (45, 63)
     # No video stands for one that is not whole.
     assert {path.name for path in (tmp_path / 'out/overlays').iterdir()} == {'odd.mkv.mp4'}
+
+
+def test_sound_alone_is_no_video(tmp_path):
+    av = pytest.importorskip('av')
+    path = tmp_path / 'sound.mkv'
+    with av.open(str(path), 'w') as file:
+        stream = file.add_stream('pcm_s16le', rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout='mono')
+        frame.rate = 8000
+        file.mux(stream.encode(frame))
+    with pytest.raises(InputError, match='cannot be read as a video: it has no pictures'):
+        read_video(path)
 
 
 def test_frames_of_different_sizes(tmp_path):
