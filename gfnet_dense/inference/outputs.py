@@ -35,7 +35,7 @@ _JPEG_SIDE = 65_500  # the longest that a JPEG can have
 
 
 class OutputError(ValueError):
-    """The results cannot go into the output folder, because it holds something else."""
+    """The output folder is in use, or holds files that the run must not overwrite."""
 
 
 class Outputs:
@@ -78,7 +78,7 @@ class Outputs:
         self._origin = predictor.origin() | dict(opacity=opacity, as_annotations=as_annotations)
         self._resume = resume
         self._records = folder / _RECORDS
-        # The file behind each result: an input's name, and what `_identity` returns.
+        # From the name of an input to the `_identity` of the file that its results are of.
         self._sources: dict[str, list[Any]] = {}
         detects = self.task in ('detection', 'instance segmentation')
         self._coco = _CocoNumbers(predictor) if detects else None
@@ -107,14 +107,14 @@ class Outputs:
             except OSError as e:  # some network file systems have no locks
                 _logger.warning('%s cannot be locked: %s', self.folder, e)
             if not (self._resume and self._has_origin()):
-                for name in (_RECORDS, *_TABLES):  # another model's must not stay
+                for name in (_RECORDS, *_TABLES):  # tables of another model must not stay
                     (self.folder / name).unlink(missing_ok=True)
                 self._write_lines(_ORIGIN, iter([json.dumps(self._origin)]))
             self._open_records()
             yield
 
     def keep(self, source: Input) -> bool:
-        """Return whether the results of an input are there. If not, its new ones will count."""
+        """Return whether an input has results. If not, forget those of another file of its name."""
         name, identity = str(source.name), _identity(source.path)
         files = [self.picture(source)]
         if self.task == 'segmentation' and not source.is_video:
@@ -241,8 +241,7 @@ class Outputs:
 
     def _open_records(self) -> None:
         """Keep the records of what is there, and none of a video that is not there whole."""
-        if self._resume:
-            self._sources = {line['input']: line['source'] for line in self._read_lines()}
+        self._sources = {line['input']: line['source'] for line in self._read_lines()}
         kept = {}
         with write_whole(self._records) as file:
             for record in self._read_records():
