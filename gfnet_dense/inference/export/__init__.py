@@ -19,7 +19,7 @@ from mmengine.config import Config
 
 from gfnet_dense.serialization import write_whole
 
-from ..loading import find_task, load_model, unwrapped_dataset
+from ..loading import find_task, load_model, type_name, unwrapped_dataset
 from . import formats, proof
 from .networks import ExportError, deploy
 
@@ -197,11 +197,8 @@ def _metadata(
     precision: str,
 ) -> dict[str, str]:
     dataset = unwrapped_dataset(cfg) or {}
-    # Python configs name a step by its class.
-    pipeline = [
-        {**s, 'type': getattr(s.type, '__name__', s.type)} for s in dataset.get('pipeline', ())
-    ]
-    steps = [step for step in pipeline if 'Resize' in step['type']]
+    pipeline = dataset.get('pipeline', ())
+    steps = [{**s, 'type': type_name(s)} for s in pipeline if 'Resize' in type_name(s)]
     steps = steps or [dataset['transform']] if 'transform' in dataset else steps
     values = dict(
         generator=f'gfnet-dense {importlib.metadata.version("gfnet-dense")}',
