@@ -3,6 +3,7 @@
 `gfnet new` writes a config from it.
 """
 
+import itertools
 import json
 import os
 import re
@@ -268,10 +269,7 @@ def look_at_folders(root: Path) -> Folders:
     else:
         found.classes = folders
         found.notes.append(f'{len(folders)} classes: {join_first(folders, 8)}')
-        found.train, found.val = _held_out(found.train)
-        found.notes.append(
-            f'no split: {len(found.val)} images, drawn at random, are for validation'
-        )
+        _split_classes(found)
     if not found.train or not found.val or len(found.classes) < 2:
         raise DataError(
             f'{root} holds no images in folders of classes, as in {root}/CLASS/ or '
@@ -367,6 +365,24 @@ def _split(found: Split, names: Sequence[str]) -> None:
     else:
         found.train, found.val = _held_out(names)
         found.notes.append(f'no split: {len(found.val)} pairs, drawn at random, are for validation')
+
+
+def _split_classes(found: Folders) -> None:
+    """Hold out images of each class: the splits must have the same classes."""
+    parts = []
+    for name, group in itertools.groupby(found.train, lambda name: name.split(os.sep)[0]):
+        names = [*group]
+        if len(names) == 1:
+            raise DataError(
+                f'{found.images / name} has a single image, but both training and validation need '
+                'one of each class: add images to the folder, or move it elsewhere'
+            )
+        parts.append(_held_out(names))
+    found.train = [name for train, _ in parts for name in train]
+    found.val = [name for _, val in parts for name in val]
+    found.notes.append(
+        f'no split: {len(found.val)} images, drawn at random from each class, are for validation'
+    )
 
 
 def _held_out(names: Sequence[str]) -> tuple[list[str], list[str]]:

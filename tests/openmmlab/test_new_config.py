@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -251,6 +252,19 @@ def test_classification_by_the_command_line(tmp_path):
     assert len([link for link in links if '/val/' in str(link)]) == 2
 
 
+def test_classes_without_a_split_are_held_out_one_by_one(tmp_path):
+    for i in range(20):
+        for j in range(8):
+            save(photograph(8), tmp_path / f'{i}/{j}.png')
+    found = look_at_folders(tmp_path)
+    val = Counter(Path(name).parent.name for name in found.val)
+    assert val == {f'{i}': 2 for i in range(20)} and len(found.train) == 120
+    assert not {*found.train} & {*found.val} and look_at_folders(tmp_path) == found
+    save(photograph(8), tmp_path / 'lone/0.png')
+    with pytest.raises(DataError, match=r'lone has a single image, .*: add images'):
+        look_at_folders(tmp_path)
+
+
 def test_weights_and_sizes_that_do_not_fit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_masks(tmp_path, [0, 1])
@@ -409,7 +423,7 @@ def test_killed_while_it_writes_it_leaves_no_half_file(tmp_path):
 
 def test_data_that_are_not_there(tmp_path):
     (tmp_path / 'empty').mkdir()
-    with pytest.raises(DataError, match='0 images cannot be divided'):
+    with pytest.raises(DataError, match='holds no images in folders of classes'):
         look_at_folders(tmp_path / 'empty')
     (tmp_path / 'a.json').write_text('{"images": []}')
     with pytest.raises(DataError, match="not in COCO's layout"):
