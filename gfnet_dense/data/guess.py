@@ -120,21 +120,32 @@ def read_classes(text: str) -> list[tuple[str, Value | None]]:
             is a list of names or a dict from name to index or colour.
 
     Raises:
-        DataError: If no class is named, or only some classes have a value.
+        DataError: If no class is named, a name is repeated, or only some classes have a value.
     """
     path = Path(text)
-    if not os.path.isfile(text):  # Path.is_file raises for long lists of names
-        return [(name.strip(), None) for name in text.split(',') if name.strip()]
-    content = path.read_text(encoding='utf-8-sig')
     named: list[tuple[str, Value | None]]
+    if not os.path.isfile(text):  # Path.is_file raises for long lists of names
+        named = [(name.strip(), None) for name in text.split(',') if name.strip()]
+        if repeated := _repeated(named):
+            raise DataError(
+                f'--classes repeats {join_first(repeated)}: give each class a name of its own'
+            )
+        return named
+    content = path.read_text(encoding='utf-8-sig')
     if path.suffix == '.json':
-        loaded = json.loads(content)
-        items = loaded.items() if isinstance(loaded, dict) else [(name, None) for name in loaded]
+        loaded = json.loads(content, object_pairs_hook=tuple)  # a dict would drop repeated names
+        items = loaded if isinstance(loaded, tuple) else [(name, None) for name in loaded]
         named = [(str(k), tuple(v) if isinstance(v, list) else v) for k, v in items]
     else:
         named = _parse_lines(content)
     if not named:
         raise DataError(f'{path} names no class: write a name into each line')
+    if repeated := _repeated(named):
+        raise DataError(
+            f'{path} repeats the names {join_first(repeated)}: give each class a name of its own. '
+            'A number in a line is the value of its class; write names with numbers as JSON, '
+            'such as {"grade 1": 1}'
+        )
     lacking = [name for name, value in named if value is None]
     if 0 < len(lacking) < len(named):
         raise DataError(
@@ -142,6 +153,10 @@ def read_classes(text: str) -> list[tuple[str, Value | None]]:
             'index or a colour to each class or to none'
         )
     return named
+
+
+def _repeated(named: Sequence[tuple[str, Value | None]]) -> list[str]:
+    return [name for name, count in Counter(name for name, _ in named).items() if count > 1]
 
 
 def _parse_lines(content: str) -> list[tuple[str, Value | None]]:
@@ -258,10 +273,9 @@ def look_at_folders(root: Path) -> Folders:
     folders = sorted({name.split(os.sep)[0] for name in names})
     folders = [folder for folder in folders if not _is_written(root / folder)]
     found = Folders(root, train=[name for name in names if name.split(os.sep)[0] in folders])
-    train = [name for name in folders if name.lower() in _TRAINING]
-    val = [name for name in folders if name.lower() in _VALIDATION | {'test'}]
+    train, val = _split_folders(folders)
     if train and val:
-        found.names = train[0], sorted(val, key=lambda name: name.lower() == 'test')[0]
+        found.names = train[0], val[0]
         found.classes = _subfolders(root / train[0])
         found.val = [n for n in found.train if n.startswith(found.names[1] + os.sep)]
         found.train = [n for n in found.train if n.startswith(found.names[0] + os.sep)]
@@ -355,9 +369,7 @@ def _pairs(images: Path, masks: Path) -> tuple[str, str, list[str]]:
 
 
 def _split(found: Split, names: Sequence[str]) -> None:
-    folders = {name.split(os.sep)[0] for name in names if os.sep in name}
-    train = {folder for folder in folders if folder.lower() in _TRAINING}
-    val = {folder for folder in folders if folder.lower() in _VALIDATION}
+    train, val = _split_folders(sorted({name.split(os.sep)[0] for name in names if os.sep in name}))
     if train and val:
         found.train = [name for name in names if name.split(os.sep)[0] in train]
         found.val = [name for name in names if name.split(os.sep)[0] in val]
@@ -365,6 +377,13 @@ def _split(found: Split, names: Sequence[str]) -> None:
     else:
         found.train, found.val = _held_out(names)
         found.notes.append(f'no split: {len(found.val)} pairs, drawn at random, are for validation')
+
+
+def _split_folders(folders: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the folders of training and of validation; `test` validates if no other does."""
+    train = [name for name in folders if name.lower() in _TRAINING]
+    val = [name for name in folders if name.lower() in _VALIDATION]
+    return train, val or [name for name in folders if name.lower() == 'test']
 
 
 def _split_classes(found: Folders) -> None:

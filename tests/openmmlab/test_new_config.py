@@ -109,6 +109,29 @@ def test_values_without_a_name_are_not_trained(tmp_path, monkeypatch):
             new_config('b', ignore=[text], **data)
 
 
+@pytest.mark.parametrize(
+    ('name', 'content', 'message'),
+    [
+        ('a.txt', 'background 0\ngrade 1\ngrade 2\n', r'the names grade: .* names with numbers as'),
+        ('a.json', '{"a": 0, "b": 1, "a": 2}', 'the names a: '),
+        ('a.json', '["a", "b", "b"]', 'the names b: '),
+        ('a,b,a', '', '--classes repeats a: '),
+    ],
+)
+def test_repeated_names_of_classes(tmp_path, monkeypatch, name, content, message):
+    monkeypatch.chdir(tmp_path)
+    if content:
+        Path(name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_classes(name)
+
+
+def test_names_with_numbers_in_json(tmp_path):
+    file = tmp_path / 'classes.json'
+    file.write_text('{"grade 1": 1, "grade 2": [0, 0, 2]}')
+    assert read_classes(str(file)) == [('grade 1', 1), ('grade 2', (0, 0, 2))]
+
+
 def test_values_that_only_masks_hold_which_were_not_read(tmp_path, monkeypatch):
     write_masks(tmp_path, [0, 1])
     assert looked(tmp_path).are_indices
@@ -150,6 +173,19 @@ def test_pairs_by_names_and_splits_by_folders(tmp_path):
     assert found.train == [f'train/city/{i}_{i}' for i in range(3)]
     assert found.val == [f'val/city/{i}_{i}' for i in range(2)]
     assert any('1 other images have no mask' in note for note in found.notes)
+
+
+@pytest.mark.parametrize('others', [[], ['Valid']])
+def test_a_folder_test_validates_where_no_other_does(tmp_path, others):
+    for split in ('train', 'test', *others):
+        write_masks(tmp_path / split, [0, 1], count=2)
+        for kind in ('images', 'masks'):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            (tmp_path / split / kind).rename(tmp_path / kind / split)
+    found = looked(tmp_path)
+    expected = others or ['test']
+    assert found.train == ['train/0', 'train/1']
+    assert found.val == [f'{split}/{i}' for split in expected for i in range(2)]
 
 
 def test_masks_beside_their_images(tmp_path):
