@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -340,30 +340,39 @@ def _images_in(folder: Path) -> list[str]:
 
 def _pairs(images: Path, masks: Path) -> tuple[str, str, list[str]]:
     """Return the ends of names that give most pairs, and the names in front of them."""
-    names, mask_names = _images_in(images), {*_images_in(masks)}
+    names, mask_names = _images_in(images), _images_in(masks)
     # Whole extensions, and what follows the last underscore or dot: photo.jpg, a_leftImg8bit.png.
-    ends = Counter(os.path.splitext(name)[1] for name in names)
-    ends.update(m[0] for name in names if (m := re.search(r'[_.-][^_.\-/]*\.\w+$', name)))
+    stems: dict[str, list[str]] = defaultdict(list)  # of images, by the ends of their names
+    for name in names:
+        stem, end = os.path.splitext(name)
+        stems[end].append(stem)
+    for name in names:
+        if match := re.search(r'[_.-][^_.\-/]*\.\w+$', name):
+            stems[match[0]].append(name[: match.start()])
+    mask_ends: dict[str, list[str]] = defaultdict(list)  # by what is in front of them
+    for name in mask_names:
+        stem = os.path.splitext(name)[0]
+        while stem:
+            mask_ends[stem].append(name[len(stem) :])
+            shorter = re.match(r'(.*)[_.-]', stem)
+            stem = shorter[1] if shorter else ''
     best: tuple[str, str, list[str]] = '', '', []
-    for end in ends:
-        stems = {name[: -len(end)] for name in names if name.endswith(end)}
-        mask_ends: Counter[str] = Counter()
-        for name in mask_names:
-            stem = os.path.splitext(name)[0]
-            while stem:
-                if stem in stems and not (images == masks and name == stem + end):
-                    mask_ends[name[len(stem) :]] += 1
-                shorter = re.match(r'(.*)[_.-]', stem)
-                stem = shorter[1] if shorter else ''
-        for mask_end in mask_ends:
-            pairs = sorted(stem for stem in stems if stem + mask_end in mask_names)
-            # Of equal numbers of pairs, that with the longest name in common.
-            if (len(pairs), -len(end)) > (len(best[2]), -len(best[0])):
-                best = end, mask_end, pairs
+    for end, candidates in stems.items():
+        # Of equal numbers of pairs, those with the longest name in common.
+        if (len(candidates), -len(end)) <= (len(best[2]), -len(best[0])):
+            continue  # an end that few images have: numbered images have one each
+        pairs: dict[str, list[str]] = defaultdict(list)
+        for stem in sorted(candidates):
+            for mask_end in mask_ends.get(stem, ()):
+                if images != masks or mask_end != end:
+                    pairs[mask_end].append(stem)
+        for mask_end, paired in pairs.items():
+            if (len(paired), -len(end)) > (len(best[2]), -len(best[0])):
+                best = end, mask_end, paired
     if not best[2]:
         raise DataError(
             f'no image in {images} ({join_first(names)}) has a mask in {masks} '
-            f'({join_first(sorted(mask_names))}): names must begin alike, as a.jpg and a_mask.png'
+            f'({join_first(mask_names)}): names must begin alike, as a.jpg and a_mask.png'
         )
     return best
 

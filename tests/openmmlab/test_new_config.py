@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +16,13 @@ from PIL import Image
 from processes import run, run_tool
 
 from gfnet_dense.data import DataError
-from gfnet_dense.data.guess import look_at_coco, look_at_folders, look_at_masks, read_classes
+from gfnet_dense.data.guess import (
+    _pairs,
+    look_at_coco,
+    look_at_folders,
+    look_at_masks,
+    read_classes,
+)
 from gfnet_dense.demo import write_digits
 from gfnet_dense.openmmlab import LoadCodedAnnotations, new_config
 
@@ -173,6 +180,21 @@ def test_pairs_by_names_and_splits_by_folders(tmp_path):
     assert found.train == [f'train/city/{i}_{i}' for i in range(3)]
     assert found.val == [f'val/city/{i}_{i}' for i in range(2)]
     assert any('1 other images have no mask' in note for note in found.notes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('end', ['.png', '_mask.png'])
+def test_pairs_of_many_numbered_images(tmp_path, end):
+    """Each number could be an end of names; looking through all of them would take minutes."""
+    for name in ('images', 'masks'):
+        (tmp_path / name).mkdir()
+    for i in range(4000):
+        (tmp_path / f'images/img_{i:05}.jpg').touch()
+        (tmp_path / f'masks/img_{i:05}{end}').touch()
+    start = time.process_time()
+    suffix, mask_suffix, stems = _pairs(tmp_path / 'images', tmp_path / 'masks')
+    assert time.process_time() - start < 20
+    assert (suffix, mask_suffix, len(stems)) == ('.jpg', end, 4000)
 
 
 @pytest.mark.parametrize('others', [[], ['Valid']])
