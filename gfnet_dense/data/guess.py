@@ -95,8 +95,7 @@ def look_at_masks(
         f'{len(stems)} pairs: images in {images} ending in {suffix}, masks in {masks} ending in '
         f'{mask_suffix}'
     )
-    if others := len(_images_in(images)) - len(stems) - (len(stems) if images == masks else 0):
-        found.notes.append(f'{others} other images have no mask of that name, and are left out')
+    _note_left_out(found, stems)
     _split(found, stems)
     chosen = _spread(stems)
     found.sampled = len(chosen) < len(stems)
@@ -375,6 +374,31 @@ def _pairs(images: Path, masks: Path) -> tuple[str, str, list[str]]:
             f'({join_first(mask_names)}): names must begin alike, as a.jpg and a_mask.png'
         )
     return best
+
+
+def _note_left_out(found: Masks, stems: Sequence[str]) -> None:
+    paired = {f'{stem}{found.suffix}' for stem in stems}
+    # An end such as _leftImg8bit.png is a part of the name and an extension.
+    part = re.sub(r'\.\w+$', '', found.suffix)
+    others, without = Counter[str](), 0
+    for name in _images_in(found.images):
+        if name in paired or (found.images == found.masks and name.endswith(found.mask_suffix)):
+            continue
+        stem, extension = os.path.splitext(name)
+        mask = found.masks / f'{stem.removesuffix(part)}{found.mask_suffix}'
+        if stem.endswith(part) and mask.is_file():
+            others[f'{part}{extension}'] += 1
+        else:
+            without += 1
+    if others:
+        found.notes.append(
+            f'{others.total()} images with masks end in {join_first(others)} and are left out: a '
+            'config takes images of one ending, so convert or rename them'
+        )
+    if without:
+        found.notes.append(
+            f'{without} images have no mask ending in {found.mask_suffix}, and are left out'
+        )
 
 
 def _split(found: Split, names: Sequence[str]) -> None:

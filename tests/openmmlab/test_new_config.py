@@ -179,7 +179,7 @@ def test_pairs_by_names_and_splits_by_folders(tmp_path):
     assert (found.suffix, found.mask_suffix) == ('_leftImg8bit.png', '_gtFine_labelIds.png')
     assert found.train == [f'train/city/{i}_{i}' for i in range(3)]
     assert found.val == [f'val/city/{i}_{i}' for i in range(2)]
-    assert any('1 other images have no mask' in note for note in found.notes)
+    assert any('1 images have no mask ending in _gtFine' in note for note in found.notes)
 
 
 @pytest.mark.slow
@@ -208,6 +208,21 @@ def test_a_folder_test_validates_where_no_other_does(tmp_path, others):
     expected = others or ['test']
     assert found.train == ['train/0', 'train/1']
     assert found.val == [f'{split}/{i}' for split in expected for i in range(2)]
+
+
+@pytest.mark.parametrize(('part', 'together'), [('', False), ('', True), ('_photo', False)])
+def test_images_that_are_left_out(tmp_path, part, together):
+    images = tmp_path / ('masks' if together else 'images')
+    for i in range(5):
+        save(photograph(), images / f'{i}{part}.{"jpg" if i < 3 else "png"}')
+        save(np.eye(64), tmp_path / f'masks/{i}_mask.png')
+    save(photograph(), images / f'lone{part}.jpg')
+    found = look_at_masks(images, tmp_path / 'masks', [], [])
+    assert found.suffix == f'{part}.jpg'
+    left_out = [note for note in found.notes if 'left out' in note]
+    assert len(left_out) == 2
+    assert left_out[0].startswith(f'2 images with masks end in {part}.png and')
+    assert left_out[1].startswith('1 images have no mask ending in _mask.png')
 
 
 def test_masks_beside_their_images(tmp_path):
