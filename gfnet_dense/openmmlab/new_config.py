@@ -125,7 +125,7 @@ def new_config(
     Raises:
         FileExistsError: If there are such files, or one of them belongs to the data.
         DataError: If the data are not there or cannot be understood.
-        ValueError: If the options do not belong together.
+        ValueError: If the options do not belong together, or UperNet is given a batch of 1.
     """
     path = Path(name if name.endswith('.py') else f'{name}.py')
     if path.exists() and not force:
@@ -232,9 +232,17 @@ class _Builder:
     def choose_length(self, batch: int | None, iterations: int | None) -> None:
         count = max(1, len(self.found.train) or len(self._coco('train')['images']))
         largest = min(count, _MOST_BATCH.get(self.head, 16))
+        least = 2 if self.head == 'upernet' else 1  # it pools to one pixel, and norms need two
         if batch is None:
             batch, text = self._batch_for_memory(largest)
+            if batch < least:
+                batch, text = least, f'UperNet needs {least} images; {text}'
             self.notes.append(f'batch {batch}, since {text} (--batch)')
+        elif batch < least:
+            raise ValueError(
+                f'UperNet normalises maps of 1x1 pixels, which takes {least} images: give --batch '
+                f'{least} or more'
+            )
         if self.head == 'classifier':  # mixup pairs images, and incomplete batches are dropped
             batch = max(2, min(batch, count) // 2 * 2)
         self.batch = batch

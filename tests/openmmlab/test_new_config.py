@@ -15,7 +15,7 @@ from mmengine.registry import DATASETS
 from PIL import Image
 from processes import run, run_tool
 
-from gfnet_dense.data import DataError
+from gfnet_dense.data import DataError, check_data
 from gfnet_dense.data.guess import (
     _pairs,
     look_at_coco,
@@ -467,6 +467,23 @@ def test_colours_of_a_palette(tmp_path):
 
 
 @pytest.mark.slow
+def test_upernet_has_two_images_in_a_batch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_masks(tmp_path, [0, 1], count=2)  # one of them is for training
+    data = dict(images='images', masks='masks', arch='nano', iterations=4)
+    with pytest.raises(ValueError, match='give --batch 2 or more'):
+        new_config('a', batch=1, **data)
+    assert not Path('a.py').exists()
+    written = new_config('a', **data)
+    assert written.config.train_dataloader.batch_size == 2
+    assert any('UperNet needs 2 images' in note for note in written.notes)
+    assert [report.faults for report in check_data(written.config)] == [[], []]
+    data['arch'] = 'h-ti'
+    written = new_config('b', head='fpn', batch=1, **data)
+    assert written.config.train_dataloader.batch_size == 1
+
+
+@pytest.mark.slow
 def test_memory_decides_the_batch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_masks(tmp_path, [0, 1], count=40)
@@ -477,7 +494,7 @@ def test_memory_decides_the_batch(tmp_path, monkeypatch):
         monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda memory=memory: (memory << 30, 0))
         written = new_config('a', images='images', masks='masks', crop=256, arch='h-ti', force=True)
         batches.append(written.config.train_dataloader.batch_size)
-    assert batches[0] == 1 < batches[1] < batches[2] == 16
+    assert batches[0] == 2 < batches[1] < batches[2] == 16
 
 
 @pytest.mark.slow
