@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import os
+import shlex
 import signal
 import sys
 import textwrap
@@ -125,7 +126,8 @@ def _launched(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _class_names(text: str) -> list[str]:
-    names = Path(text).read_text('utf-8').splitlines() if os.path.isfile(text) else text.split(',')
+    is_file = os.path.isfile(text)
+    names = Path(text).read_text('utf-8').splitlines() if is_file else text.split(',')
     return [name.strip() for name in names if name.strip()]
 
 
@@ -511,7 +513,8 @@ def _new(parser: argparse.ArgumentParser) -> Run:
             print(f'{faults} faults in the data: correct them, then train:')
         else:
             print('The data have no faults. Train:')
-        print(f'  gfnet train {written.path} --work-dir work_dirs/{written.path.stem}')
+        work_dir = f'work_dirs/{written.path.stem}'
+        print(f'  {shlex.join(["gfnet", "train", str(written.path), "--work-dir", work_dir])}')
         return min(faults, 1)
 
     return run

@@ -277,6 +277,18 @@ def test_segmentation_by_the_command_line(tmp_path, monkeypatch, gfnet):
 
 
 @pytest.mark.slow
+def test_the_printed_command_is_quoted(tmp_path, monkeypatch, gfnet):
+    write_masks(tmp_path, [0, 1])
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = gfnet(
+        'new', 'my data', '--images', 'images', '--masks', 'masks', '--arch', 'nano',
+        '--iterations', 2, '--batch', 2,
+    )  # fmt: skip
+    assert status == 0
+    assert "  gfnet train 'my data.py' --work-dir 'work_dirs/my data'\n" in out
+
+
+@pytest.mark.slow
 def test_detection_by_the_command_line(tmp_path):
     digits = write_digits(tmp_path / 'digits', num_training=5, num_validation=1)
     file = digits / 'annotations/instances_training.json'
