@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from .errors import DataError, join_first
+from .errors import DataError, join_first, not_permitted
 
 Value = int | tuple[int, int, int]  # a class in a mask: an index, or a colour
 Colour = tuple[int, int, int]
@@ -327,14 +327,21 @@ def _folder_of(file: Path, names: Sequence[str], images: Path | None) -> Path:
 
 def _images_in(folder: Path) -> list[str]:
     """Return the images below a folder, relative to it."""
-    if not folder.is_dir():
-        raise DataError(f'there is no folder {folder}')
-    return sorted(
-        os.path.relpath(os.path.join(place, name), folder)
-        for place, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if os.path.splitext(name)[1].lower() in (*IMG_EXTENSIONS, '.gif') and name[0] != '.'
-    )
+
+    def refuse(error: OSError) -> None:
+        raise error  # os.walk would leave the folder out
+
+    try:
+        if not folder.is_dir():
+            raise DataError(f'there is no folder {folder}')
+        return sorted(
+            os.path.relpath(os.path.join(place, name), folder)
+            for place, _, names in os.walk(folder, onerror=refuse, followlinks=True)
+            for name in names
+            if os.path.splitext(name)[1].lower() in (*IMG_EXTENSIONS, '.gif') and name[0] != '.'
+        )
+    except PermissionError as e:
+        raise DataError(not_permitted(e.filename)) from None
 
 
 def _pairs(images: Path, masks: Path) -> tuple[str, str, list[str]]:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from faults import images, make_config, maps, scans, write_data
 
-from gfnet_dense.data import check_data
+from gfnet_dense.data import DataError, check_data
+from gfnet_dense.data.guess import look_at_folders, look_at_masks
 from gfnet_dense.inference import InputError, predict_files, read_image
 from gfnet_dense.inference.inputs import Inputs
 from gfnet_dense.serialization import load_file
@@ -96,6 +97,23 @@ def test_a_subfolder_that_may_not_be_read(root):
         (report, *_) = check_data(make_config('segmentation', root))
     (fault,) = report.faults
     assert f'{folder} may not be read by this user' in fault
+
+
+@pytest.mark.parametrize(
+    'place', ['digits/images/training', 'digits/annotations/training', 'digits']
+)
+def test_a_new_config_names_a_folder_that_may_not_be_read(root, place):
+    folder = root / place
+    folder.chmod(0)
+    with as_nobody(), pytest.raises(DataError, match=f'{folder} may not be read by this user'):
+        look_at_masks(root / 'digits/images', root / 'digits/annotations', [], [])
+
+
+def test_a_new_config_names_a_class_folder_that_may_not_be_read(root):
+    folder = scans(root)[3].parent
+    folder.chmod(0)
+    with as_nobody(), pytest.raises(DataError, match=f'{folder} may not be read by this user'):
+        look_at_folders(root / 'scans')
 
 
 def test_files_of_a_list_need_not_be_listed_by_their_folder(root):
