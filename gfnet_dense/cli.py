@@ -127,7 +127,7 @@ def _launched(args: argparse.Namespace) -> dict[str, Any]:
 
 def _class_names(text: str) -> list[str]:
     is_file = os.path.isfile(text)
-    names = Path(text).read_text('utf-8').splitlines() if is_file else text.split(',')
+    names = Path(text).read_text('utf-8-sig').splitlines() if is_file else text.split(',')
     return [name.strip() for name in names if name.strip()]
 
 

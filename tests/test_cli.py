@@ -4,7 +4,7 @@ import logging
 
 from mmengine.logging import MMLogger, print_log
 
-from gfnet_dense.cli import _without_chatter
+from gfnet_dense.cli import _class_names, _without_chatter
 
 
 def test_a_quiet_verb_leaves_the_console_to_what_follows(capsys, monkeypatch):
@@ -16,3 +16,9 @@ def test_a_quiet_verb_leaves_the_console_to_what_follows(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert 'what the user needs' in out
     assert 'itself' not in out and 'Could not' not in out
+
+
+def test_class_names_of_a_file_with_a_byte_order_mark(tmp_path):
+    file = tmp_path / 'classes.txt'
+    file.write_text('one\ntwo\n', encoding='utf-8-sig')
+    assert _class_names(str(file)) == ['one', 'two']
