@@ -1,6 +1,8 @@
 """Checkpoints that are whole or not there, and finding the one to resume from."""
 
 import contextlib
+import fcntl
+import hashlib
 import logging
 import re
 from pathlib import Path
@@ -55,18 +57,24 @@ def _iterations(path: Path) -> int | None:
         return None
 
 
-def local_file(name: str) -> str:
-    """Return the path of a checkpoint; one of the web is downloaded once, as torch.hub does.
+def local_file(name: str | Path) -> str:
+    """Return the path of a checkpoint. A URL is downloaded once, into the folder of torch.hub.
 
     Raises:
         OSError: If it cannot be downloaded.
     """
-    if not name.startswith(('http://', 'https://')):
-        return name
-    path = Path(torch.hub.get_dir(), 'checkpoints', Path(urlparse(name).path).name)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(name, str(path))
+    url = str(name)
+    if not url.startswith(('http://', 'https://')):
+        return url
+    folder = Path(torch.hub.get_dir(), 'checkpoints')
+    folder.mkdir(parents=True, exist_ok=True)
+    # Many files are called iter_160000.pth.
+    digest = hashlib.sha256(url.encode()).hexdigest()[:8]
+    path = folder / f'{digest}-{Path(urlparse(url).path).name}'
+    with (folder / f'{digest}.lock').open('w') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # of the processes of a run, one downloads
+        if not path.exists():
+            torch.hub.download_url_to_file(url, str(path))
     return str(path)
 
 

@@ -18,6 +18,7 @@ from mmengine.runner import Runner
 from gfnet_dense.serialization import load_file, write_whole
 
 from .checkpoints import INTERRUPTED, LAST, latest_checkpoint
+from .optimizers import makes_step
 
 SAMPLES_OF_EPOCH = 'samples_of_epoch'  # in the message hub of a run interrupted within an epoch
 _REPEATED = 5.0  # seconds in which a second signal counts as a repetition of the first
@@ -62,7 +63,7 @@ class InterruptHook(Hook):
     def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         """Save and end the run if any process received a signal."""
         # A checkpoint does not hold accumulated gradients, so wait for the step that uses them.
-        if self._agreed(runner) and runner.optim_wrapper.should_update():
+        if self._agreed(runner) and makes_step(runner.optim_wrapper):
             done = runner.iter + 1 - self._epoch_began
             batch = getattr(runner.train_dataloader.batch_sampler, 'batch_size', 0)
             runner.message_hub.update_info(SAMPLES_OF_EPOCH, done * batch * runner.world_size)

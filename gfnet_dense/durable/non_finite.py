@@ -25,6 +25,8 @@ class NonFiniteLossHook(Hook):
     Weights, optimizer state and running statistics (`running_mean` and `running_var` of modules)
     always stay those of the last good iteration, so every checkpoint is good.
 
+    Of several optimizers, each is judged by the gradients of its own parameters.
+
     Fused Adam and AdamW, which the runner chooses on a GPU, skip a step by a flag on the device.
     The host reads the flag after mmengine has read the loss for its log, so it adds no wait for the
     device. For other optimizers the host reads the flag before the step.

@@ -6,7 +6,7 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 
 
 def wrappers_of(optim_wrapper: Any) -> list[OptimWrapper]:
-    """Return the optimizer wrappers in what a runner has as its one."""
+    """Return the optimizer wrappers of a runner, one or several."""
     several = isinstance(optim_wrapper, OptimWrapperDict)
     return [*optim_wrapper.values()] if several else [optim_wrapper]
 

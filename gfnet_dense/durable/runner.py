@@ -176,7 +176,7 @@ class DurableRunner(Runner):
     def _check_backbone(self, content: Mapping[str, Any], filename: str) -> None:
         """Check that a checkpoint holds the backbone, whatever its heads are.
 
-        Of a model without a backbone it has to hold something.
+        For a model without a backbone, at least one weight must fit.
         """
         found = plain_keys(content['state_dict'])
         own = unwrapped(self.model).state_dict()

@@ -14,6 +14,7 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 from gfnet_dense.data.errors import join_first
+from gfnet_dense.durable.checkpoints import local_file
 from gfnet_dense.models.checkpoint import find_state_dict, find_weights
 from gfnet_dense.models.gfnet import official_network
 from gfnet_dense.models.hub import OFFICIAL_WEIGHTS
@@ -34,7 +35,7 @@ def load_model(
     Args:
         config: A config, its path, or the name of one of this project's.
         checkpoint: A checkpoint of this model; for a classifier also an official file or its name,
-            such as `'gfnet-h-s'`, which is downloaded on first use.
+            such as `'gfnet-h-s'`, which is downloaded on first use, as a URL is.
         device: Device of the model.
 
     Returns:
@@ -55,6 +56,7 @@ def load_model(
     task = find_task(cfg)
     if task == 'classification' and str(checkpoint) in OFFICIAL_WEIGHTS:
         checkpoint = find_weights(checkpoint, official_network)
+    checkpoint = local_file(checkpoint)
     if not Path(checkpoint).is_file():
         raise FileNotFoundError(f'no checkpoint at {checkpoint}')
     content = load_file(checkpoint, mmap=True)

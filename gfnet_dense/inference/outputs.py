@@ -252,8 +252,11 @@ class Outputs:
 
     def _read_records(self) -> Iterator[dict[str, Any]]:
         """Yield the records whose picture is there. A video that failed has none."""
+        # An input `a` is called `a.jpg` once there is an `a.png`.
+        names = {line['source'][0]: line['input'] for line in self._read_lines() if line['source']}
         for record in self._read_lines():
-            is_last = record['source'] and record['source'] == self._sources.get(record['input'])
+            source, name = record['source'], record['input']
+            is_last = source and source == self._sources.get(name) and name == names[source[0]]
             if is_last and (self.folder / record['picture']).exists():
                 yield record
 
@@ -261,8 +264,9 @@ class Outputs:
         if self._records.exists():
             with self._records.open(encoding='utf-8') as file:
                 for line in file:
-                    if line.endswith('\n'):  # else the run was killed while it wrote the line
-                        yield json.loads(line)
+                    # A killed run may leave a part of a line, and earlier versions noted no source.
+                    if line.endswith('\n') and 'source' in (record := json.loads(line)):
+                        yield record
 
     def _csv(self) -> Iterator[str]:
         names = [f'{key}_{i}' if i > 1 else key for i in range(1, _TOP + 1) for key in _COLUMNS]

@@ -100,7 +100,7 @@ class Prediction:
         """
         path, suffix = Path(path), '.png' if self.task == 'segmentation' else '.json'
         if path.suffix.lower() != suffix:
-            raise ValueError(f'{path} must end in {suffix}: so a {self.task} is written')
+            raise ValueError(f'{path} must end in {suffix}, which holds results of {self.task}')
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_whole(path) as file:
             if self.task == 'segmentation':

@@ -5,7 +5,7 @@ import itertools
 import os
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,7 +192,7 @@ class Predictor:
             InputError: If an image cannot be read.
             TypeError: If `images` are bytes, a dict or a set.
         """
-        if isinstance(images, bytes | bytearray | Mapping | Set):
+        if isinstance(images, bytes | bytearray | Mapping | set | frozenset):
             raise TypeError(f'{type(images).__name__} is no image: {ACCEPTED}')
         if isinstance(images, list | tuple):
             return list(self._predictions(images))

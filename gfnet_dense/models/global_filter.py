@@ -57,8 +57,8 @@ class GlobalFilter(ResizeCache):
     def forward(self, x: Tensor) -> Tensor:
         """Filter a map of shape `(B, H, W, C)`; shape and dtype stay the same.
 
-        Under autocast on a GPU, or with the backend 'fused', the result has autocast's dtype, as
-        that of a matrix product; the map, float32 after a norm, is cast to it.
+        Under autocast on a GPU, or with the backend 'fused', the map is cast to autocast's dtype
+        first, as for a matrix product.
         """
         device = x.device.type
         takes_16_bits = device == 'cuda' or self.backend == 'fused'

@@ -131,9 +131,10 @@ def evaluate(
         ValueError: If the config does not have what an option needs.
     """
     cfg = _load(config, work_dir, launcher, cfg_options)
+    checkpoint = local_file(checkpoint)
     if not Path(checkpoint).is_file():
         raise FileNotFoundError(f'no checkpoint at {checkpoint}')
-    cfg.load_from = str(checkpoint)
+    cfg.load_from = checkpoint
     if tta:
         missing = sorted({'tta_model', 'tta_pipeline'} - set(cfg))
         if missing:

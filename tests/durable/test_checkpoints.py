@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 from toy import toy_config
 
 from gfnet_dense.durable import WorkDirError, latest_checkpoint, lock_work_dir
+from gfnet_dense.durable.checkpoints import local_file
 from gfnet_dense.openmmlab import evaluate, train
 from gfnet_dense.serialization import CheckpointError, load_file, write_whole
 
@@ -233,18 +234,21 @@ def test_weights_of_the_web_are_downloaded_once(tmp_path, monkeypatch):
     train(toy_config(tmp_path / 'run'))
     asked = []
 
-    def download(url, path, **kwargs):
+    def download(url, path):
         asked.append(url)
         Path(path).write_bytes((tmp_path / 'run' / 'iter_12.pth').read_bytes())
 
     monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
-    for name in ('a', 'b'):
-        cfg = toy_config(tmp_path / name)
-        cfg.load_from = 'https://example.org/models/x.pth?version=1'
+    urls = [f'https://example.org/{run}/iter_12.pth?version=1' for run in 'aab']
+    for i, url in enumerate(urls):
+        cfg = toy_config(tmp_path / str(i))
+        cfg.load_from = url
         train(cfg)
-    assert asked == [cfg.load_from]
-    assert [path.name for path in (tmp_path / 'hub' / 'checkpoints').iterdir()] == ['x.pth']
+    assert asked == urls[1:]  # each once, whatever its name
+    files = (tmp_path / 'hub' / 'checkpoints').glob('*.pth')
+    assert {path.name.partition('-')[2] for path in files} == {'iter_12.pth'}
+    assert local_file(tmp_path) == str(tmp_path)
 
 
 def test_a_disk_that_fails_does_not_make_a_bad_file(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import re
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -220,14 +221,27 @@ class ToyModelOfTwoOptimizers(ToyModel):
         return losses
 
 
-def test_several_optimizers(tmp_path):
+def test_several_optimizers(tmp_path, monkeypatch):
     cfg = toy_config(tmp_path, broken=(3,))
     cfg.model.type = 'ToyModelOfTwoOptimizers'
     cfg.optim_wrapper = dict(constructor='OnePerLayer', optimizer=dict(lr=0.01))
-    cfg.custom_hooks = [h for h in cfg.get('custom_hooks', []) if h['type'] != 'LossesHook']
+    cfg.custom_hooks = []
     cfg.default_hooks.checkpoint.update(interval=1, max_keep_ckpts=-1)
     cfg.train_cfg.max_iters = 4
+    step = ToyModelOfTwoOptimizers.train_step
+
+    def step_and_signal(model, data, optim_wrapper):
+        if model.iterations == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return step(model, data, optim_wrapper)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(ToyModelOfTwoOptimizers, 'train_step', step_and_signal)
+        train(cfg)
+    assert latest_checkpoint(tmp_path).name == 'interrupted.pth'
+    cfg.work_dir = str(tmp_path / 'whole')
     train(cfg)
+    tmp_path /= 'whole'
     weights = [state(tmp_path, i)['state_dict'] for i in (2, 3, 4)]
     for key, value in weights[0].items():
         assert torch.equal(value, weights[1][key]) and not torch.equal(value, weights[2][key])

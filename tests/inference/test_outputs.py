@@ -168,6 +168,17 @@ def test_resuming_predicts_other_images_of_the_same_name(predict, tmp_path):
     assert table() == [f'{tmp_path}/0.png', f'{tmp_path}/1.png']
 
 
+def test_an_image_that_is_called_otherwise_beside_another_one_is_listed_once(predict, tmp_path):
+    (tmp_path / 'photos').mkdir()
+    shutil.copy2(tmp_path / '0.png', tmp_path / 'photos')
+    predict('photos')
+    Image.open(tmp_path / '0.png').convert('RGB').save(tmp_path / 'photos/0.jpg')
+    predict('photos', resume=True)
+    rows = (tmp_path / 'out/predictions.csv').read_text().splitlines()[1:]
+    names = sorted(row.partition(',')[0] for row in rows)
+    assert names == [f'{tmp_path}/photos/0.jpg', f'{tmp_path}/photos/0.png']
+
+
 def test_an_interrupted_replacement_is_not_taken_for_the_result(predict, tmp_path, monkeypatch):
     os.utime(tmp_path / '0.png', (1, 1))
     predict('0.png')

@@ -32,7 +32,7 @@ def unsupported_reason(x: Tensor) -> str | None:
     if batch >= 2**16 or not fits_integers(height, width, channels):
         return 'it supports up to 65535 images of 2**30 values'
     if max(height, width) > LARGEST_SIDE:
-        return f'it supports maps of up to {LARGEST_SIDE} cells a side, not {height} x {width}'
+        return f'it supports maps of up to {LARGEST_SIDE} cells a side'
     return None
 
 
