@@ -142,7 +142,7 @@ class DurableRunner(Runner):
         strict: bool = False,
         revise_keys: Sequence[tuple[str, str]] = ((r'^module\.', ''),),
     ) -> dict[str, Any]:
-        """Load a checkpoint; one of the web is downloaded first.
+        """Load a checkpoint; a URL is downloaded first.
 
         Raises:
             OSError: If there is no such file, or it cannot be downloaded.
