@@ -91,18 +91,22 @@ def gfnet(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
 
     monkeypatch.setenv('LOCAL_RANK', '0')  # which verbs that know launchers set
 
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr('sys.argv', ['gfnet', *map(str, arguments)])
-        # As in a new process, nothing is left of other runs. Those of one config and one second
-        # have one name, by which they would share loggers and visualizers.
+    def forget_runs() -> None:
         kinds = [ManagerMixin]
         for kind in kinds:
             kind._instance_dict.clear()
             kinds += kind.__subclasses__()
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr('sys.argv', ['gfnet', *map(str, arguments)])
+        # As in a process of its own, nothing is left of other runs, and nothing of this one. Those
+        # of one name would share loggers and visualizers, and their folders.
+        forget_runs()
         handler = signal.getsignal(signal.SIGTERM)
         try:
             status = main()
         finally:
+            forget_runs()
             signal.signal(signal.SIGTERM, handler)
         printed = capsys.readouterr()
         return status, printed.out, printed.err
